@@ -1,0 +1,116 @@
+"""The potential contract: keys, shapes, units, signs (DESIGN section 5). Standard library only.
+
+Row convention: lattice vectors are the rows of the cell h; r = s h. Units eV and Angstrom. N atoms, B systems, E edges.
+Nothing here imports a framework: an array is anything with `.shape` and `.dtype`.
+"""
+
+from __future__ import annotations
+
+from bridge.errors import message, spec
+
+# name: (shape, kind of dtype, meaning)
+INPUTS = {
+    "pos": (("N", 3), "float", "Cartesian positions in Angstrom, any periodic image"),
+    "atomic_numbers": (("N",), "int", "0 marks a padding atom"),
+    "cell": (("B", 3, 3), "float", "lattice vectors as rows, Angstrom; zeros where nothing is periodic"),
+    "pbc": (("B", 3), "bool", "which axes are periodic"),
+    "edge_index": ((2, "E"), "int", "[0] centre i, [1] neighbour j, both directions; >= N marks an unused slot"),
+    "cell_offsets": (("E", 3), "int", "r_ij = r_j - r_i + cell_offsets @ cell[batch[i]]"),
+    "batch": (("N",), "int", "system of each atom, sorted"),
+    "charge": (("B",), "float", "total charge in e, passed on as given"),
+    "spin": (("B",), "float", "passed on as given"),
+}
+OUTPUTS = {
+    "energy": (("B",), "float", "eV, extensive"),
+    "position_gradients": (("N", 3), "float", "g = dE/dr at fixed cell, eV/Angstrom; forces are -g"),
+    "cell_gradients": (("B", 3, 3), "float", "G = dE/dh at fixed Cartesian positions, eV/Angstrom"),
+    "node_energies": (("N",), "float", "eV, atom by atom"),
+}
+STRUCTURE = ("pos", "atomic_numbers", "cell", "pbc", "batch")  # what a structure model takes
+GRAPH = (*STRUCTURE, "edge_index", "cell_offsets")  # what a graph model takes
+GRADIENTS = {"pos": "position_gradients", "cell": "cell_gradients"}  # input -> the output that is its gradient
+DTYPES = {
+    "float": ("float16", "bfloat16", "float32", "float64"),
+    "int": ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    "bool": ("bool", "bool_"),
+}
+
+
+def output_shapes(n_atoms: int, n_systems: int) -> dict[str, tuple[int, ...]]:
+    """Shape of each output of the contract for N atoms in B systems.
+
+    >>> output_shapes(5, 2)["cell_gradients"]
+    (2, 3, 3)
+    """
+    sizes = {"N": n_atoms, "B": n_systems}
+    return {name: tuple(sizes.get(d, d) for d in shape) for name, (shape, _, _) in OUTPUTS.items()}
+
+
+def check_inputs(inputs: dict, required=STRUCTURE) -> tuple[int, int]:
+    """Check the dict that a model is called with, by shapes and dtype names alone, and return (N, B).
+
+    `inputs` holds arrays of any framework under the keys of `INPUTS`; keys outside of the contract are passed over.
+    N is taken from pos and B from cell. Nothing is read from the arrays, cast or moved, so that tracers are welcome.
+
+    Raises: ValueError where a key of `required` is missing, a shape or a kind of dtype is not the contract's, or pos
+    and cell differ in dtype.
+
+    >>> from types import SimpleNamespace as A
+    >>> check_inputs({"pos": A(shape=(2, 3), dtype="float32"), "cell": A(shape=(1, 3, 3), dtype="float32")}, ("pos",))
+    (2, 1)
+    """
+    absent = [name for name in required if inputs.get(name) is None]
+    if absent:
+        raise ValueError(message(f"the inputs {', '.join(required)}", f"no {', '.join(absent)}", "add what is missing"))
+    sizes = _check(inputs, INPUTS, {})
+    same_dtype(inputs)
+    return sizes.get("N", 0), sizes.get("B", 0)
+
+
+def check_outputs(outputs: dict, n_atoms: int, n_systems: int, required=("energy",)) -> None:
+    """Check what a model returned for N atoms in B systems; ValueError as in check_inputs."""
+    absent = [name for name in required if name not in outputs]
+    if absent:
+        got = f"only {', '.join(sorted(outputs)) or 'nothing'}"
+        raise ValueError(message(f"the outputs {', '.join(required)}", got, f"let the model return {', '.join(absent)}"))
+    _check(outputs, OUTPUTS, {"N": n_atoms, "B": n_systems})
+
+
+def same_dtype(arrays: dict, names=("pos", "cell")) -> None:
+    """ValueError where the arrays named differ in dtype: nothing is cast silently."""
+    dtypes = {name: dtype_name(arrays[name]) for name in names if arrays.get(name) is not None}
+    if len(set(dtypes.values())) > 1:
+        got = " and ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        raise ValueError(message(f"one dtype for {' and '.join(dtypes)}", got, "cast one of them yourself"))
+
+
+def dtype_name(array) -> str:
+    """float32, whatever the framework calls it."""
+    return str(array.dtype).removeprefix("torch.")
+
+
+def _check(arrays, table, sizes):
+    """Shapes and dtypes of the arrays that `table` knows; binds the symbols of `sizes` on first sight."""
+    for name, (shape, kind, _) in table.items():
+        array = arrays.get(name)
+        if array is None:
+            continue
+        if not _fits(tuple(array.shape), shape, sizes) or dtype_name(array) not in DTYPES[kind]:
+            expected = spec([sizes.get(d, d) for d in shape], kind)
+            raise ValueError(message(f"{name} as {expected}", spec(array.shape, dtype_name(array)), _REMEDY.get(name, "reshape or cast it")))
+    return sizes
+
+
+def _fits(shape, wanted, sizes):
+    """True where a shape matches the pattern; new symbols take their size here."""
+    if len(shape) != len(wanted):
+        return False
+    return all(n == (sizes.setdefault(d, n) if isinstance(d, str) else d) for n, d in zip(shape, wanted))
+
+
+_REMEDY = {
+    "cell": "give one 3 x 3 cell of rows for each system (one system: cell[None])",
+    "pbc": "give three booleans for each system (one system: pbc[None])",
+    "batch": "give the index of its system for each atom, sorted",
+    "atomic_numbers": "give one atomic number for each atom",
+}

@@ -1,0 +1,266 @@
+"""The neutral contract: a Function knows its shapes, runs, and gives its jvp, vjp and vmap, each a Function again.
+
+Standard library only. A bank implements `Base` (what is called) and an `Engine` (how its framework differentiates and
+batches a call); everything else here is bookkeeping of shapes, shared by both banks.
+
+Conventions
+- All inputs and outputs are flat tuples of arrays; `inputs` and `outputs` are their `Spec`s.
+- A *linear* Function is linear in its last `linear` inputs; `along` keeps some of these (the others being zero) and
+  `transpose` exchanges them with its outputs. jvp and vjp are each other's transpose, WITHOUT conjugation, as in JAX.
+- `wrt` and `outs` are tuples of positions in the inputs and outputs of the function that is differentiated.
+- Equality and hash are by value: two Functions that wrap the same things are the same Function.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from bridge.errors import message, spec
+
+
+class Spec(NamedTuple):
+    """Shape and dtype name of one array."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    def __str__(self) -> str:
+        return spec(self.shape, self.dtype)
+
+    @property
+    def inexact(self) -> bool:
+        """True where a derivative exists: floating and complex dtypes."""
+        return self.dtype.startswith(("float", "bfloat", "complex"))
+
+    @property
+    def real(self) -> bool:
+        return self.inexact and not self.dtype.startswith("complex")
+
+    def stacked(self, size: int) -> Spec:
+        return Spec((size, *self.shape), self.dtype)
+
+
+class Engine(Protocol):
+    """How one framework serves the transforms of a call `f(*arrays) -> tuple of arrays`."""
+
+    def jvp(self, f, primals, wrt, tangents, outs) -> tuple: ...
+
+    def vjp(self, f, primals, wrt, cotangents, outs) -> tuple: ...
+
+    def gradient(self, f, primals, wrt, out) -> tuple: ...
+
+    def vmap(self, f, mapped, size, arrays) -> tuple: ...
+
+    def check_vmap(self, f) -> None:
+        """Raises NotImplementedError, naming the alternative, where `vmap` can't serve f."""
+
+
+class Function:
+    """A call with known shapes. Subclasses set `inputs`, `outputs`, `engine` and define `__call__`.
+
+    A base also tells lanes how to run any Function built on it: `run(fn, buffers, into=None)` on foreign memory,
+    `tensor_type`, the class that buffers should arrive as, and `on_stream(stream, buffers)`, a context for a GPU call.
+    """
+
+    inputs: tuple[Spec, ...]
+    outputs: tuple[Spec, ...]
+    engine: Engine
+    linear: int = 0
+    native: bool = False  # True where the base itself takes batches
+
+    def input_name(self, i: int) -> str:
+        return f"[{i}]"
+
+    def __call__(self, *arrays: Any) -> tuple:
+        raise NotImplementedError
+
+    @property
+    def base(self) -> Function:
+        """The user's own call, beneath all transforms."""
+        return self
+
+    def jvp(self, wrt: tuple[int, ...]) -> Function:
+        """(inputs, tangents of wrt) -> tangents of the inexact outputs."""
+        return Jvp(self, wrt, _inexact(self.outputs))
+
+    def gradient(self, wrt: tuple[int, ...]) -> Function | None:
+        """inputs -> (outputs, gradients), in one forward and one backward; None unless the one real output is a scalar."""
+        outs = _inexact(self.outputs)
+        scalar = len(outs) == 1 and self.outputs[outs[0]].shape == () and self.outputs[outs[0]].real
+        return Gradient(self, wrt, outs[0]) if scalar and all(self.inputs[i].real for i in wrt) else None
+
+    def must_map(self, mapped: tuple[bool, ...]) -> tuple[bool, ...]:
+        """Which inputs have to carry the batch axis, given which do: linear ones always, so that transpose is exact."""
+        fixed = len(mapped) - self.linear
+        return tuple(m or i >= fixed for i, m in enumerate(mapped))
+
+    def vmap(self, mapped: tuple[bool, ...], size: int) -> Function:
+        """The call over a leading axis of the mapped inputs and of every output."""
+        return Vmap(self, mapped, size)
+
+    def along(self, keep: tuple[int, ...]) -> Function:
+        raise TypeError(f"{self} is not linear")
+
+    def transpose(self, keep: tuple[int, ...], outs: tuple[int, ...]) -> Function:
+        raise TypeError(f"{self} is not linear")
+
+
+def _inexact(specs) -> tuple[int, ...]:
+    return tuple(i for i, s in enumerate(specs) if s.inexact)
+
+
+def _pick(items, positions) -> tuple:
+    return tuple(items[i] for i in positions)
+
+
+@dataclass(frozen=True)
+class Derived(Function):
+    """A transform of another Function; shares its engine and its base."""
+
+    of: Function
+
+    @property
+    def engine(self) -> Engine:
+        return self.of.engine
+
+    @property
+    def base(self) -> Function:
+        return self.of.base
+
+
+@dataclass(frozen=True)
+class Jvp(Derived):
+    """(x, tangents of x[wrt]) -> tangents of outputs[outs]; linear in the tangents."""
+
+    wrt: tuple[int, ...]
+    outs: tuple[int, ...]
+
+    inputs = property(lambda self: self.of.inputs + _pick(self.of.inputs, self.wrt))
+    outputs = property(lambda self: _pick(self.of.outputs, self.outs))
+    linear = property(lambda self: len(self.wrt))
+
+    def __call__(self, *arrays):
+        n = len(self.of.inputs)
+        return self.engine.jvp(self.of, arrays[:n], self.wrt, arrays[n:], self.outs)
+
+    def along(self, keep):
+        return Jvp(self.of, _pick(self.wrt, keep), self.outs)
+
+    def transpose(self, keep, outs):
+        return Vjp(self.of, _pick(self.wrt, keep), _pick(self.outs, outs))
+
+    def must_map(self, mapped):
+        return _must_map_linearised(self, mapped)
+
+    def vmap(self, mapped, size):
+        return _vmap_linearised(self, mapped, size)
+
+
+@dataclass(frozen=True)
+class Vjp(Derived):
+    """(x, cotangents of outputs[outs]) -> cotangents of x[wrt]; linear in the cotangents."""
+
+    wrt: tuple[int, ...]
+    outs: tuple[int, ...]
+
+    inputs = property(lambda self: self.of.inputs + _pick(self.of.outputs, self.outs))
+    outputs = property(lambda self: _pick(self.of.inputs, self.wrt))
+    linear = property(lambda self: len(self.outs))
+
+    def __call__(self, *arrays):
+        n = len(self.of.inputs)
+        return self.engine.vjp(self.of, arrays[:n], self.wrt, arrays[n:], self.outs)
+
+    def along(self, keep):
+        return Vjp(self.of, self.wrt, _pick(self.outs, keep))
+
+    def transpose(self, keep, outs):
+        return Jvp(self.of, _pick(self.wrt, outs), _pick(self.outs, keep))
+
+    def must_map(self, mapped):
+        return _must_map_linearised(self, mapped)
+
+    def vmap(self, mapped, size):
+        return _vmap_linearised(self, mapped, size)
+
+
+@dataclass(frozen=True)
+class Gradient(Derived):
+    """x -> (outputs, d outputs[out] / d x[wrt]); outputs[out] is a real scalar for each example."""
+
+    wrt: tuple[int, ...]
+    out: int
+
+    inputs = property(lambda self: self.of.inputs)
+    outputs = property(lambda self: self.of.outputs + _pick(self.of.inputs, self.wrt))
+
+    def __call__(self, *arrays):
+        return self.engine.gradient(self.of, arrays, self.wrt, self.out)
+
+    def must_map(self, mapped):
+        return self.of.must_map(mapped)
+
+    def vmap(self, mapped, size):
+        batched = _natively(self.of, mapped, size, self.wrt)
+        return Gradient(batched, self.wrt, self.out) if batched else Vmap(self, mapped, size)
+
+
+@dataclass(frozen=True)
+class Vmap(Derived):
+    """The call over a leading axis, served by the engine."""
+
+    mapped: tuple[bool, ...]
+    size: int
+
+    def __post_init__(self):
+        self.engine.check_vmap(self.of)
+
+    inputs = property(
+        lambda self: tuple(s.stacked(self.size) if m else s for s, m in zip(self.of.inputs, self.mapped, strict=True))
+    )
+    outputs = property(lambda self: tuple(s.stacked(self.size) for s in self.of.outputs))
+    linear = property(lambda self: self.of.linear)
+
+    def __call__(self, *arrays):
+        return self.engine.vmap(self.of, self.mapped, self.size, arrays)
+
+    def gradient(self, wrt):
+        """Per-example gradients, where each example has its own input; a shared input is served by vjp, which sums."""
+        inner = self.of.gradient(wrt) if all(self.mapped[i] for i in wrt) else None
+        return Vmap(inner, self.mapped, self.size) if inner else None
+
+    def along(self, keep):
+        return self._linear(self.of.along(keep), len(keep))
+
+    def transpose(self, keep, outs):
+        return self._linear(self.of.transpose(keep, outs), len(outs))
+
+    def _linear(self, inner: Function, linear: int) -> Function:
+        """Linear inputs always carry the batch axis (must_map), so the transpose needs no sum over it."""
+        return Vmap(inner, self.mapped[: len(self.mapped) - self.linear] + (True,) * linear, self.size)
+
+
+def _must_map_linearised(self, mapped):
+    n = len(self.of.inputs)
+    return self.of.must_map(mapped[:n]) + (True,) * (len(mapped) - n)
+
+
+def _vmap_linearised(self, mapped, size):
+    batched = _natively(self.of, mapped[: len(self.of.inputs)], size, self.wrt)
+    return type(self)(batched, self.wrt, self.outs) if batched else Vmap(self, mapped, size)
+
+
+def _natively(of, mapped, size, wrt) -> Function | None:
+    """`of` over a batch, where its base takes batches itself: then jvp and vjp go over that, not beneath a vmap."""
+    if not of.base.native:
+        return None
+    if shared := [i for i in wrt if not mapped[i]]:
+        raise NotImplementedError(
+            message(
+                "one value for each example of every input that is differentiated under vmap, where a model batches natively",
+                f"input {of.base.input_name(shared[0])} without a batch axis",
+                'name it in batched={...}, or use batched="vmap" or "sequential"',
+            )
+        )
+    return of.vmap(mapped, size)

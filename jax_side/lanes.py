@@ -1,0 +1,226 @@
+"""How XLA reaches a foreign Function: the ffi lane (jax-tvm-ffi; CPU and CUDA) and the host lane (jax.pure_callback).
+
+Both hand buffers to `fn.base.run`, which reads them where they lie and writes the outputs in place. The ffi lane knows a
+Function by a number; the number is alive exactly as long as a compiled program (or a running one) can still call it.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import threading
+import weakref
+from contextlib import contextmanager
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bridge.errors import message, missing
+from bridge.failures import Listener, carried
+from bridge.function import Function, Spec
+from jax_side import arrays, compat
+
+LANES = ("auto", "ffi", "host")
+FFI_PLATFORMS = ("cpu", "cuda")
+TARGET = "bridge_call"
+
+
+# What travels in place of a dtype that DLPack or jax-tvm-ffi has no name for.
+
+
+def _carrier(spec: Spec) -> jax.ShapeDtypeStruct:
+    if spec.dtype.startswith("complex"):
+        return jax.ShapeDtypeStruct((*spec.shape, 2), jnp.float32 if spec.dtype == "complex64" else jnp.float64)
+    return jax.ShapeDtypeStruct(spec.shape, jnp.uint8 if spec.dtype.startswith("float8") else jnp.dtype(spec.dtype))
+
+
+def _to_carrier(x, spec: Spec):
+    if spec.dtype.startswith("complex"):
+        return jnp.stack([x.real, x.imag], -1)
+    return jax.lax.bitcast_convert_type(x, jnp.uint8) if spec.dtype.startswith("float8") else x
+
+
+def _from_carrier(x, spec: Spec):
+    if spec.dtype.startswith("complex"):
+        return jax.lax.complex(x[..., 0], x[..., 1])
+    return jax.lax.bitcast_convert_type(x, jnp.dtype(spec.dtype)) if spec.dtype.startswith("float8") else x
+
+
+# No lane: an eager call.
+
+
+def eager(fn: Function, args) -> list[jax.Array]:
+    """Run now, in this thread; arrays in and out share memory with the tensors."""
+    outs = fn.base.run(fn, [arrays.export(a) for a in args])
+    return [arrays.import_(o, s.dtype) for o, s in zip(outs, fn.outputs, strict=True)]
+
+
+# The ffi lane.
+
+
+def ffi(fn: Function, number: int, *args):
+    """One XLA custom call; operands and results are DLPack tensors over XLA's own buffers."""
+    call = jax.ffi.ffi_call(TARGET, [_carrier(s) for s in fn.outputs])
+    outs = call(*map(_to_carrier, args, fn.inputs), number=np.int64(number))
+    return [_from_carrier(o, s) for o, s in zip(outs, fn.outputs, strict=True)]
+
+
+@functools.cache
+def register_ffi(tensor_type: type) -> None:
+    """Register the one target of each platform; `tensor_type` is the class that buffers arrive as."""
+    try:
+        import jax_tvm_ffi
+        import tvm_ffi
+    except ImportError as e:
+        raise missing("jax-tvm-ffi", 'lane="ffi"') from e
+    specs = {"cpu": ["attrs.number", "args", "rets"], "gpu": ["attrs.number", "ctx.stream", "args", "rets"]}
+    for platform, entry in (("cpu", _enter_cpu), ("gpu", _enter_gpu)):
+        handler = tvm_ffi.convert_func(entry, tensor_cls=tensor_type)
+        jax_tvm_ffi.register_ffi_target(TARGET, handler, specs[platform], platform=platform, pass_owned_tensor=True)
+
+
+def _enter_cpu(number, *buffers):
+    try:
+        fn = lookup(number)
+        n = len(fn.inputs)
+        fn.base.run(fn, buffers[:n], buffers[n:])
+    except BaseException as e:
+        raise carried(e) from None
+
+
+def _enter_gpu(number, stream, *buffers):
+    try:
+        fn = lookup(number)
+        n = len(fn.inputs)
+        with fn.base.on_stream(stream, buffers):
+            fn.base.run(fn, buffers[:n], buffers[n:])
+    except BaseException as e:
+        raise carried(e) from None
+
+
+# Numbers of Functions, and their lives.
+
+
+class Owner:
+    """What a compiled program holds: while any lives, its number answers."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
+_lock = threading.RLock()
+_functions: dict[int, Function] = {}
+_numbers: dict[Function, int] = {}
+_owners: weakref.WeakValueDictionary[int, Owner] = weakref.WeakValueDictionary()
+_retired: set[int] = set()
+_pinned: set[Owner] = set()
+_next = itertools.count(1)
+
+
+def own(fn: Function) -> Owner:
+    """The owner of a Function's number; equal Functions share it."""
+    with _lock:
+        release_retired()
+        number = _numbers.setdefault(fn, next(_next))
+        if (owner := _owners.get(number)) is None:
+            owner = _owners[number] = Owner(number)
+            _functions[number] = fn
+            _retired.discard(number)
+            weakref.finalize(owner, _retire, number).atexit = False
+        return owner
+
+
+def pin(owner: Owner) -> None:
+    """For a program that jax.export writes: it can be called until the process ends."""
+    _pinned.add(owner)
+
+
+def _retire(number: int) -> None:
+    with _lock:
+        if number not in _owners:
+            _retired.add(number)
+        release_retired()
+
+
+def release_retired() -> None:
+    """Forget Functions whose programs are gone, unless an array is still being computed (it may be by one of them)."""
+    with _lock:
+        if _retired and all(a.is_deleted() or a.is_ready() for a in jax.live_arrays()):
+            for number in _retired:
+                del _numbers[_functions.pop(number)]
+            _retired.clear()
+
+
+def lookup(number: int) -> Function:
+    try:
+        return _functions[number]
+    except KeyError:
+        raise RuntimeError(
+            message("a program compiled in this process", f"a call of Function {number}, which this process does not know", "trace and compile it here")
+        ) from None
+
+
+# The host lane.
+
+
+class HostCall:
+    """What jax.pure_callback calls; equal for equal Functions, so that programs are found again."""
+
+    def __init__(self, fn: Function):
+        self.fn = fn
+
+    def __eq__(self, other):
+        return isinstance(other, HostCall) and self.fn == other.fn
+
+    def __hash__(self):
+        return hash(self.fn)
+
+    def __call__(self, *arrays):
+        outs = [np.empty(c.shape, c.dtype) for c in map(_host_carrier, self.fn.outputs)]
+        try:
+            self.fn.base.run(self.fn, arrays, outs)
+        except BaseException as e:
+            raise carried(e) from None
+        return [o.view(jnp.dtype(s.dtype)) for o, s in zip(outs, self.fn.outputs, strict=True)]
+
+
+def _host_carrier(spec: Spec) -> jax.ShapeDtypeStruct:
+    """numpy's DLPack knows complex, but neither bfloat16 nor float8."""
+    width = {"bfloat16": "uint16"}.get(spec.dtype, "uint8" if spec.dtype.startswith("float8") else spec.dtype)
+    return jax.ShapeDtypeStruct(spec.shape, width)
+
+
+def host(fn: Function, *args):
+    """One jax.pure_callback."""
+    results = [jax.ShapeDtypeStruct(s.shape, jnp.dtype(s.dtype)) for s in fn.outputs]
+    return jax.pure_callback(HostCall(fn), results, *args)
+
+
+# The original exception.
+
+
+@contextmanager
+def raising():
+    """Raise the exceptions of bridged code as they were: type, attributes and traceback, `from` JAX's own error.
+
+    JAX hands a callback's exception on as text. Inside this context the object is kept beside the text and raised in its
+    place, also for a computation that is still running when the block ends (the block waits for all arrays).
+
+        >>> import bridge, jax, torch
+        >>> def broken(x): raise KeyError("no such species")
+        >>> f = jax.jit(bridge.to_jax(broken, outputs=lambda x: x))
+        >>> with bridge.raising():
+        ...     f(jax.numpy.ones(3))
+        Traceback (most recent call last):
+        KeyError: 'no such species'
+    """
+    with Listener() as listener:
+        try:
+            yield
+            if listener.heard or any(not a.is_deleted() and not a.is_ready() for a in jax.live_arrays()):
+                jax.block_until_ready([a for a in jax.live_arrays() if not a.is_deleted()])
+        except Exception as e:
+            if (original := listener.original(e)) is None:
+                raise
+            raise original from e

@@ -1,0 +1,137 @@
+"""How torch differentiates and batches a call: by torch.func, or by torch.autograd where a model refuses torch.func."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from bridge.errors import message
+from bridge.function import Derived, Engine
+
+DERIVATIVES = ("func", "autograd")
+
+
+def engine(derivatives: str, sequential: bool) -> Engine:
+    return (Func if derivatives == "func" else Autograd)(sequential)
+
+
+@dataclass(frozen=True)
+class Batching(Engine):
+    """vmap by torch.func.vmap, or by one call after another."""
+
+    sequential: bool = False
+
+    def vmap(self, f, mapped, size, arrays):
+        if self.sequential:
+            return _one_after_another(f, mapped, size, arrays)
+        return torch.func.vmap(f, in_dims=tuple(0 if m else None for m in mapped), randomness="error")(*arrays)
+
+
+class Func(Batching):
+    """jvp, vjp and gradients by torch.func; the forward call builds no graph."""
+
+    differentiates_inside = False
+
+    def jvp(self, f, primals, wrt, tangents, outs):
+        g, xs = _restrict(f, primals, wrt, outs)
+        return torch.func.jvp(g, xs, tuple(tangents))[1]
+
+    def vjp(self, f, primals, wrt, cotangents, outs):
+        g, xs = _restrict(f, primals, wrt, outs)
+        _, pull = torch.func.vjp(g, *xs)
+        return _conj(pull(_conj(cotangents)))
+
+    def gradient(self, f, primals, wrt, out):
+        g, xs = _restrict(f, primals, wrt)
+        y, pull, outputs = torch.func.vjp(lambda *xs: ((ys := g(*xs))[out], ys), *xs, has_aux=True)
+        return (*outputs, *pull(torch.ones_like(y)))
+
+    def check_vmap(self, f):
+        pass
+
+
+class Autograd(Batching):
+    """vjp by torch.autograd, jvp by differentiating the vjp in its cotangent; a graph is kept only where a caller differentiates further."""
+
+    differentiates_inside = True
+
+    def jvp(self, f, primals, wrt, tangents, outs):
+        keep = _requires_grad(*primals, *tangents)
+        with torch.enable_grad():
+            xs, ys = _record(f, primals, wrt)
+            us = tuple(torch.zeros_like(ys[o], requires_grad=True) for o in outs)
+            pulled = _grad(tuple(ys[o] for o in outs), xs, us, True)
+            return _grad(pulled, us, tangents, keep)
+
+    def vjp(self, f, primals, wrt, cotangents, outs):
+        keep = _requires_grad(*primals, *cotangents)
+        with torch.enable_grad():
+            xs, ys = _record(f, primals, wrt)
+            return _conj(_grad(tuple(ys[o] for o in outs), xs, _conj(cotangents), keep))
+
+    def gradient(self, f, primals, wrt, out):
+        keep = _requires_grad(*primals)
+        with torch.enable_grad():
+            xs, ys = _record(f, primals, wrt)
+            grads = _grad((ys[out],), xs, (torch.ones_like(ys[out]),), keep)
+        return (*(ys if keep else [y.detach() for y in ys]), *grads)
+
+    def check_vmap(self, f):
+        if isinstance(f, Derived) and not self.sequential:
+            raise NotImplementedError(
+                message(
+                    "a way to batch a derivative that goes by torch.autograd",
+                    'batched="vmap" (torch.func.vmap does not go over torch.autograd)',
+                    'pass batched="sequential" (one call after another), an axis that the model batches natively, or derivatives="func"',
+                )
+            )
+
+
+def _restrict(f: Callable, primals, wrt, outs=None):
+    """f as a function of the inputs `wrt` alone, giving the outputs `outs` (all of them if None)."""
+
+    def g(*xs):
+        ys = f(*_replaced(primals, wrt, xs))
+        return tuple(ys) if outs is None else tuple(ys[o] for o in outs)
+
+    return g, tuple(primals[i] for i in wrt)
+
+
+def _replaced(primals, wrt, xs) -> list:
+    full = list(primals)
+    for i, x in zip(wrt, xs, strict=True):
+        full[i] = x
+    return full
+
+
+def _record(f, primals, wrt):
+    """One forward with a graph: fresh leaves where nobody differentiates further, else views inside the caller's graph."""
+    xs = tuple(x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in (primals[i] for i in wrt))
+    return xs, tuple(f(*_replaced(primals, wrt, xs)))
+
+
+def _grad(ys, xs, cotangents, create_graph: bool) -> tuple:
+    """torch.autograd.grad with zeros for what is not reached; each x carries a graph or is a leaf."""
+    reached = [(y, c) for y, c in zip(ys, cotangents, strict=True) if y.requires_grad]
+    if not reached:
+        return tuple(torch.zeros_like(x) for x in xs)
+    ys, cotangents = zip(*reached)
+    return torch.autograd.grad(ys, xs, cotangents, create_graph=create_graph, allow_unused=True, materialize_grads=True)
+
+
+def _requires_grad(*tensors) -> bool:
+    return any(t.requires_grad for t in tensors)
+
+
+def _conj(tensors) -> tuple:
+    """torch's vjp is the conjugate transpose; the contract's is the plain one."""
+    return tuple(t.conj() if t.is_complex() else t for t in tensors)
+
+
+def _one_after_another(f, mapped, size, arrays) -> tuple:
+    if not size:
+        return tuple(arrays[0].new_empty((0, *s.shape), dtype=getattr(torch, s.dtype)) for s in f.outputs)
+    calls = [f(*(a[i] if m else a for a, m in zip(arrays, mapped, strict=True))) for i in range(size)]
+    return tuple(torch.stack(column) for column in zip(*calls))
