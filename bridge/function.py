@@ -14,6 +14,7 @@ Conventions
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 from bridge.errors import message, spec
@@ -136,9 +137,9 @@ class Jvp(Derived):
     wrt: tuple[int, ...]
     outs: tuple[int, ...]
 
-    inputs = property(lambda self: self.of.inputs + _pick(self.of.inputs, self.wrt))
-    outputs = property(lambda self: _pick(self.of.outputs, self.outs))
-    linear = property(lambda self: len(self.wrt))
+    inputs = cached_property(lambda self: self.of.inputs + _pick(self.of.inputs, self.wrt))
+    outputs = cached_property(lambda self: _pick(self.of.outputs, self.outs))
+    linear = cached_property(lambda self: len(self.wrt))
 
     def __call__(self, *arrays):
         n = len(self.of.inputs)
@@ -164,9 +165,9 @@ class Vjp(Derived):
     wrt: tuple[int, ...]
     outs: tuple[int, ...]
 
-    inputs = property(lambda self: self.of.inputs + _pick(self.of.outputs, self.outs))
-    outputs = property(lambda self: _pick(self.of.inputs, self.wrt))
-    linear = property(lambda self: len(self.outs))
+    inputs = cached_property(lambda self: self.of.inputs + _pick(self.of.outputs, self.outs))
+    outputs = cached_property(lambda self: _pick(self.of.inputs, self.wrt))
+    linear = cached_property(lambda self: len(self.outs))
 
     def __call__(self, *arrays):
         n = len(self.of.inputs)
@@ -192,8 +193,8 @@ class Gradient(Derived):
     wrt: tuple[int, ...]
     out: int
 
-    inputs = property(lambda self: self.of.inputs)
-    outputs = property(lambda self: self.of.outputs + _pick(self.of.inputs, self.wrt))
+    inputs = cached_property(lambda self: self.of.inputs)
+    outputs = cached_property(lambda self: self.of.outputs + _pick(self.of.inputs, self.wrt))
 
     def __call__(self, *arrays):
         return self.engine.gradient(self.of, arrays, self.wrt, self.out)
@@ -216,11 +217,11 @@ class Vmap(Derived):
     def __post_init__(self):
         self.engine.check_vmap(self.of)
 
-    inputs = property(
+    inputs = cached_property(
         lambda self: tuple(s.stacked(self.size) if m else s for s, m in zip(self.of.inputs, self.mapped, strict=True))
     )
-    outputs = property(lambda self: tuple(s.stacked(self.size) for s in self.of.outputs))
-    linear = property(lambda self: self.of.linear)
+    outputs = cached_property(lambda self: tuple(s.stacked(self.size) for s in self.of.outputs))
+    linear = cached_property(lambda self: self.of.linear)
 
     def __call__(self, *arrays):
         return self.engine.vmap(self.of, self.mapped, self.size, arrays)

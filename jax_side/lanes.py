@@ -82,7 +82,7 @@ def register_ffi(tensor_type: type) -> None:
 
 def _enter_cpu(number, *buffers):
     try:
-        fn = lookup(number)
+        fn = _functions.get(number) or _unknown(number)
         n = len(fn.inputs)
         fn.base.run(fn, buffers[:n], buffers[n:])
     except BaseException as e:
@@ -91,7 +91,7 @@ def _enter_cpu(number, *buffers):
 
 def _enter_gpu(number, stream, *buffers):
     try:
-        fn = lookup(number)
+        fn = _functions.get(number) or _unknown(number)
         n = len(fn.inputs)
         with fn.base.on_stream(stream, buffers):
             fn.base.run(fn, buffers[:n], buffers[n:])
@@ -152,13 +152,10 @@ def release_retired() -> None:
             _retired.clear()
 
 
-def lookup(number: int) -> Function:
-    try:
-        return _functions[number]
-    except KeyError:
-        raise RuntimeError(
-            message("a program compiled in this process", f"a call of Function {number}, which this process does not know", "trace and compile it here")
-        ) from None
+def _unknown(number: int):
+    raise RuntimeError(
+        message("a program compiled in this process", f"a call of Function {number}, which this process does not know", "trace and compile it here")
+    )
 
 
 # The host lane.

@@ -11,36 +11,53 @@ import torch
 from bridge.function import Spec
 
 
+_DTYPES = {n: d for n, d in vars(torch).items() if isinstance(d, torch.dtype)}
+
+
 def dtype(name: str) -> torch.dtype:
-    return getattr(torch, name)
+    return _DTYPES[name]
 
 
 def dtype_name(t: torch.Tensor) -> str:
-    return str(t.dtype)[6:]
+    return str(t.dtype).removeprefix("torch.")
 
 
 def spec_of(t: torch.Tensor) -> Spec:
     return Spec(tuple(t.shape), dtype_name(t))
 
 
-def view(buffer, spec: Spec) -> torch.Tensor:
-    """The buffer as a tensor of the spec's dtype, sharing its memory."""
+def kinds(specs) -> tuple:
+    """(shape, dtype) as tensors tell them, for checks that take no time."""
+    return tuple((torch.Size(s.shape), dtype(s.dtype)) for s in specs)
+
+
+def views(buffers, specs) -> list | tuple:
+    """The buffers as tensors of the specs' dtypes, sharing their memory."""
+    for b, s in zip(buffers, specs):
+        if type(b) is not torch.Tensor or b.dtype is not _DTYPES[s.dtype]:
+            return [_view(b, s) for b, s in zip(buffers, specs)]
+    return buffers
+
+
+def _view(buffer, spec: Spec) -> torch.Tensor:
     t = buffer if isinstance(buffer, torch.Tensor) else torch.from_dlpack(buffer)
-    want = dtype(spec.dtype)
-    if t.dtype == want:
+    want = _DTYPES[spec.dtype]
+    if t.dtype is want:
         return t
     return torch.view_as_complex(t) if want.is_complex else t.view(want)
 
 
 def fresh(t: torch.Tensor) -> torch.Tensor:
     """A result that nobody else holds: itself if it is dense and alone on its storage, else a clone."""
-    alone = holders(t.untyped_storage()) == 2 and t.is_contiguous() and not (t.is_conj() or t.is_neg() or t.requires_grad)
-    return t if alone else t.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    if holders(t.untyped_storage()._cdata) > 2 or t.requires_grad or t.is_conj() or t.is_neg() or not t.is_contiguous():
+        return t.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    return t
 
 
-def holders(storage: torch.UntypedStorage) -> int:
-    """How many C++ owners a storage has, its Python wrapper included (private in torch 2.13: torch._C._storage_Use_Count)."""
-    return torch._C._storage_Use_Count(storage._cdata)
+# Private in torch 2.13, for microseconds: the number of C++ owners of a storage (its Python wrapper included), by its
+# `_cdata`; and what torch.no_grad() does, without the context manager.
+holders = torch._C._storage_Use_Count
+set_grad_enabled = torch._C._set_grad_enabled
 
 
 def on_stream(stream: int, tensors):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,10 +37,11 @@ class Call:
 
     def __call__(self, tensors):
         """-> (output leaves, output tree)."""
-        leaves = list(tensors)
-        for position, _, value in self.static:
-            leaves.insert(position, value)
-        args, kwargs = self.tree.unflatten(leaves)
+        if self.static:
+            tensors = list(tensors)
+            for position, _, value in self.static:
+                tensors.insert(position, value)
+        args, kwargs = self.tree.unflatten(tensors)
         return self.flatten(self.target(*args, **kwargs))
 
 
@@ -61,25 +63,34 @@ class TorchFunction(Function):
         return self.call.name
 
     tensor_type = torch.Tensor
-    run = staticmethod(lambda fn, given, into=None: run(fn, given, into))
     on_stream = staticmethod(buffers.on_stream)
 
     def input_name(self, i):
         return self.names[0][i]
 
     def __call__(self, *tensors):
-        return self.checked(tensors, self.outputs)
+        return self.checked(tensors, self.outputs, self._expected)
 
-    def checked(self, tensors, expected: tuple[Spec, ...]) -> tuple:
+    @cached_property
+    def _expected(self) -> tuple:
+        return buffers.kinds(self.outputs)
+
+    def checked(self, tensors, specs: tuple[Spec, ...], expected: tuple) -> list:
         """Call the user's code; its outputs must be what was inferred or declared."""
         leaves, tree = self.call(tensors)
         if tree != self.out_tree:
             raise TypeError(message(f"outputs {self.out_tree} of {self}", f"{tree}", _SHAPES_ONCE))
-        for leaf, want, name in zip(leaves, expected, self.names[1], strict=True):
+        for leaf, (shape, dtype) in zip(leaves, expected):
+            if not isinstance(leaf, torch.Tensor) or leaf.shape != shape or leaf.dtype is not dtype or leaf.is_sparse:
+                self._refuse(leaves, specs)
+        return leaves
+
+    def _refuse(self, leaves, specs) -> None:
+        """Say which output is not what JAX was told."""
+        for leaf, want, name in zip(leaves, specs, self.names[1]):
             check_output(leaf, f"output {name} of {self}")
-            if tuple(leaf.shape) != want.shape or buffers.dtype_name(leaf) != want.dtype:
-                raise ValueError(message(f"output {name} of {self} as {want}", str(buffers.spec_of(leaf)), _SHAPES_ONCE))
-        return tuple(leaves)
+            if (got := buffers.spec_of(leaf)) != want:
+                raise ValueError(message(f"output {name} of {self} as {want}", str(got), _SHAPES_ONCE))
 
     def must_map(self, mapped):
         if not self.native:
@@ -119,8 +130,9 @@ class NativeBatch(Derived):
         n = len(self.sizes)
         flat = [t.flatten(0, n - 1).movedim(0, a) if m else t for t, m, a in zip(tensors, self.mapped, axes, strict=True)]
         size = torch.Size(self.sizes).numel()
-        expected = tuple(_at(s, size, out_axis) for s in self.of.outputs)
-        return tuple(t.movedim(out_axis, 0).unflatten(0, self.sizes) for t in self.of.checked(flat, expected))
+        specs = tuple(_at(s, size, out_axis) for s in self.of.outputs)
+        outs = self.of.checked(flat, specs, buffers.kinds(specs))
+        return tuple(t.movedim(out_axis, 0).unflatten(0, self.sizes) for t in outs)
 
     def must_map(self, mapped):
         return self.of.must_map(mapped)
@@ -209,31 +221,39 @@ def run(fn: Function, given: tuple, into: tuple | None = None):
 
     Raises ValueError if the user's code changed an input in place or kept a view of one after the call.
     """
-    tensors = [buffers.view(b, s) for b, s in zip(given, fn.inputs, strict=True)]
-    storages = [t.untyped_storage() for t in tensors]
-    before = [(t._version, buffers.holders(s)) for t, s in zip(tensors, storages)]
-    with torch.set_grad_enabled(fn.engine.differentiates_inside):
-        results = fn(*[t.detach() for t in tensors])  # aliases: so that an owner of one shows in the count of holders
-    with torch.no_grad():
+    tensors = buffers.views(given, fn.inputs)
+    aliases, before = [], []
+    for t in tensors:
+        storage = t.untyped_storage()
+        before.append((t, t._version, storage, buffers.holders(storage._cdata)))
+        aliases.append(t.detach())  # the callee's own, so that any owner of one shows in the holders of the memory
+    grad = torch.is_grad_enabled()
+    buffers.set_grad_enabled(fn.engine.differentiates_inside)
+    try:
+        results = fn(*aliases)
         if into is None:
             results = [buffers.fresh(r) for r in results]
         else:
-            for r, b, s in zip(results, into, fn.outputs, strict=True):
-                buffers.view(b, s).copy_(r)
-            results = r = None
-    for i, (t, (version, _)) in enumerate(zip(tensors, before)):
-        if t._version != version:
-            raise ValueError(message(f"{fn.base} to leave its inputs as they are", f"input {_name(fn, i)} changed in place, and with it the caller's array", "use out-of-place operations, or clone the input first"))
-    _check_not_kept(fn, storages, [n for _, n in before])
+            for r, b in zip(results, buffers.views(into, fn.outputs)):
+                b.copy_(r.detach() if r.requires_grad else r)
+            results = None
+    finally:
+        buffers.set_grad_enabled(grad)
+    r = aliases = None
+    for t, version, storage, holders in before:
+        if t._version != version or buffers.holders(storage._cdata) > holders:
+            _accuse(fn, before)
     return results
 
 
-def _check_not_kept(fn, storages, before) -> None:
-    """No new owner of an input's memory; reference cycles are collected before anyone is accused."""
-    for collect in (None, lambda: gc.collect(0), gc.collect):
-        if collect:
-            collect()
-        kept = [i for i, (s, n) in enumerate(zip(storages, before)) if buffers.holders(s) > n]
+def _accuse(fn, before) -> None:
+    """Name the input that was changed or kept; reference cycles are collected before anyone is accused of keeping."""
+    for i, (t, version, *_) in enumerate(before):
+        if t._version != version:
+            raise ValueError(message(f"{fn.base} to leave its inputs as they are", f"input {_name(fn, i)} changed in place, and with it the caller's array", "use out-of-place operations, or clone the input first"))
+    for young in (0, 2):
+        gc.collect(young)
+        kept = [i for i, (*_, storage, holders) in enumerate(before) if buffers.holders(storage._cdata) > holders]
         if not kept:
             return
     raise ValueError(
@@ -243,6 +263,9 @@ def _check_not_kept(fn, storages, before) -> None:
             "store a .detach().clone() of it",
         )
     )
+
+
+TorchFunction.run = staticmethod(run)
 
 
 def _name(fn: Function, i: int) -> str:
