@@ -25,9 +25,12 @@ def register(p: core.Primitive, *, impl, abstract_eval, jvp, transpose, batch, l
 
 
 def align(args):
-    """Inside shard_map all operands vary over the same manual axes (0.10: standard_insert_pvary; its transpose sums)."""
-    insert = getattr(core, "standard_insert_pvary", None) or getattr(core, "standard_insert_pbroadcast", None)
-    return insert(*args) if insert and args else args
+    """Inside shard_map all operands vary over the same manual axes; the transpose of this sums over them."""
+    return _insert_pvary(*args)
+
+
+_NAMES = ("auto_insert_reshard", "standard_insert_pvary", "standard_insert_pbroadcast")  # jax 0.10, 0.8 to 0.9, 0.7
+_insert_pvary = next(getattr(core, n) for n in _NAMES if hasattr(core, n))
 
 
 def result_aval(shape, dtype, avals):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -19,7 +21,9 @@ def call(fn: Function, *args, lane: str = "auto"):
 
 
 def _impl(*args, fn, lane):
-    """Eager, on any lane: no compilation and no runtime in between, so an exception arrives as it is."""
+    """Eager, on any lane: no runtime in between, so an exception arrives as it is; arrays on several devices need XLA."""
+    if any(a.sharding.num_devices > 1 for a in args):
+        return jax.jit(functools.partial(call, fn, lane=lane))(*args)
     return lanes.eager(fn, args)
 
 

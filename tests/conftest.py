@@ -1,0 +1,20 @@
+"""One session: x64 on, two CPU devices for shard_map, hypothesis without a deadline (a first call compiles)."""
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_num_cpu_devices", 2)
+hypothesis.settings.register_profile("bridge", deadline=None, max_examples=25, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("bridge")
+
+
+@pytest.fixture(params=["ffi", "host"])
+def lane(request):
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["eager", "jit"])
+def maybe_jit(request):
+    return jax.jit if request.param else lambda f: f
