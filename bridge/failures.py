@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import _thread
 import itertools
+import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 
@@ -23,6 +25,7 @@ class Listener:
 
     def __init__(self):
         self.heard: dict[str, BaseException] = {}
+        self.thread = threading.current_thread()
 
     def __enter__(self):
         _listeners.append(self)
@@ -46,7 +49,7 @@ def carried(error: BaseException) -> Carried:
     tag = f"[bridge error {next(_numbers)}]"
     for listener in _listeners:
         listener.heard[tag] = error
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt) and not any(x.thread is threading.main_thread() for x in _listeners):
         _interrupt_again()
     return Carried(f"{describe(error)}\n{tag} `with bridge.raising():` raises the original exception")
 
@@ -67,7 +70,21 @@ def _users_frame(error: BaseException):
 
 
 def _interrupt_again() -> None:
-    """Once this thread is back inside the runtime, interrupt the main thread anew: the runtime would turn Ctrl-C into an internal error."""
-    gone = threading.Event()
-    threading.Thread(target=lambda: (gone.wait(), _thread.interrupt_main()), daemon=True).start()
-    gone.set()
+    """Interrupt the main thread anew once it has left the callback: the runtime would turn Ctrl-C into an internal error."""
+    callback = sys._getframe(2)
+    while callback.f_back and callback.f_back.f_code.co_filename.endswith("callback.py"):  # JAX's own part of it
+        callback = callback.f_back
+    threading.Thread(target=_interrupt_after, args=(callback, threading.get_ident()), daemon=True).start()
+
+
+def _interrupt_after(callback, thread: int) -> None:
+    """Wait until `callback` is no frame of the thread any more: an interrupt inside it would be swallowed like the first."""
+    while _is_running(callback, sys._current_frames().get(thread)):
+        time.sleep(1e-4)
+    _thread.interrupt_main()
+
+
+def _is_running(callback, frame) -> bool:
+    while frame is not None and frame is not callback:
+        frame = frame.f_back
+    return frame is not None
