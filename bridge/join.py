@@ -99,7 +99,7 @@ def functional(module: torch.nn.Module, *, gradients="trainable", copy=True, **o
         raise TypeError(message("a torch.nn.Module", type(module).__name__, "use bridge.to_jax for other callables"))
     _one_of("gradients", gradients, ("trainable", "all"))
     named = {n: t for n, t in (*module.named_parameters(), *module.named_buffers()) if buffers.spec_of(t).inexact}
-    params = {n: jax_arrays.import_(torch_arrays.export(t.detach(), copy), buffers.dtype_name(t)) for n, t in named.items()}
+    params = {n: jax_arrays.import_(torch_arrays.export(t.detach(), copy), torch_arrays.dtype_name(t.dtype)) for n, t in named.items()}
     frozen = frozenset(n for n, t in named.items() if gradients == "trainable" and not t.requires_grad)
     call = to_jax(_Apply(module), **options)
 
@@ -286,7 +286,7 @@ def _hashable(outputs):
 def _tensor_to_jax(copy, path, x):
     if not isinstance(x, torch.Tensor):
         raise TypeError(message(f"a torch.Tensor at {tree.keystr(path) or 'the root'}", f"{type(x).__name__} {x!r:.60}", "pass tensors, or a torch callable"))
-    return jax_arrays.import_(torch_arrays.export(x, copy, "JAX"), buffers.dtype_name(x), None if copy else copy)
+    return jax_arrays.import_(torch_arrays.export(x, copy, "JAX"), torch_arrays.dtype_name(x.dtype), None if copy else copy)
 
 
 def _array_to_torch(copy, path, x):

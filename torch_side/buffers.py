@@ -9,39 +9,29 @@ from __future__ import annotations
 import torch
 
 from bridge.function import Spec
-
-
-_DTYPES = {n: d for n, d in vars(torch).items() if isinstance(d, torch.dtype)}
-
-
-def dtype(name: str) -> torch.dtype:
-    return _DTYPES[name]
-
-
-def dtype_name(t: torch.Tensor) -> str:
-    return str(t.dtype).removeprefix("torch.")
+from torch_side.arrays import DTYPES, dtype_name
 
 
 def spec_of(t: torch.Tensor) -> Spec:
-    return Spec(tuple(t.shape), dtype_name(t))
+    return Spec(tuple(t.shape), dtype_name(t.dtype))
 
 
 def kinds(specs) -> tuple:
     """(shape, dtype) as tensors tell them, for checks that take no time."""
-    return tuple((torch.Size(s.shape), dtype(s.dtype)) for s in specs)
+    return tuple((torch.Size(s.shape), DTYPES[s.dtype]) for s in specs)
 
 
 def views(buffers, specs) -> list | tuple:
     """The buffers as tensors of the specs' dtypes, sharing their memory."""
     for b, s in zip(buffers, specs):
-        if type(b) is not torch.Tensor or b.dtype is not _DTYPES[s.dtype]:
+        if type(b) is not torch.Tensor or b.dtype is not DTYPES[s.dtype]:
             return [_view(b, s) for b, s in zip(buffers, specs)]
     return buffers
 
 
 def _view(buffer, spec: Spec) -> torch.Tensor:
     t = buffer if isinstance(buffer, torch.Tensor) else torch.from_dlpack(buffer)
-    want = _DTYPES[spec.dtype]
+    want = DTYPES[spec.dtype]
     if t.dtype is want:
         return t
     return torch.view_as_complex(t) if want.is_complex else t.view(want)

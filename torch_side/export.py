@@ -186,7 +186,7 @@ def infer(call: Call, inputs: tuple[Spec, ...], engine: Engine):
     check_mode(call.target)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.set_grad_enabled(engine.differentiates_inside):
-            leaves, tree = call([torch.empty(s.shape, dtype=buffers.dtype(s.dtype), device=_device(call.target)) for s in inputs])
+            leaves, tree = call([torch.empty(s.shape, dtype=buffers.DTYPES[s.dtype], device=_device(call.target)) for s in inputs])
     except (DataDependentOutputException, DynamicOutputShapeException) as e:
         raise ValueError(message(f"output shapes of {call.name} that depend on input shapes alone", "a data-dependent operation", _DECLARE)) from e
     except Exception as e:
