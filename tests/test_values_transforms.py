@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -20,9 +20,12 @@ def scan3(f):
     return lambda *xs: jax.lax.scan(lambda c, _: (c + 0.1 * jnp.sum(f(c, *xs[1:])), jnp.sum(f(c, *xs[1:]))), xs[0], None, length=3)[1].sum()
 
 
+TOTAL = lambda f: lambda *xs: (lambda y: (CT(y) * y).sum())(f(*xs))  # noqa: E731
+
+
 TRANSFORMS = {
     "call": lambda f: f,
-    "grad": lambda f: lambda *xs: jax.grad(lambda *xs: f(*xs).sum(), ALL(f, xs))(*xs),
+    "grad": lambda f: lambda *xs: jax.grad(TOTAL(f), ALL(f, xs))(*xs),
     "value_and_grad": lambda f: lambda *xs: jax.value_and_grad(lambda *xs: (f(*xs) ** 2).sum(), ALL(f, xs))(*xs),
     "jvp": lambda f: lambda *xs: jax.jvp(f, xs, tuple(map(jnp.cos, xs))),
     "vjp": lambda f: lambda *xs: (lambda y, pull: pull(CT(y)))(*jax.vjp(f, *xs)),
@@ -32,15 +35,15 @@ TRANSFORMS = {
     "hessian": lambda f: lambda *xs: jax.hessian(f, ALL(f, xs))(*xs),
     "jacrev_jacrev": lambda f: lambda *xs: jax.jacrev(jax.jacrev(f))(*xs),
     "jacfwd_jacfwd": lambda f: lambda *xs: jax.jacfwd(jax.jacfwd(f))(*xs),
-    "hvp": lambda f: lambda *xs: jax.jvp(jax.grad(lambda *xs: f(*xs).sum()), xs, tuple(map(jnp.cos, xs)))[1],
-    "third_order": lambda f: lambda *xs: jax.jacfwd(jax.jacrev(jax.jacrev(lambda *xs: f(*xs).sum())))(*xs),
+    "hvp": lambda f: lambda *xs: jax.jvp(jax.grad(TOTAL(f)), xs, tuple(map(jnp.cos, xs)))[1],
+    "third_order": lambda f: lambda *xs: jax.jacfwd(jax.jacrev(jax.jacrev(TOTAL(f))))(*xs),
     "vmap": lambda f: lambda *xs: jax.vmap(f)(*[jnp.stack([x, 2 * x]) for x in xs]),
     "vmap_shared": lambda f: lambda *xs: jax.vmap(f, (0,) + (None,) * (len(xs) - 1))(jnp.stack([xs[0], -xs[0]]), *xs[1:]),
     "vmap_last_axis": lambda f: lambda *xs: jax.vmap(f, -1, -1 if f(*xs).ndim else 0)(*[jnp.stack([x, 2 * x], -1) for x in xs]),
     "vmap_vmap": lambda f: lambda *xs: jax.vmap(jax.vmap(f))(*[jnp.stack([jnp.stack([x, 2 * x])] * 2) for x in xs]),
-    "vmap_grad": lambda f: lambda *xs: jax.vmap(jax.grad(lambda *xs: f(*xs).sum(), ALL(f, xs)))(*[jnp.stack([x, 2 * x]) for x in xs]),
+    "vmap_grad": lambda f: lambda *xs: jax.vmap(jax.grad(TOTAL(f), ALL(f, xs)))(*[jnp.stack([x, 2 * x]) for x in xs]),
     "grad_vmap": lambda f: lambda *xs: jax.grad(lambda *ys: (jax.vmap(f, (0,) + (None,) * (len(xs) - 1))(*ys) ** 2).sum(), ALL(f, xs))(jnp.stack([xs[0], -xs[0]]), *xs[1:]),
-    "vmap_hessian": lambda f: lambda *xs: jax.vmap(jax.hessian(lambda *xs: f(*xs).sum()))(*[jnp.stack([x, 2 * x]) for x in xs]),
+    "vmap_hessian": lambda f: lambda *xs: jax.vmap(jax.hessian(TOTAL(f)))(*[jnp.stack([x, 2 * x]) for x in xs]),
     "checkpoint": lambda f: lambda *xs: jax.grad(lambda *xs: (jax.checkpoint(f)(*xs) ** 2).sum())(*xs),
     "scan": scan3,
     "grad_scan": lambda f: jax.grad(scan3(f)),
@@ -68,14 +71,15 @@ def test_transform_equals_pure_jax(name, transform, way):
     close(run(*xs), jax.jit(of(twin.jax))(*xs), rtol=1e-11)
 
 
+@settings(max_examples=5)
 @given(size=sizes, lane=st.sampled_from(["ffi", "host"]), dtype=st.sampled_from(["float64", "float32"]))
-@pytest.mark.parametrize("transform", ["grad", "jvp", "hessian", "vmap_grad"])
-@pytest.mark.parametrize("name", ["pair", "bilinear", "softmax"])
+@pytest.mark.parametrize("transform", ["jvp", "hessian", "vmap_grad"])
+@pytest.mark.parametrize("name", ["bilinear", "softmax"])
 def test_transform_equals_pure_jax_for_any_shape_and_dtype(name, transform, size, lane, dtype):
     twin, (n, m, seed) = TWINS[name], size
     xs = draw(twin, n, m, seed, dtype)
     of = TRANSFORMS[transform]
-    close(jax.jit(of(bridge.to_jax(twin.torch, lane=lane)))(*xs), of(twin.jax)(*xs), rtol=1e-11 if dtype == "float64" else 1e-4)
+    close(jax.jit(of(bridge.to_jax(twin.torch, lane=lane)))(*xs), jax.jit(of(twin.jax))(*xs), rtol=1e-11 if dtype == "float64" else 1e-4)
 
 
 @pytest.mark.parametrize("transform", ["grad", "hessian", "vmap_hessian", "jvp", "grad_scan", "third_order"])
@@ -86,7 +90,7 @@ def test_autograd_derivatives_equal_pure_jax(name, transform, lane):
     xs = draw(twin)
     of = TRANSFORMS[transform]
     bridged = bridge.to_jax(twin.torch, lane=lane, derivatives="autograd", batched="sequential")
-    close(jax.jit(of(bridged))(*xs), of(twin.jax)(*xs), rtol=1e-11)
+    close(jax.jit(of(bridged))(*xs), jax.jit(of(twin.jax))(*xs), rtol=1e-11)
 
 
 @pytest.mark.parametrize("transform", ["call", "grad", "hessian", "vmap_grad", "grad_scan"])

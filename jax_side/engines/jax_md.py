@@ -1,0 +1,117 @@
+"""jax-md (Schoenholz and Cubuk, NeurIPS 2020): a potential as an energy function, and energies seen on the way."""
+
+from __future__ import annotations
+
+import threading
+
+import jax
+import jax.numpy as jnp
+
+from bridge.contract import same_dtype
+from bridge.errors import message, missing
+
+
+def energy(potential, box=None, fractional=True):
+    """The potential in jax-md's idiom: `energy_fn(R, **kwargs)` for space.free or space.periodic_general.
+
+    `potential` is called as potential(positions, cell) and returns eV, like jax_side.potential's for one system.
+    box None is free space. Else box is jax-md's: a number, a vector, or a matrix (upper triangular or not) whose
+    COLUMNS are the lattice vectors in Angstrom, so that the cell of rows is box.T. With fractional=True, R (N,3) are
+    fractional coordinates and r = box R; the gradient in R is nevertheless the real-space gradient dE/dr, as for every
+    jax-md energy (space.transform sees to it), and shift_fn of periodic_general expects that. With fractional=False, R
+    are real positions. R and box have one dtype.
+
+    Two keywords are read when it is called, the others that jax-md passes on (kT, t, ...) are not: `box` in place of the
+    box given here (NPT), and `perturbation` P, a number or a matrix: r -> P r for atoms and cell alike. With P = I + e
+    is dE/de at e = 0 the virial W, whence quantity.stress = -W / V and quantity.pressure; jax-md counts compression
+    positive. No minimum image is taken here: which images count is the potential's concern, and small boxes are fine.
+
+    One NVE, NVT or Langevin step evaluates the potential once; NPT twice, as jax-md is written.
+
+    Raises: ValueError where R and box differ in dtype or box has another shape; NotImplementedError for `new_box`;
+    ImportError without jax-md.
+
+    >>> energy_fn = energy(lambda r, cell: (r ** 2).sum(), box=2.0)
+    >>> R = jnp.full((1, 3), 0.5)
+    >>> float(energy_fn(R)), jax.grad(energy_fn)(R).tolist()
+    (3.0, [[2.0, 2.0, 2.0]])
+    """
+    space, home = _jax_md().space, box
+
+    def energy_fn(R, box=None, perturbation=None, **kwargs):
+        if "new_box" in kwargs:
+            raise NotImplementedError(message("box=... for a box that changes", "new_box", "pass it as box"))
+        box = home if box is None else box
+        matrix = None if box is None else _matrix(box, R)
+        r = space.transform(matrix, R) if fractional and box is not None else R
+        cell = None if box is None else matrix.T
+        if perturbation is not None:
+            r = space.raw_transform(perturbation, r)
+            cell = None if cell is None else space.raw_transform(perturbation, cell)
+        return potential(r, cell)
+
+    return energy_fn
+
+
+def observed(simulator, energy_fn, *args, **kwargs):
+    """`simulator(energy_fn, *args, **kwargs)` of jax_md.simulate, with the potential energy of each state for free.
+
+    Returns jitted `init, step` that take what jax-md's own take and return (state, energy), where energy is
+    energy_fn(state.position), taken from the evaluation that gave the forces: one evaluation for a step, with
+    logging. For integrators that end where they evaluated their forces: nve, nvt_nose_hoover, nvt_langevin. (Calling
+    energy_fn beside the step would evaluate again, unless XLA happens to merge the two calls.)
+
+    Raises: NotImplementedError, when first called, for an integrator that moves on after its force evaluation
+    (brownian), whose energies would be a step behind.
+
+    >>> from jax_md import simulate, space
+    >>> init, step = observed(simulate.nve, lambda R, **_: (R ** 2).sum(), space.free()[1], 1e-3)
+    >>> state, energy = init(jax.random.key(0), jnp.ones((2, 3)), 0.0)
+    >>> float(energy)
+    6.0
+    """
+    seen = threading.local()
+
+    def force_fn(R, **kwargs):
+        seen.energy, gradient = jax.value_and_grad(energy_fn)(R, **kwargs)
+        seen.position = R
+        return -gradient
+
+    return tuple(_observe(fn, seen) for fn in simulator(force_fn, *args, **kwargs))
+
+
+def _observe(fn, seen):
+    """fn with the energy that force_fn left while fn was traced; within one trace, so that no tracer gets out."""
+    fn = getattr(fn, "__wrapped__", fn)  # inside jax-md's own jit the energy would be a tracer of another trace
+
+    @jax.jit
+    def run(*args, **kwargs):
+        seen.__dict__.clear()
+        state = fn(*args, **kwargs)
+        found = dict(seen.__dict__)
+        seen.__dict__.clear()
+        if not found or found["position"] is not getattr(state, "position", None):
+            expected, got = "a step that ends where its forces were evaluated", "positions that moved on"
+            raise NotImplementedError(message(expected, got, "call energy_fn beside jax-md's own step"))
+        return state, found["energy"]
+
+    return run
+
+
+def _matrix(box, R):
+    """jax-md's box as a matrix of columns, in the dtype of R."""
+    box = box if hasattr(box, "dtype") else jnp.asarray(box, R.dtype)
+    same_dtype({"R": R, "box": box}, ("R", "box"))
+    if box.size == 1:
+        return jnp.eye(3, dtype=R.dtype) * box.reshape(())
+    if box.shape not in ((3,), (3, 3)):
+        raise ValueError(message("box as a number, (3,) or (3,3)", str(box.shape), "pass the lattice vectors as columns"))
+    return jnp.diag(box) if box.ndim == 1 else jnp.asarray(box)
+
+
+def _jax_md():
+    try:
+        import jax_md
+    except ImportError as error:
+        raise missing("jax-md", "molecular dynamics with jax_md") from error
+    return jax_md

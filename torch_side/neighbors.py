@@ -1,0 +1,101 @@
+"""Neighbour lists on the torch side, periodic images included."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from bridge.contract import check_inputs
+from bridge.errors import message, missing
+
+
+def neighbor_list(pos, cell, pbc, cutoff, batch=None):
+    """All directed edges shorter than the cutoff: (edge_index (2,E), cell_offsets (E,3)), both int64.
+
+    Takes pos (N,3) float in Angstrom (any image), cell (B,3,3) by rows of the same dtype, pbc (B,3) bool, cutoff in
+    Angstrom, batch (N,) int sorted (None: one system). An edge i -> j stands for the vector
+
+        r_ij = pos[j] - pos[i] + cell_offsets @ cell[batch[i]],    0 <= |r_ij| < cutoff,
+
+    both directions are listed, and so are an atom's own periodic images; the atom itself is not. Cells may be smaller
+    than the cutoff or triclinic, pbc may differ from axis to axis and from system to system. The cell vector of an
+    open axis is not looked at: it may be zero, and its offsets are 0. Edges are grouped by system; within one their
+    order is vesin's.
+
+    The list is made by vesin on the CPU in float64, with torch's number of threads; positions on another device are
+    copied there to be read, and the result lies on the device of pos. Nothing is differentiated: form r_ij from pos and
+    cell, as above, to differentiate.
+
+    Raises: ValueError for shapes and dtypes outside the contract, a non-finite position (naming the atom) or cell, a
+    periodic axis without a cell vector of its own, an unsorted batch, or a cutoff that is not positive; ImportError
+    without vesin.
+
+    >>> edges, offsets = neighbor_list(torch.zeros(1, 3), torch.eye(3)[None], torch.tensor([[True, False, False]]), 1.5)
+    >>> edges.tolist(), sorted(offsets.tolist())
+    ([[0, 0], [0, 0]], [[-1, 0, 0], [1, 0, 0]])
+    """
+    inputs = {"pos": pos, "cell": cell, "pbc": pbc} | ({} if batch is None else {"batch": batch})
+    n_atoms, n_systems = check_inputs(inputs, ("pos", "cell", "pbc"))
+    x, h, periodic = (_numpy(a) for a in (pos, cell, pbc))
+    bounds = _bounds(batch, n_atoms, n_systems)
+    _check_values(x, h, periodic, cutoff)
+    parts = [_edges(x[a:b], h[s], periodic[s], cutoff, a) for s, (a, b) in enumerate(zip(bounds, bounds[1:])) if b > a]
+    ij, offsets = zip(*parts) if parts else ([np.empty((2, 0), int)], [np.empty((0, 3), int)])
+    return tuple(torch.from_numpy(np.concatenate(a, axis)).to(pos.device) for a, axis in ((ij, 1), (offsets, 0)))
+
+
+def _numpy(tensor):
+    """The values for vesin: on the CPU, floats as float64."""
+    tensor = tensor.detach().cpu()
+    return tensor.double().numpy() if tensor.is_floating_point() else tensor.numpy()
+
+
+def _edges(x, h, periodic, cutoff, start):
+    """Edges of one system, whose first atom has index start."""
+    try:
+        import vesin
+    except ImportError as error:
+        raise missing("vesin", "neighbour lists") from error
+    search = vesin.NeighborList(cutoff=cutoff, full_list=True, n_threads=torch.get_num_threads())
+    pairs, offsets = search.compute(x, _complete(h, periodic), periodic, quantities="PS")
+    return pairs.T.astype(np.int64) + start, offsets.astype(np.int64)
+
+
+def _complete(h, periodic):
+    """The cell with unit vectors across the periodic ones in place of what open axes have."""
+    spanned = h[periodic]
+    across = np.linalg.svd(spanned)[2][len(spanned):] if len(spanned) else np.eye(3)
+    full = h.copy()
+    full[~periodic] = across
+    return full
+
+
+def _bounds(batch, n_atoms, n_systems):
+    """Where each system starts and the last one ends: B + 1 numbers."""
+    if batch is None:
+        if n_systems != 1:
+            raise ValueError(message("batch for several systems", f"None for {n_systems} cells", "pass batch (N,)"))
+        return [0, n_atoms]
+    batch = _numpy(batch)
+    if (np.diff(batch) < 0).any() or (n_atoms and not 0 <= batch[0] <= batch[-1] < n_systems):
+        raise ValueError(message(f"batch sorted, within 0..{n_systems - 1}", f"{batch}", "sort the atoms by system"))
+    return np.searchsorted(batch, np.arange(n_systems + 1)).tolist()
+
+
+def _check_values(x, h, periodic, cutoff):
+    """ValueError for values that have no neighbour list (vesin kills the process over some of them)."""
+    if not 0 < cutoff < np.inf:
+        raise ValueError(message("a positive cutoff in Angstrom", f"{cutoff}", "pass the model's cutoff"))
+    if not np.isfinite(x).all():
+        atom = int(np.argmax(~np.isfinite(x).all(-1)))
+        raise ValueError(message("finite positions", f"{x[atom]} for atom {atom}", "look at the step before"))
+    for s, (cell, axes) in enumerate(zip(h, periodic)):
+        if axes.any() and not _independent(cell[axes]):
+            raise ValueError(message("independent cell vectors on periodic axes", f"{cell[axes].tolist()} in system {s}",
+                                     "give the cell, or set pbc False on that axis"))
+
+
+def _independent(vectors):
+    """True where the vectors span as many dimensions as they are, with room to spare for rounding."""
+    scale = np.linalg.norm(vectors, axis=-1).prod()
+    return np.isfinite(scale) and np.linalg.svd(vectors, compute_uv=False).prod() > 1e-6 * scale
