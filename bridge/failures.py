@@ -7,6 +7,7 @@ object itself is kept only while somebody waits for it (`Listener`), so that no 
 from __future__ import annotations
 
 import _thread
+import contextlib
 import itertools
 import sys
 import threading
@@ -37,7 +38,10 @@ class Listener:
     def original(self, error: BaseException) -> BaseException | None:
         """The exception whose number stands in the text of `error`."""
         text = str(error)
-        return next((e for tag, e in self.heard.items() if tag in text), None)
+        found = next((e for tag, e in self.heard.items() if tag in text), None)
+        if found is not None:
+            release(found)
+        return found
 
 
 class Carried(RuntimeError):
@@ -51,7 +55,31 @@ def carried(error: BaseException) -> Carried:
         listener.heard[tag] = error
     if isinstance(error, KeyboardInterrupt) and not any(x.thread is threading.main_thread() for x in _listeners):
         _interrupt_again()
-    return Carried(f"{describe(error)}\n{tag} `with bridge.raising():` raises the original exception")
+    text = f"{describe(error)}\n{tag} `with bridge.raising():` raises the original exception"
+    release(error)
+    return Carried(text)
+
+
+def release(error: BaseException) -> None:
+    """Clear the local variables of finished frames behind an exception: some are tensors over memory that is freed."""
+    while error is not None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            _clear(frame)
+        if error.__traceback__:
+            _clear_callers(error.__traceback__.tb_frame.f_back)
+        error = error.__cause__ or error.__context__
+
+
+def _clear_callers(frame) -> None:
+    """JAX's own part of a callback holds the arrays, too; beyond it lies the user's program."""
+    while frame is not None and frame.f_code.co_filename.endswith("callback.py"):
+        _clear(frame)
+        frame = frame.f_back
+
+
+def _clear(frame) -> None:
+    with contextlib.suppress(RuntimeError):  # still running
+        frame.clear()
 
 
 def describe(error: BaseException) -> str:

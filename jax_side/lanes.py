@@ -6,11 +6,12 @@ Function by a number; the number is alive exactly as long as a compiled program 
 
 from __future__ import annotations
 
+import atexit
 import functools
 import itertools
 import threading
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,7 @@ def register_ffi(tensor_type: type) -> None:
         import tvm_ffi
     except ImportError as e:
         raise missing("jax-tvm-ffi", 'lane="ffi"') from e
+    atexit.register(_close)
     specs = {"cpu": ["attrs.number", "args", "rets"], "gpu": ["attrs.number", "ctx.stream", "args", "rets"]}
     for platform, entry in (("cpu", _enter_cpu), ("gpu", _enter_gpu)):
         handler = tvm_ffi.convert_func(entry, tensor_cls=tensor_type)
@@ -84,9 +86,11 @@ def _enter_cpu(number, *buffers):
     try:
         fn = _functions.get(number) or _unknown(number)
         n = len(fn.inputs)
-        fn.base.run(fn, buffers[:n], buffers[n:])
+        return fn.base.run(fn, buffers[:n], buffers[n:])
     except BaseException as e:
-        raise carried(e) from None
+        buffers = None
+        error = carried(e)
+    raise error  # here, where it has no context: the exception's frames must not outlive the call
 
 
 def _enter_gpu(number, stream, *buffers):
@@ -94,9 +98,11 @@ def _enter_gpu(number, stream, *buffers):
         fn = _functions.get(number) or _unknown(number)
         n = len(fn.inputs)
         with fn.base.on_stream(stream, buffers):
-            fn.base.run(fn, buffers[:n], buffers[n:])
+            return fn.base.run(fn, buffers[:n], buffers[n:])
     except BaseException as e:
-        raise carried(e) from None
+        buffers = None
+        error = carried(e)
+    raise error
 
 
 # Numbers of Functions, and their lives.
@@ -120,8 +126,8 @@ _next = itertools.count(1)
 
 def own(fn: Function) -> Owner:
     """The owner of a Function's number; equal Functions share it."""
+    release_retired()
     with _lock:
-        release_retired()
         number = _numbers.setdefault(fn, next(_next))
         if (owner := _owners.get(number)) is None:
             owner = _owners[number] = Owner(number)
@@ -137,25 +143,34 @@ def pin(owner: Owner) -> None:
 
 
 def _retire(number: int) -> None:
-    with _lock:
-        if number not in _owners:
-            _retired.add(number)
-        release_retired()
+    """A finalizer: it may run inside a deallocation, where jax.live_arrays() would revive dead arrays, so it only notes."""
+    _retired.add(number)
 
 
 def release_retired() -> None:
-    """Forget Functions whose programs are gone, unless an array is still being computed (it may be by one of them)."""
-    with _lock:
-        if _retired and all(a.is_deleted() or a.is_ready() for a in jax.live_arrays()):
-            for number in _retired:
-                del _numbers[_functions.pop(number)]
-            _retired.clear()
+    """Forget Functions whose programs are gone, unless an array is still being computed (it may be by one of them).
+
+    Called wherever a bridged function is made, called or lowered: a dropped model is freed then, not at once."""
+    if _retired and all(a.is_deleted() or a.is_ready() for a in jax.live_arrays()):
+        with _lock:
+            while _retired:
+                if (number := _retired.pop()) not in _owners:
+                    del _numbers[_functions.pop(number)]
 
 
 def _unknown(number: int):
     raise RuntimeError(
-        message("a program compiled in this process", f"a call of Function {number}, which this process does not know", "trace and compile it here")
+        message("a program compiled in this process", f"a call of Function {number}, which this process does not know (or no longer, as it ends)", "trace and compile it here")
     )
+
+
+def _close() -> None:
+    """At exit (after Ctrl-C, say) programs may still run in XLA's threads: their next call fails, and Python waits for
+    that, since a thread that asks for the GIL of an interpreter that is gone ends the process with SIGABRT."""
+    _functions.clear()
+    for array in jax.live_arrays():
+        with suppress(Exception):
+            array.block_until_ready()
 
 
 # The host lane.
@@ -177,9 +192,11 @@ class HostCall:
         outs = [np.empty(c.shape, c.dtype) for c in map(_host_carrier, self.fn.outputs)]
         try:
             self.fn.base.run(self.fn, arrays, outs)
+            return [o.view(jnp.dtype(s.dtype)) for o, s in zip(outs, self.fn.outputs, strict=True)]
         except BaseException as e:
-            raise carried(e) from None
-        return [o.view(jnp.dtype(s.dtype)) for o, s in zip(outs, self.fn.outputs, strict=True)]
+            arrays = outs = None
+            error = carried(e)
+        raise error
 
 
 def _host_carrier(spec: Spec) -> jax.ShapeDtypeStruct:

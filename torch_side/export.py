@@ -180,7 +180,7 @@ def check_mode(target) -> None:
 
 
 def infer(call: Call, inputs: tuple[Spec, ...], engine: Engine):
-    """Output leaves (fake) and tree of a call, found without running it."""
+    """Output types and tree of a call, found without running it."""
     from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
     check_mode(call.target)
@@ -194,8 +194,8 @@ def infer(call: Call, inputs: tuple[Spec, ...], engine: Engine):
         raise
     for i, leaf in enumerate(leaves):
         check_output(leaf, f"output {i} of {call.name}")
-    _check_no_fake_kept(call.target, FakeTensorMode)
-    return leaves, tree
+    _check_no_fake_kept(call.target)
+    return tuple(map(buffers.spec_of, leaves)), tree
 
 
 _DECLARE = "declare outputs= (a pytree of jax.ShapeDtypeStruct, or a function of the inputs' that returns it)"
@@ -206,7 +206,8 @@ def _device(target):
     return next((t.device for t in tensors), torch.device("cpu"))
 
 
-def _check_no_fake_kept(target, _mode) -> None:
+def _check_no_fake_kept(target) -> None:
+    """A module that stored a fake tensor (a cache, say) would fail in its first real call."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     for name, m in target.named_modules() if isinstance(target, torch.nn.Module) else ():
@@ -230,7 +231,7 @@ def run(fn: Function, given: tuple, into: tuple | None = None):
     grad = torch.is_grad_enabled()
     buffers.set_grad_enabled(fn.engine.differentiates_inside)
     try:
-        results = fn(*aliases)
+        results = _transformed(fn, aliases)
         if into is None:
             results = [buffers.fresh(r) for r in results]
         else:
@@ -244,6 +245,27 @@ def run(fn: Function, given: tuple, into: tuple | None = None):
         if t._version != version or buffers.holders(storage._cdata) > holders:
             _accuse(fn, before)
     return results
+
+
+# What torch says where torch.func (or vmap) meets code that it can't transform.
+_REFUSALS = ("requires_grad", "functorch", "torch.func", "torch.jit", "vmap", "does not require grad", "setup_context", "forward AD", "batching rule")
+
+
+def _transformed(fn: Function, tensors):
+    """fn(*tensors); where torch.func refuses the model, the error says what to ask for and which part is in the way."""
+    try:
+        return fn(*tensors)
+    except RuntimeError as e:
+        if isinstance(e, NotImplementedError) or not any(r in str(e) for r in _REFUSALS):
+            raise
+        e.add_note(f"bridge: torch.func can't transform {fn.base}{_culprits(fn.base.call.target)}; {fn.engine.alternative}")
+        raise
+
+
+def _culprits(target) -> str:
+    parts = target.named_modules() if isinstance(target, torch.nn.Module) else ()
+    scripted = [name or "(itself)" for name, m in parts if isinstance(m, torch.jit.ScriptModule)]
+    return f" (TorchScript parts: {', '.join(scripted[:3])})" if scripted else ""
 
 
 def _accuse(fn, before) -> None:

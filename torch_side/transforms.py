@@ -33,6 +33,7 @@ class Func(Batching):
     """jvp, vjp and gradients by torch.func; the forward call builds no graph."""
 
     differentiates_inside = False
+    alternative = 'pass derivatives="autograd" (torch.autograd), and batched="sequential" or an axis where vmap is meant'
 
     def jvp(self, f, primals, wrt, tangents, outs):
         g, xs = _restrict(f, primals, wrt, outs)
@@ -56,6 +57,7 @@ class Autograd(Batching):
     """vjp by torch.autograd, jvp by differentiating the vjp in its cotangent; a graph is kept only where a caller differentiates further."""
 
     differentiates_inside = True
+    alternative = 'pass batched="sequential", or an axis that the model batches natively'
 
     def jvp(self, f, primals, wrt, tangents, outs):
         keep = _requires_grad(*primals, *tangents)

@@ -1,0 +1,102 @@
+"""The arguments of one call of a foreign function: which are arrays, which stay Python values, and what they are called."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bridge.errors import message
+from bridge.function import Spec
+
+tree = jax.tree_util
+WIDE = ("float64", "int64", "uint64", "complex128")
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Pytree of (args, kwargs), types of the arrays, and (position, type, value) of the leaves that are no arrays."""
+
+    tree: Any
+    inputs: tuple[Spec, ...]
+    static: tuple[tuple[int, type, Any], ...]
+
+    def leaves(self, arrays) -> list:
+        """All leaves again: static ones between the given arrays."""
+        leaves = list(arrays)
+        for position, _, value in self.static:
+            leaves.insert(position, value)
+        return leaves
+
+    def _paths(self) -> list:
+        """The key path of each array."""
+        fixed = {i for i, *_ in self.static}
+        paths = tree.tree_leaves_with_path(self.tree.unflatten(range(self.tree.num_leaves)))
+        return [path for i, (path, _) in enumerate(paths) if i not in fixed]
+
+    def names(self) -> tuple[str, ...]:
+        """How arrays are called in error texts: argument 0, argument 0['pos'], charge."""
+        return tuple((f"argument {p[1].idx}" if p[0].idx == 0 else p[1].key) + tree.keystr(p[2:]) for p in self._paths())
+
+    def parameters(self, names: list[str]) -> tuple[str, ...]:
+        """The parameter that each array belongs to, given those of the callable in order."""
+        return tuple(names[min(p[1].idx, len(names) - 1)] if p[0].idx == 0 else p[1].key for p in self._paths())
+
+    def declared(self, outputs):
+        """(types, tree) of outputs that the user declared: a pytree, or a function of the inputs' types."""
+        if callable(outputs):
+            args, kwargs = self.tree.unflatten(self.leaves(jax.ShapeDtypeStruct(*s) for s in self.inputs))
+            outputs = outputs(*args, **kwargs)
+        leaves, out_tree = tree.tree_flatten(outputs)
+        for x in leaves:
+            if not (hasattr(x, "shape") and hasattr(x, "dtype")):
+                raise TypeError(message("outputs= as a pytree of jax.ShapeDtypeStruct", f"{type(x).__name__} {x!r:.60}", "give shape and dtype of each output"))
+        return tuple(Spec(tuple(x.shape), jnp.dtype(x.dtype).name) for x in leaves), out_tree
+
+
+def sign(args, kwargs) -> tuple[Signature, list[jax.Array]]:
+    """The signature of a call and its arrays. Raises TypeError for a value that is neither array nor hashable, ValueError for one that JAX would narrow."""
+    leaves, structure = tree.tree_flatten((args, kwargs))
+    arrays, static = [], []
+    for i, x in enumerate(leaves):
+        if isinstance(x, (jax.Array, np.ndarray, np.generic)):
+            arrays.append(x if isinstance(x, jax.Array) else _from_numpy(x))
+        else:
+            static.append((i, type(x), _static(x)))
+    return Signature(structure, tuple(Spec(x.shape, x.dtype.name) for x in arrays), tuple(static)), arrays
+
+
+def _static(x):
+    if hasattr(x, "__torch_function__") or hasattr(x, "__dlpack__"):
+        raise TypeError(message("JAX or NumPy arrays as arguments of a bridged function", type(x).__name__, "convert it first: bridge.to_jax(tensor)"))
+    try:
+        hash(x)
+    except TypeError as e:
+        raise TypeError(message("arrays, or hashable Python values, as arguments", f"a {type(x).__name__}", "pass an array, or something hashable")) from e
+    return x
+
+
+def _from_numpy(x) -> jax.Array:
+    check_width(Spec(x.shape, x.dtype.name), "a NumPy argument")
+    return jnp.asarray(x)
+
+
+def check_width(s: Spec, what: str) -> None:
+    """ValueError for 64-bit parts while x64 is off."""
+    if s.dtype in WIDE and not jax.config.jax_enable_x64:
+        do = 'call jax.config.update("jax_enable_x64", True), or cast it first'
+        raise ValueError(message(f"{what} of at most 32-bit parts while x64 is off", str(s), do))
+
+
+def output_names(structure) -> tuple[str, ...]:
+    """How outputs are called in error texts: ['energy'], [0]; a lone one is 0."""
+    paths = tree.tree_leaves_with_path(structure.unflatten(range(structure.num_leaves)))
+    return tuple(tree.keystr(path) or "0" for path, _ in paths)
+
+
+def parameter_names(target) -> list[str]:
+    return list(inspect.signature(target).parameters)

@@ -1,0 +1,195 @@
+"""The import rules of DESIGN section 2: each is a function of a directory, true of this tree and false of a planted one."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BANKS = ("bridge", "jax_side", "torch_side")
+FLOOR = {"bridge.errors", "bridge.function", "bridge.failures", "bridge.contract"}
+JAX = {"jax", "jaxlib", "jax_side"}
+TORCH = {"torch", "torch_side"}
+SCIENCE = {"numpy", "ml_dtypes"}
+OWN = {  # what a file may import beyond its bank; an adapter of an engine or a model: the package of its own name
+    "jax_side/lanes.py": {"jax_tvm_ffi", "tvm_ffi"},
+    "torch_side/neighbors.py": {"vesin"},
+    "torch_side/models/sevennet.py": {"sevenn", "ase"},  # sevenn depends on ase
+}
+ADAPTED = set().union(*OWN.values(), {"jax_md"})
+DYNAMIC = ("import_module", "__import__", "find_spec", "LazyLoader")
+
+
+def files(root):
+    return {p.relative_to(root).as_posix(): p for d in BANKS for p in sorted((root / d).rglob("*.py"))}
+
+
+def imports(path, name):
+    """(module, True where only a call of a function imports it) for every import of a file, dynamic ones included."""
+    found = []
+
+    def visit(node, inside):
+        if isinstance(node, ast.Import):
+            found.extend((a.name, inside) for a in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join([*name.split("/")[: -node.level], *filter(None, [node.module])]) if node.level else node.module
+            deeper = base in BANKS  # there a name is a module of its own
+            found.extend((f"{base}.{a.name}" if deeper else base, inside) for a in node.names)
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in DYNAMIC:
+            found.extend((n.value, inside) for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str))
+        for child in ast.iter_child_nodes(node):
+            visit(child, inside or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
+
+    visit(ast.parse(path.read_text()), False)
+    return found
+
+
+def dotted(file):
+    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def top(module):
+    return module.split(".")[0]
+
+
+# The rules: a directory -> the files that break them.
+
+
+def jax_side_imports_torch(root):
+    return [f for f, p in files(root).items() if f.startswith("jax_side/") and TORCH & {top(m) for m, _ in imports(p, f)}]
+
+
+def torch_side_imports_jax(root):
+    return [f for f, p in files(root).items() if f.startswith("torch_side/") and JAX & {top(m) for m, _ in imports(p, f)}]
+
+
+def bank_imports_beyond_the_floor(root):
+    banks = [(f, p) for f, p in files(root).items() if not f.startswith("bridge/")]
+    return [f for f, p in banks if any(top(m) == "bridge" and m not in FLOOR for m, _ in imports(p, f))]
+
+
+def joins_outside_of_join(root):
+    found = [f for f, p in files(root).items() if (tops := {top(m) for m, _ in imports(p, f)}) & JAX and tops & TORCH]
+    return [f for f in found if f != "bridge/join.py"]
+
+
+def floor_imports_third_parties(root):
+    floor = [(f, p) for f, p in files(root).items() if dotted(f) in FLOOR]
+    return [f for f, p in floor if any(m not in FLOOR and top(m) not in sys.stdlib_module_names for m, _ in imports(p, f))]
+
+
+def third_parties_outside_their_adapter(root):
+    base = JAX | TORCH | SCIENCE | {"bridge"} | set(sys.stdlib_module_names)
+    own = {f: OWN.get(f, {p.stem} if p.parent.name in ("engines", "models") else set()) for f, p in files(root).items()}
+    allowed = lambda f, m, inside: top(m) in base or inside and top(m) in own[f]  # noqa: E731
+    return [f for f, p in files(root).items() if not all(allowed(f, m, inside) for m, inside in imports(p, f))]
+
+
+RULES = {  # rule: (file, source) pairs, each of which breaks it
+    jax_side_imports_torch: [
+        ("jax_side/a.py", "import torch.nn as nn"),
+        ("jax_side/b.py", "def f():\n    from torch_side.export import run"),
+        ("jax_side/c.py", "import importlib\nm = importlib.import_module('torch')"),
+    ],
+    torch_side_imports_jax: [
+        ("torch_side/a.py", "from jax import numpy"),
+        ("torch_side/models/b.py", "class A:\n    def f(self):\n        import jax_side.lanes"),
+        ("torch_side/c.py", "if True:\n    from ..jax_side import lanes"),
+    ],
+    bank_imports_beyond_the_floor: [("jax_side/a.py", "from bridge import to_jax"), ("torch_side/b.py", "import bridge.join")],
+    joins_outside_of_join: [("bridge/testing.py", "import jax\ndef f():\n    import torch"), ("bridge/__init__.py", "import jax_side, torch_side")],
+    floor_imports_third_parties: [
+        ("bridge/errors.py", "import numpy"),
+        ("bridge/function.py", "from bridge.join import to_jax"),
+        ("bridge/failures.py", "from . import join"),
+    ],
+    third_parties_outside_their_adapter: [
+        ("torch_side/models/mace.py", "import mace"),
+        ("torch_side/models/mace.py", "try:\n    from mace.tools import x\nexcept ImportError: pass"),
+        ("torch_side/models/chgnet.py", "def f():\n    import mace"),
+        ("jax_side/potential.py", "def f():\n    import jax_md"),
+        ("bridge/join.py", "class A:\n    import tvm_ffi"),
+    ],
+}
+PLANTED = [pytest.param(rule, f, s, id=f"{rule.__name__}-{i}") for rule, twins in RULES.items() for i, (f, s) in enumerate(twins)]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: r.__name__)
+def test_rule_x_this_tree(rule):
+    assert len(files(ROOT)) > 10
+    assert rule(ROOT) == []
+
+
+@pytest.mark.parametrize("rule, file, source", PLANTED)
+def test_rule_x_planted_tree(rule, file, source, tmp_path):
+    good = {"bridge/join.py": "import jax, torch", "jax_side/engines/jax_md.py": "import jax\ndef f(): import jax_md"}
+    for name, text in {**good, file: source}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert rule(tmp_path) == [file]
+    (tmp_path / file).write_text("from bridge.errors import message")
+    assert rule(tmp_path) == []
+
+
+def python(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def modules(*banks):
+    """Dotted names of everything in the banks, but __main__."""
+    return [n for n in map(dotted, files(ROOT)) if top(n) in banks and not n.endswith("__main__")]
+
+
+LOADED = "import sys, json, importlib\nfor m in {}: importlib.import_module(m)\nprint(json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"
+
+
+@pytest.mark.parametrize(
+    "names, forbidden",
+    [
+        (["bridge", *sorted(FLOOR)], JAX | TORCH | SCIENCE),
+        (modules("jax_side"), TORCH | ADAPTED),
+        (modules("torch_side"), JAX | ADAPTED),
+        (modules(*BANKS), ADAPTED),
+    ],
+    ids=["bridge", "jax_side", "torch_side", "all"],
+)
+def test_loaded_modules_x_import(names, forbidden):
+    loaded = set(python(LOADED.format(names)))
+    assert {top(n) for n in names} <= loaded
+    assert not loaded & forbidden
+
+
+def test_backends_x_import():
+    """JAX is not started by an import: the number of CPU devices can be chosen after it."""
+    after = "import jax; jax.config.update('jax_num_cpu_devices', 3); print(len(jax.devices()))"
+    assert python(LOADED.format(modules(*BANKS)) + "\n" + after) == 3
+
+
+STATE = """
+import importlib, json, os, sys, numpy, jax, torch
+def state():
+    of_torch = [getattr(torch, "get_" + k)() for k in ("default_dtype", "num_threads", "num_interop_threads", "float32_matmul_precision")]
+    of_torch += [torch.is_grad_enabled(), torch.get_default_device(), torch.are_deterministic_algorithms_enabled()]
+    return dict(env=dict(os.environ), jax=repr(sorted(jax.config.values.items())), torch=repr(of_torch), numpy=repr(numpy.geterr()))
+before = state()
+{change}
+for m in {names}: importlib.import_module(m)
+print(json.dumps([k for k, v in state().items() if v != before[k]]))
+"""
+
+
+@pytest.mark.parametrize(
+    "change, seen",
+    [
+        ("", []),
+        ("os.environ['OMP_NUM_THREADS'] = '7'; jax.config.update('jax_enable_x64', True); torch.set_num_threads(3)", ["env", "jax", "torch"]),
+    ],
+    ids=["nothing", "planted"],
+)
+def test_global_state_x_import(change, seen):
+    assert python(STATE.format(change=change, names=["bridge", *modules(*BANKS)])) == seen
