@@ -27,7 +27,8 @@ def potential(model, *, atomic_numbers, pbc=None, batch=None, n_systems=1, **ext
 
     Without `batch` there is one system: positions (N,3), cell (3,3) by rows or None for open boundaries, pbc (3,), and
     the energy is a scalar. With `batch` (N,) int, sorted, there are n_systems: cell (B,3,3) or None, pbc (B,3), and the
-    energy is (B,). pbc None means all axes if a cell is given, none otherwise; without a cell the model gets zeros.
+    energy is (B,). pbc may be one bool for all axes; None means all if a cell is given, none otherwise. Without a cell the
+    model gets zeros.
 
     Derivatives come from the model's own gradients, dE[b] = sum_{i in b} g_i . dr_i + <G_b, dh_b>, so that value and
     gradient cost one evaluation; higher orders differentiate the model. jit, grad, value_and_grad, jvp, hessian, vmap,
@@ -91,7 +92,8 @@ class Potential:
         pos, systems = _array("positions", positions), () if self.single else (self.n_systems,)
         if cell is None and self.pbc is not None and np.any(self.pbc):
             raise ValueError(message("a cell, since pbc is set", "None", "pass cell, or pbc=None"))
-        pbc = np.full((*systems, 3), cell is not None) if self.pbc is None else self.pbc
+        periodic = cell is not None if self.pbc is None else self.pbc
+        pbc = np.full((*systems, 3), periodic) if isinstance(periodic, bool) else periodic
         cell = jnp.zeros((*systems, 3, 3), pos.dtype) if cell is None else cell
         inputs = {name: _array(name, x) for name, x in {"cell": cell, "pbc": pbc, **self.fixed}.items()} | {"pos": pos}
         for name, inner in {"cell": (3, 3), "pbc": (3,)}.items():

@@ -1,0 +1,36 @@
+# Targets of this project; `make help` lists them. Everything runs in .venv, which `make setup` (or any target) makes.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+# torch is named with the others in one pip command, so that a CPU build at hand is taken instead of several GB of CUDA.
+PINS := torch==2.13.0 jax==0.10.2 jax-tvm-ffi==0.1.3 apache-tvm-ffi==0.1.15.post2 sevenn==0.13.0 jax-md==0.2.29 vesin==0.6.2
+WORKERS ?= 2
+
+.PHONY: help setup demo test bench gpu-check clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | awk -F '\t' '{printf "make %-12s %s\n", $$1, $$2}'
+
+setup: $(VENV)/installed  ## .venv with the package, the demo and the tests
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(PINS) -e '.[test]'
+	touch $@
+
+demo: setup  ## SevenNet-0 on a crystal in a jitted jax-md run: table, picture, trajectory in demos/out (ARGS="--help")
+	$(RUN) -m demos.md $(ARGS)
+
+test: setup  ## all tests on the CPU
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+bench: setup  ## costs of a call beside their controls, JSON lines and a table (a quiet machine, please)
+	$(RUN) -m benchmarks.bench $(ARGS)
+
+gpu-check: setup  ## checks on a CUDA GPU, report in benchmarks/gpu/<date>.json; says plainly when there is none
+	$(RUN) -m benchmarks.gpu_check $(ARGS)
+
+clean:  ## remove .venv and what was built
+	rm -rf $(VENV) build *.egg-info demos/out benchmarks/out .pytest_cache .hypothesis

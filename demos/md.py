@@ -1,0 +1,226 @@
+"""SevenNet-0, a pretrained torch potential, drives a jitted jax-md run of a real crystal: NVT, then NVE.
+
+    make demo        or        python -m demos.md --help
+
+Ends with a table, a PNG of energy and temperature, and an extxyz trajectory, in demos/out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import ase.build
+import ase.io
+import ase.md.verlet
+import ase.units
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from ase.calculators.singlepoint import SinglePointCalculator
+from jax_md import quantity, simulate, space
+from tqdm import tqdm
+
+import bridge
+from jax_side.engines import jax_md as engine
+from torch_side.models.sevennet import SevenNet
+
+CRYSTALS = {  # prototype and lattice constant in Angstrom (experiment, room temperature)
+    "NaCl": dict(crystalstructure="rocksalt", a=5.640),
+    "MgO": dict(crystalstructure="rocksalt", a=4.212),
+    "Si": dict(crystalstructure="diamond", a=5.431),
+    "Cu": dict(crystalstructure="fcc", a=3.615),
+}
+
+
+def options(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m demos.md", description=__doc__.split("\n")[0])
+    parser.add_argument("--crystal", choices=CRYSTALS, default="NaCl")
+    parser.add_argument("--repeat", type=_at_least(int, 1), default=2, help="conventional cells along each axis (2: 64 atoms of NaCl)")
+    parser.add_argument("--temperature", type=_at_least(float, 1.0), default=300.0, help="K")
+    parser.add_argument("--dt", type=_at_least(float, 0.01, 10.0), default=2.0, help="fs")
+    parser.add_argument("--nvt", type=_at_least(int, 1), default=150, help="steps of NVT (Nose-Hoover)")
+    parser.add_argument("--nve", type=_at_least(int, 2), default=150, help="steps of NVE")
+    parser.add_argument("--every", type=_at_least(int, 1), default=10, help="steps in one jitted call, and between frames")
+    parser.add_argument("--lane", choices=("auto", "ffi", "host"), default="auto")
+    parser.add_argument("--seed", type=_at_least(int, 0), default=0)
+    parser.add_argument("--out", type=Path, default=Path("demos/out"))
+    chosen = parser.parse_args(argv)
+    for name in ("nvt", "nve"):
+        if getattr(chosen, name) % chosen.every:
+            parser.error(f"argument --{name}: expected a multiple of --every {chosen.every}, got {getattr(chosen, name)}; change one of them")
+    if chosen.out.exists() and not chosen.out.is_dir():
+        parser.error(f"argument --out: expected a folder, got the file {chosen.out}; name another")
+    return chosen
+
+
+def _at_least(kind, low, high=math.inf):
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or math.isinf(value):
+            bound = f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"expected a number ({kind.__name__}) {bound}, got {text}; give such a number")
+        return value
+
+    return convert
+
+
+class Counted(torch.nn.Module):
+    """The model, and how often it was called."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.calls = model, 0
+
+    def forward(self, inputs):
+        self.calls += 1
+        return self.model(inputs)
+
+
+def run(chosen):
+    atoms = ase.build.bulk(chosen.crystal, cubic=True, **CRYSTALS[chosen.crystal]).repeat(chosen.repeat)
+    model = Counted(SevenNet("7net-0").eval())
+    print(f"{chosen.crystal}, {len(atoms)} atoms, {chosen.temperature:g} K, {chosen.dt:g} fs a step; jax {jax.__version__}, torch {torch.__version__}, lane {chosen.lane}")
+
+    # The whole of the bridge: a torch potential as a jax-md energy function.
+    energy = bridge.potential(model, atomic_numbers=atoms.numbers, pbc=True, lane=chosen.lane)
+    box = jnp.asarray(atoms.cell.array.T, jnp.float32)  # jax-md: columns
+    _, shift = space.periodic_general(box, fractional_coordinates=True)
+    energy_fn = engine.energy(energy, box)
+
+    mass, kT, dt = jnp.asarray(atoms.get_masses(), jnp.float32), ase.units.kB * chosen.temperature, chosen.dt * ase.units.fs
+    R = jnp.asarray(atoms.get_scaled_positions(), jnp.float32)
+    rows, frames = {}, []
+
+    init, step = engine.observed(simulate.nvt_nose_hoover, energy_fn, shift, dt, kT, tau=50 * ase.units.fs)
+    state, _ = init(jax.random.key(chosen.seed), R, mass=mass)
+    state = stretch("NVT", step, state, chosen.nvt, chosen, model, rows, frames, atoms)
+    init, step = engine.observed(simulate.nve, energy_fn, shift, dt)
+    state, _ = init(jax.random.key(1), state.position, kT=kT, mass=mass, momenta=state.momentum)
+    stretch("NVE", step, state, chosen.nve, chosen, model, rows, frames, atoms)
+    return atoms, model, rows, frames
+
+
+def stretch(name, step, state, steps, chosen, model, rows, frames, atoms):
+    """Steps in jitted chunks; each step gives its potential energy and temperature at no further call of the model."""
+
+    def one(state, _):
+        state, potential = step(state)
+        kinetic = quantity.kinetic_energy(momentum=state.momentum, mass=state.mass)
+        return state, (potential, kinetic)
+
+    chunk = jax.jit(lambda state: jax.lax.scan(one, state, None, length=chosen.every)).lower(state).compile()
+    before, trace, elapsed = model.calls, [], 0.0
+    with tqdm(total=steps, desc=name, unit="step", file=sys.stdout) as bar:
+        for _ in range(steps // chosen.every):
+            began = time.perf_counter()
+            with bridge.raising():
+                state, seen = jax.block_until_ready(chunk(state))
+            elapsed += time.perf_counter() - began
+            trace.append(np.asarray(seen, np.float64))
+            frames.append(frame(atoms, state, trace[-1][:, -1]))
+            bar.update(chosen.every)
+            bar.set_postfix(E=f"{trace[-1][0, -1]:.3f} eV", T=f"{frames[-1].info['temperature']:.0f} K")
+    potential, kinetic = np.concatenate(trace, 1)
+    rows[name] = dict(steps=steps, ms=1e3 * elapsed / steps, calls=(model.calls - before) / steps, potential=potential, kinetic=kinetic)
+    return state
+
+
+def frame(atoms, state, energies) -> ase.Atoms:
+    """One frame for extxyz, as ASE has it: wrapped positions, velocities, energy, forces."""
+    atoms = atoms.copy()
+    atoms.set_scaled_positions(np.asarray(state.position, np.float64) % 1.0)
+    atoms.set_momenta(np.asarray(state.momentum, np.float64))
+    atoms.calc = SinglePointCalculator(atoms, energy=energies[0], forces=np.asarray(state.force, np.float64))
+    atoms.info["temperature"] = atoms.get_temperature()
+    return atoms
+
+
+def baselines(atoms, model, chosen, steps=10) -> dict[str, float]:
+    """ms a step of the same model, from the last frame: SevenNet's own calculator under ASE, and called bare from torch."""
+    from sevenn.calculator import SevenNetCalculator
+
+    atoms = atoms.copy()
+    atoms.calc = SevenNetCalculator("7net-0", device="cpu")
+    dynamics = ase.md.verlet.VelocityVerlet(atoms, timestep=chosen.dt * ase.units.fs)
+    cell = torch.tensor(atoms.cell.array, dtype=torch.float32)[None]
+    fixed = {"atomic_numbers": torch.tensor(atoms.numbers), "cell": cell, "pbc": torch.ones(1, 3, dtype=torch.bool), "batch": torch.zeros(len(atoms), dtype=torch.int64)}
+    bare = lambda: model.model({"pos": torch.tensor(atoms.positions, dtype=torch.float32), **fixed})  # noqa: E731
+    return {"ASE": _median_ms(lambda: dynamics.run(1), steps, "ASE"), "bare torch": _median_ms(bare, steps, "bare torch")}
+
+
+def _median_ms(call, steps, name) -> float:
+    call()
+    times = []
+    for _ in tqdm(range(steps), desc=name, unit="step", file=sys.stdout):
+        began = time.perf_counter()
+        call()
+        times.append(1e3 * (time.perf_counter() - began))
+    return float(np.median(times))
+
+
+def drift(row, chosen, n_atoms) -> float:
+    """Slope of the total energy, meV/atom/ps, by least squares."""
+    ps = 1e-3 * chosen.dt * np.arange(row["steps"])
+    return 1e3 * np.polyfit(ps, row["potential"] + row["kinetic"], 1)[0] / n_atoms
+
+
+def table(rows, base, chosen, n_atoms) -> str:
+    lines = [f"{'':22}{'steps':>7}{'ms/step':>10}{'x bare torch':>14}{'torch calls/step':>18}{'drift meV/atom/ps':>19}"]
+    for name, row in rows.items():
+        shown = f"{drift(row, chosen, n_atoms):.3f}" if name == "NVE" else "-"
+        lines.append(f"{'jax-md ' + name + ', jitted':22}{row['steps']:>7}{row['ms']:>10.1f}{row['ms'] / base['bare torch']:>14.2f}{row['calls']:>18.2f}{shown:>19}")
+    for name, ms in base.items():
+        label = "SevenNet in ASE, NVE" if name == "ASE" else "SevenNet, bare torch"
+        lines.append(f"{label:22}{10:>7}{ms:>10.1f}{ms / base['bare torch']:>14.2f}{1.0:>18.2f}{'-':>19}")
+    return "\n".join(lines)
+
+
+def picture(rows, chosen, n_atoms, path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 1, sharex=True, figsize=(7, 5), layout="constrained")
+    start = 0
+    for name, row in rows.items():
+        ps = 1e-3 * chosen.dt * (start + np.arange(row["steps"]))
+        total = row["potential"] + row["kinetic"]
+        axes[0].plot(ps, 1e3 * (total - total[-1]) / n_atoms, label=f"{name}: total")
+        axes[0].plot(ps, 1e3 * (row["potential"] - rows["NVT"]["potential"][0]) / n_atoms, lw=0.8, label=f"{name}: potential - first")
+        axes[1].plot(ps, 2 * row["kinetic"] / (3 * (n_atoms - 1)) / ase.units.kB, label=name)
+        start += row["steps"]
+    axes[1].axhline(chosen.temperature, color="grey", lw=0.8)
+    axes[0].set(ylabel="energy (meV/atom)", title=f"{chosen.crystal}, {n_atoms} atoms: SevenNet-0 (torch) in jitted jax-md")
+    axes[1].set(ylabel="temperature (K)", xlabel="time (ps)")
+    axes[0].legend(fontsize=8)
+    axes[1].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def main(argv=None) -> None:
+    chosen = options(argv)
+    warnings.filterwarnings("ignore", message="Explicitly requested dtype float64")  # jax-md sums momenta in float64 if it can
+    warnings.filterwarnings("ignore", message="No tensor product accelerator")  # sevenn, on a CPU
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    atoms, model, rows, frames = run(chosen)
+    base = baselines(frames[-1], model, chosen)
+    trajectory, png = chosen.out / "md.extxyz", chosen.out / "md.png"
+    ase.io.write(trajectory, frames)
+    picture(rows, chosen, len(atoms), png)
+    read = ase.io.read(trajectory, ":")
+    print(f"\n{table(rows, base, chosen, len(atoms))}\n")
+    print(f"trajectory  {trajectory}  ({len(read)} frames, read back by ASE; last energy {read[-1].get_potential_energy():.4f} eV)\npicture     {png}")
+
+
+if __name__ == "__main__":
+    main()
