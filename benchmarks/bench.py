@@ -1,4 +1,4 @@
-"""What a bridged call costs, beside its controls and the native ways, in one process: `python -m benchmarks.bench`.
+"""What a bridged call costs on the CPU, beside its controls and the native ways, in one process: `python -m benchmarks.bench`.
 
 Prints one JSON line for each case, then a table. The variants of a group take turns, round by round, so that the drift of a
 busy machine hits them all: `us` is the quickest round, a ratio is the median over rounds of this / that in the same round.
@@ -23,6 +23,7 @@ import bridge
 from benchmarks.harness import GROUPS, bare, group, in_loop, line, measure, one_by_one, ratio, records
 
 ATOMS, ADDED_US, OF_HOST = 64, 5.0, 0.1
+
 
 def lanes(run, f, *args, wrap=lambda f: f):
     return {lane: run(wrap(bridge.to_jax(f, lane=lane)), *args) for lane in ("ffi", "host")}
@@ -177,11 +178,13 @@ def main(argv=None) -> int:
     torch.set_num_threads(args.threads)
     packages = {p: version(p) for p in ("jax", "torch", "jax-tvm-ffi", "apache-tvm-ffi")}
     rows = [{"name": "environment", **packages, "cpus": os.cpu_count(), "load": os.getloadavg()[0], **vars(args)}]
-    for name in tqdm(args.only, disable=None):
-        make, baselines, share = GROUPS[name]
-        times = measure(make(), max(1, int(args.calls * share)), args.rounds)
-        rows += records(name, baselines, times) + (acceptance(times) if name == "empty" else [])
-    text = "\n".join(map(json.dumps, rows := rows + pass_counts()))
+    with jax.default_device(jax.devices("cpu")[0]):
+        for name in tqdm(args.only, disable=None):
+            make, baselines, share = GROUPS[name]
+            times = measure(make(), max(1, int(args.calls * share)), args.rounds)
+            rows += records(name, baselines, times) + (acceptance(times) if name == "empty" else [])
+        rows += pass_counts()
+    text = "\n".join(map(json.dumps, rows))
     print(text, "", f"{'':46}{'us, best':>11}{'median':>11}   ratios", *map(line, rows[1:]), sep="\n")
     if args.out:
         with open(args.out, "w") as f:

@@ -21,19 +21,19 @@ def in_loop(body, x):
     return lambda n: loop(x, n).block_until_ready()
 
 
-def one_by_one(f, *args, wait=jax.block_until_ready):
-    """n calls from Python, each waited for."""
-    return lambda n: [wait(f(*args)) for _ in range(n)]
-
-
 def bare(f, *args):
-    """n calls of something that waits by itself: the control."""
+    """n calls of something that waits by itself."""
 
     def run(n):
         for _ in range(n):
             f(*args)
 
     return run
+
+
+def one_by_one(f, *args):
+    """n calls from Python, each waited for."""
+    return bare(lambda: jax.block_until_ready(f(*args)))
 
 
 def measure(variants: dict, calls: int, rounds: int) -> dict[str, list[float]]:
