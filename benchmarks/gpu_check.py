@@ -1,13 +1,13 @@
 """What only a machine with a CUDA GPU can tell: `python -m benchmarks.gpu_check`.
 
-Each check runs in a process of its own, so that none, not even one that kills its process, stops or spoils another. The
-results go to benchmarks/gpu/<date>.json. Exit code 0: all passed. 1: some failed. 3: no GPU, nothing checked or written.
+Each check (benchmarks/gpu_checks.py) runs in a process of its own, so that none, not even one that kills its process, stops
+or spoils another. The results go to benchmarks/gpu/<date>.json. Exit code 0: all passed. 1: some failed. 3: no GPU, so
+nothing was checked and nothing is written.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import json
 import subprocess
@@ -16,290 +16,98 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import torch
-
-import bridge
-from benchmarks.harness import bare, in_loop, measure, one_by_one
-from torch_side import buffers, export
-
 HERE = Path(__file__).resolve().parent
-SIDE, STEPS, CALLS = 4096, 50, 10_000  # of the slow kernel: a chain of matrix products; of the memory check
-CHECKS = {}
-
-
-def check(f):
-    """A check takes a JAX device and a dict for the values it finds, and raises where something is wrong."""
-    CHECKS[f.__name__] = f
-    return f
-
-
-def expect(true, text: str) -> None:
-    if not true:
-        raise AssertionError(text)
-
-
-def same(got, want, text: str) -> None:
-    wrong = int((np.asarray(got) != np.asarray(want)).sum())
-    expect(not wrong, f"{text}: {wrong} of {np.size(want)} values are wrong")
-
-
-def place(gpu) -> torch.device:
-    return torch.device("cpu" if gpu.platform == "cpu" else f"cuda:{gpu.local_hardware_id}")
-
-
-@contextlib.contextmanager
-def spied(**spies):
-    """TorchFunction.<name> calls the spy first, with the same arguments."""
-    originals = {name: getattr(export.TorchFunction, name) for name in spies}
-
-    def both(spy, original):
-        return staticmethod(lambda *args: (spy(*args), original(*args))[1])
-
-    try:
-        for name, spy in spies.items():
-            setattr(export.TorchFunction, name, both(spy, originals[name]))
-        yield
-    finally:
-        for name, original in originals.items():
-            setattr(export.TorchFunction, name, staticmethod(original))
-
-
-@check
-def pointers(gpu, values):
-    """Inside an ffi call torch's memory is JAX's, for inputs and outputs; arrays cross without a copy, both ways."""
-    x = jax.device_put(jnp.arange(1024.0), gpu)
-    with spied(run=lambda fn, given, into: values.update(given=given[0].data_ptr(), into=into[0].data_ptr())):
-        y = jax.jit(bridge.to_jax(lambda x: x * 2, lane="ffi"))(x).block_until_ready()
-    t = torch.arange(1024.0, device=place(gpu))
-    values |= {"x": x.unsafe_buffer_pointer(), "y": y.unsafe_buffer_pointer(), "t": t.data_ptr()}
-    values |= {"to_torch(x)": bridge.to_torch(x).data_ptr(), "to_jax(t)": bridge.to_jax(t).unsafe_buffer_pointer()}
-    expect(values["given"] == values["x"], "the input was copied")
-    expect(values["into"] == values["y"], "the output was copied")
-    expect(values["to_torch(x)"] == values["x"] and values["to_jax(t)"] == values["t"], "an array was copied")
-
-
-@check
-def stream(gpu, values):
-    """Inside a call torch's current stream is the one that XLA gives, and not the default one."""
-    inside = lambda fn, given, into: values.update(inside=torch.cuda.current_stream(given[0].device).cuda_stream)  # noqa: E731
-    with spied(run=inside, on_stream=lambda stream, tensors: values.update(given=stream, type=type(stream).__name__)):
-        jax.jit(bridge.to_jax(torch.sin, lane="ffi"))(jax.device_put(jnp.ones(8), gpu)).block_until_ready()
-    values["outside"] = torch.cuda.current_stream().cuda_stream
-    expect(values["inside"] == values["given"], "torch is on another stream than XLA's")
-    expect(values["given"] not in (0, torch.cuda.default_stream().cuda_stream), "XLA gave the default stream")
-    expect(values["outside"] == torch.cuda.default_stream().cuda_stream, "the caller's stream was left changed")
-
-
-def problem(gpu):
-    """x of small integers, a cyclic permutation p, and what STEPS products with p make of x: exact in any precision."""
-    x = np.arange(SIDE * SIDE).reshape(SIDE, SIDE) % 61
-    p = np.roll(np.eye(SIDE), 1, axis=1)
-    return *(jax.device_put(jnp.asarray(a, "float32"), gpu) for a in (x, p)), np.roll(x, STEPS, axis=1)
-
-
-def chain(x, p):
-    """Slow, in torch or JAX."""
-    for _ in range(STEPS):
-        x = x @ p
-    return x
-
-
-slow = jax.jit(chain)
-
-
-@check
-def order_jit(gpu, values):
-    """Slow kernels of XLA before, between and after bridged calls, in one program and in several: no synchronisation."""
-    x, p, rolled = problem(gpu)
-    f = bridge.to_jax(lambda x: x + 1, lane="ffi")
-    step, jitted = jax.jit(lambda x: f(chain(f(chain(x, p)), p))), jax.jit(f)
-    want = np.roll(rolled, STEPS, axis=1) + 2
-    step(x).block_until_ready(), slow(jitted(x), p).block_until_ready()
-    start = time.perf_counter()
-    one = step(x)
-    values["dispatch_ms"] = (time.perf_counter() - start) * 1e3
-    one.block_until_ready()
-    values["total_ms"] = (time.perf_counter() - start) * 1e3
-    several = jitted(slow(jitted(slow(x, p)), p))
-    same(one, want, "one program"), same(several, want, "several programs")
-    expect(gpu.platform == "cpu" or values["dispatch_ms"] < values["total_ms"] / 2, "the host waited for the kernels")
-
-
-@check
-def order_eager(gpu, values):
-    """Eager calls: a slow torch kernel still reads its input when JAX frees that memory and uses it again."""
-    x, p, rolled = problem(gpu)
-    f = bridge.to_jax(chain)
-    for k in range(5):
-        y = f(x + k, p)
-        junk = [jnp.full_like(x, -1) for _ in range(4)]
-        same(y, rolled + k, f"round {k}")
-        del junk
-
-
-@check
-def order_arrays(gpu, values):
-    """to_jax and to_torch of arrays still being computed, and memory that is freed while the other side reads it."""
-    x, p, rolled = problem(gpu)
-    tp = bridge.to_torch(p)
-    same((bridge.to_torch(slow(x, p)) + 1).cpu(), rolled + 1, "to_torch of a running computation")
-    same(bridge.to_jax(chain(bridge.to_torch(x), tp)) + 1, rolled + 1, "to_jax of a running computation")
-    for k in range(5):
-        y = slow(bridge.to_jax(bridge.to_torch(x) + k), p)
-        junk = [torch.full((SIDE, SIDE), -1.0, device=place(gpu)) for _ in range(4)]
-        same(y, rolled + k, "a tensor freed while XLA reads it")
-        t = chain(bridge.to_torch(x + k), tp)
-        junk += [jnp.full_like(x, -1) for _ in range(4)]
-        same(t.cpu(), rolled + k, "an array freed while torch reads it")
-
-
-@check
-def order_weights(gpu, values):
-    """Weights that torch's own stream is still writing when the call begins, and writes again when it has been dispatched."""
-    x, p, _ = problem(gpu)
-    net, tp = torch.nn.Linear(SIDE, SIDE, bias=False, device=place(gpu)), bridge.to_torch(p)
-    f = jax.jit(bridge.to_jax(net))
-    f(x).block_until_ready()
-    with torch.no_grad():
-        for k in range(5):
-            net.weight.copy_(chain(torch.eye(SIDE, device=place(gpu)), tp))
-            y = f(slow(x, p))
-            net.weight.zero_()
-            same(y, np.asarray(slow(x, p)) @ np.roll(np.eye(SIDE), STEPS, axis=1).T, f"round {k}")
-
-
-def energy(x):
-    """Soft spheres, for torch tensors and JAX arrays."""
-    eye = torch.eye(len(x), device=x.device) if isinstance(x, torch.Tensor) else jnp.eye(len(x))
-    r2 = ((x[:, None] - x[None]) ** 2).sum(-1) + eye
-    return ((1 - eye) / r2**3).sum() / 2
-
-
-@check
-def numbers(gpu, values):
-    """Values, gradients, Hessian-vector products and batches: both lanes on the GPU, the CPU and pure JAX agree."""
-    x = jnp.asarray(np.random.default_rng(0).uniform(0, 6, (2, 16, 3)), "float32")
-    sums = lambda f: lambda x: (f(x[0]), jax.grad(f)(x[0]), jax.jvp(jax.grad(f), (x[0],), (x[1],))[1], jax.vmap(jax.grad(f))(x))  # noqa: E731
-    cpu = jax.devices("cpu")[0]
-    lanes = {f"{d.platform} {lane}": (bridge.to_jax(energy, lane=lane), d) for d in {cpu, gpu} for lane in ("ffi", "host")}
-    want = jax.jit(sums(energy))(jax.device_put(x, cpu))
-    for name, (f, device) in lanes.items():
-        got = jax.jit(sums(f))(jax.device_put(x, device))
-        values[name] = [float(np.abs(np.asarray(g) - w).max() / np.abs(w).max()) for g, w in zip(got, map(np.asarray, want), strict=True)]
-    expect(max(map(max, values.values())) < 1e-4, "relative differences above 1e-4")
-
-
-@check
-def graph(gpu, values):
-    """XLA replays a CUDA graph over a torch call that allocates nothing, registered with allow_cuda_graph."""
-    import jax_tvm_ffi
-    import tvm_ffi
-
-    n, calls, work = 1024, [], torch.ones(1024, device=place(gpu))
-
-    def enter(stream, x, y):
-        calls.append(stream)
-        with torch.no_grad(), buffers.on_stream(stream, (x,)) if x.is_cuda else contextlib.nullcontext():
-            torch.add(torch.mul(x, 0.5, out=work), 1.0, out=y)
-
-    torch.add(torch.mul(work, 0.5, out=work), 1.0, out=torch.empty_like(work))  # loads the kernels before any capture
-    handler, platform = tvm_ffi.convert_func(enter, tensor_cls=torch.Tensor), "cpu" if gpu.platform == "cpu" else "gpu"
-    spec = ["ctx.stream", "args", "rets"]
-    jax_tvm_ffi.register_ffi_target("gpu_check_graph", handler, spec, platform=platform, allow_cuda_graph=True, pass_owned_tensor=True)
-    bridged = jax.ffi.ffi_call("gpu_check_graph", jax.ShapeDtypeStruct((n,), jnp.float32))
-    loop = lambda f: jax.jit(lambda x: jax.lax.fori_loop(0, STEPS, lambda _, x: f(jnp.cos(f(jnp.sin(f(x))))), x))  # noqa: E731
-    x = jax.device_put(jnp.linspace(0, 1, n), gpu)
-    got, want = loop(bridged)(x), loop(lambda x: x * 0.5 + 1)(x)
-    values |= {"difference": float(jnp.abs(got - want).max()), "calls": 3 * STEPS, "python_calls": len(calls), "streams": len(set(calls))}
-    expect(values["difference"] < 1e-5, "a replay gave wrong values")
-    expect(values["python_calls"] < values["calls"] / 2, "XLA called Python at every step: no graph was replayed")
-
-
-@check
-def memory(gpu, values):
-    """Both allocators, side by side, before and after 10^4 energies with forces; and calls that had to collect garbage."""
-    f, accused, original = jax.jit(jax.value_and_grad(bridge.to_jax(energy, lane="ffi"))), [], export._accuse
-    export._accuse = lambda *args: (accused.append(1), original(*args))[1]
-    x = jax.device_put(jnp.linspace(0, 9, 192).reshape(64, 3), gpu)
-    for when, count in ("before", 100), ("after", CALLS):
-        one_by_one(f, x)(count)
-        ours, theirs = gpu.memory_stats() or {}, torch.cuda.memory_stats() if place(gpu).type == "cuda" else {}
-        values[f"jax {when}"] = {k: ours.get(k) for k in ("bytes_in_use", "peak_bytes_in_use", "bytes_limit")}
-        values[f"torch {when}"] = {k: theirs.get(k) for k in ("allocated_bytes.all.current", "reserved_bytes.all.current")}
-    values["garbage collections"] = len(accused)
-    expect(values["jax after"] == values["jax before"] and values["torch after"] == values["torch before"], "memory grew")
-
-
-@check
-def timing(gpu, values):
-    """An empty call in a fori_loop, on both lanes, beside the bare Python call and an empty loop; microseconds, best of 7."""
-    x, t, identity = jax.device_put(jnp.ones(8), gpu), torch.ones(8, device=place(gpu)), lambda x: x  # noqa: E731
-    variants = {"bare torch": bare(identity, t), "empty jax loop": in_loop(jax.lax.optimization_barrier, x)}
-    variants |= {lane: in_loop(bridge.to_jax(identity, lane=lane), x) for lane in ("ffi", "host")}
-    values |= {name: min(us) for name, us in measure(variants, max(1, CALLS // 20), 7).items()}
 
 
 def machine() -> dict:
-    """What is here; `cuda` is False where JAX or torch sees no CUDA GPU."""
-    try:
-        gpu = jax.devices("cuda")[0]
-    except RuntimeError:
-        gpu = None
+    """What is here; `cuda` is False unless JAX and torch both see a CUDA GPU."""
+    import jax
+    import torch
+
     found = {"jax devices": ", ".join(map(str, jax.devices())), "torch.cuda": torch.cuda.is_available()}
-    if gpu is None or not torch.cuda.is_available():
+    if not torch.cuda.is_available() or not (gpus := cuda_devices()):
         return {"cuda": False, **found}
-    packages = {p: version(p) for p in ("jax", "torch", "jax-tvm-ffi", "apache-tvm-ffi")}
+    packages = {p: version(p) for p in ("jax", "jaxlib", "torch", "jax-tvm-ffi", "apache-tvm-ffi")}
     smi = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"], capture_output=True, text=True)
-    return {"cuda": True, **found, "device": gpu.device_kind, "nvidia-smi": smi.stdout.strip(), "platform": gpu.client.platform_version, **packages}
+    names = {"device": gpus[0].device_kind, "device in torch": torch.cuda.get_device_name(), "nvidia-smi": smi.stdout.strip()}
+    return {"cuda": True, **found, **names, "platform": gpus[0].client.platform_version, **packages}
 
 
-def attempt(f, gpu) -> dict:
-    """The record of one check; a check that raises is a failed one."""
+def cuda_devices() -> list:
+    import jax
+
+    try:
+        return jax.devices("cuda")
+    except RuntimeError:
+        return []
+
+
+def attempt(check, gpu) -> dict:
+    """The record of one check; one that raises has failed, and keeps the values that it found before."""
     start, values, error = time.perf_counter(), {}, None
     try:
-        f(gpu, values)
+        check(gpu, values)
     except Exception as e:
         error = f"{type(e).__name__}: {e}"
     return {"status": "failed" if error else "ok", "error": error, "seconds": round(time.perf_counter() - start, 2), "values": values}
 
 
-def in_child(name: str) -> dict:
-    """What a fresh process prints last; one that dies is a failed check."""
-    ended = subprocess.run([sys.executable, "-m", "benchmarks.gpu_check", "--only", name], cwd=HERE.parent, capture_output=True, text=True)
+def in_child(name: str, timeout: float = 600) -> dict:
+    """The record that a fresh process prints last; a process that dies or hangs is a failed check."""
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--only", name]
     try:
+        ended = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, timeout=timeout)
         return json.loads(ended.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        error = f"no end after {timeout} s"
     except (IndexError, ValueError):
-        return {"status": "failed", "error": f"the process ended with code {ended.returncode}: {ended.stderr[-2000:]}", "values": {}}
+        error = f"the process ended with code {ended.returncode}: {ended.stderr[-2000:]}"
+    return failed(error)
+
+
+def failed(error: str) -> dict:
+    return {"status": "failed", "error": error, "values": {}}
 
 
 def report(machine: dict, names, start, folder: Path) -> bool:
-    """Run all checks, tell how they went, and write it down."""
+    """Start every check, tell how it went, and write it all down; True if all passed."""
     results = {}
     for name in names:
         results[name] = start(name)
-        print(f"{name:16}{results[name]['status']:8}{results[name].get('error') or ''}", flush=True)
-    folder.mkdir(exist_ok=True)
+        print(f"{name:16}{results[name]['status']:8}{results[name]['error'] or ''}", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{datetime.date.today()}.json"
     path.write_text(json.dumps({"machine": machine, "checks": results}, indent=1) + "\n")
     print(f"written to {path}")
     return all(r["status"] == "ok" for r in results.values())
 
 
+def record(name: str) -> dict:
+    if name == "machine":
+        return machine()
+    from benchmarks.gpu_checks import CHECKS
+
+    gpus = cuda_devices()
+    return attempt(CHECKS[name], gpus[0]) if gpus else failed("no CUDA GPU seen by jax")
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
-    parser.add_argument("--only", choices=["machine", *CHECKS], help="run this one here and print its record")
+    parser.add_argument("--only", metavar="NAME", help="run this check in this process and print its record; write nothing")
     only = parser.parse_args(argv).only
     if only:
-        print(json.dumps(machine() if only == "machine" else attempt(CHECKS[only], jax.devices("cuda")[0])))
+        print(json.dumps(record(only)))
         return 0
     here = in_child("machine")
-    if not here.get("cuda"):
-        seen = f"jax (devices: {here.get('jax devices', here.get('error'))}) and torch (cuda available: {here.get('torch.cuda')})"
+    if "cuda" not in here:
+        print(f"JAX or torch can't be asked for a GPU, nothing was checked, nothing is written: {here['error']}")
+        return 3
+    if not here["cuda"]:
+        seen = f"jax (devices: {here['jax devices']}) and torch (cuda available: {here['torch.cuda']})"
         print(f"no CUDA GPU seen by {seen}: nothing was checked, nothing is written")
         return 3
+    from benchmarks.gpu_checks import CHECKS
+
     return 0 if report(here, CHECKS, in_child, HERE / "gpu") else 1
 
 

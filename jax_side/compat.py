@@ -53,6 +53,11 @@ def keep_alive(ctx, owner) -> None:
     ctx.module_context.add_keepalive(owner)
 
 
+def no_tangent(x) -> Zero:
+    """The tangent of an integer or bool value."""
+    return Zero(core.typeof(x).to_tangent_aval())
+
+
 def float0(x) -> bool:
     return getattr(x, "dtype", None) == jax.dtypes.float0
 

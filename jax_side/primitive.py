@@ -48,7 +48,7 @@ def _jvp(primals, tangents, *, fn, lane):
         outs = call(fn, *primals, lane=lane)
         dots = call(fn.jvp(wrt), *primals, *dx, lane=lane)
     dots = iter(dots)
-    return outs, [next(dots) if s.inexact else _no_tangent(o) for o, s in zip(outs, fn.outputs, strict=True)]
+    return outs, [next(dots) if s.inexact else compat.no_tangent(o) for o, s in zip(outs, fn.outputs, strict=True)]
 
 
 def _jvp_of_energy(gradient: Function, fn: Function, primals, dx, lane):
@@ -58,10 +58,6 @@ def _jvp_of_energy(gradient: Function, fn: Function, primals, dx, lane):
     lead = max(o.ndim for o, s in zip(outs, fn.outputs) if s.inexact)
     dots = [jnp.sum(g * t, axis=tuple(range(lead, g.ndim))) for g, t in zip(grads, dx, strict=True)]
     return outs, [sum(dots[1:], dots[0])]
-
-
-def _no_tangent(out):
-    return Zero.from_primal_value(out)
 
 
 def _transpose(cts, *args, fn, lane):
