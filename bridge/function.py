@@ -131,19 +131,36 @@ class Derived(Function):
 
 
 @dataclass(frozen=True)
-class Jvp(Derived):
-    """(x, tangents of x[wrt]) -> tangents of outputs[outs]; linear in the tangents."""
+class Linearised(Derived):
+    """What Jvp and Vjp share: `of` around its inputs, linear in what follows them."""
 
     wrt: tuple[int, ...]
     outs: tuple[int, ...]
+
+    def _split(self, arrays):
+        n = len(self.of.inputs)
+        return arrays[:n], arrays[n:]
+
+    def must_map(self, mapped):
+        inputs, linear = self._split(mapped)
+        return self.of.must_map(inputs) + (True,) * len(linear)
+
+    def vmap(self, mapped, size):
+        batched = _natively(self.of, self._split(mapped)[0], size, self.wrt)
+        return type(self)(batched, self.wrt, self.outs) if batched else Vmap(self, mapped, size)
+
+
+@dataclass(frozen=True)
+class Jvp(Linearised):
+    """(x, tangents of x[wrt]) -> tangents of outputs[outs]; linear in the tangents."""
 
     inputs = cached_property(lambda self: self.of.inputs + _pick(self.of.inputs, self.wrt))
     outputs = cached_property(lambda self: _pick(self.of.outputs, self.outs))
     linear = cached_property(lambda self: len(self.wrt))
 
     def __call__(self, *arrays):
-        n = len(self.of.inputs)
-        return self.engine.jvp(self.of, arrays[:n], self.wrt, arrays[n:], self.outs)
+        primals, tangents = self._split(arrays)
+        return self.engine.jvp(self.of, primals, self.wrt, tangents, self.outs)
 
     def along(self, keep):
         return Jvp(self.of, _pick(self.wrt, keep), self.outs)
@@ -151,39 +168,24 @@ class Jvp(Derived):
     def transpose(self, keep, outs):
         return Vjp(self.of, _pick(self.wrt, keep), _pick(self.outs, outs))
 
-    def must_map(self, mapped):
-        return _must_map_linearised(self, mapped)
-
-    def vmap(self, mapped, size):
-        return _vmap_linearised(self, mapped, size)
-
 
 @dataclass(frozen=True)
-class Vjp(Derived):
+class Vjp(Linearised):
     """(x, cotangents of outputs[outs]) -> cotangents of x[wrt]; linear in the cotangents."""
-
-    wrt: tuple[int, ...]
-    outs: tuple[int, ...]
 
     inputs = cached_property(lambda self: self.of.inputs + _pick(self.of.outputs, self.outs))
     outputs = cached_property(lambda self: _pick(self.of.inputs, self.wrt))
     linear = cached_property(lambda self: len(self.outs))
 
     def __call__(self, *arrays):
-        n = len(self.of.inputs)
-        return self.engine.vjp(self.of, arrays[:n], self.wrt, arrays[n:], self.outs)
+        primals, cotangents = self._split(arrays)
+        return self.engine.vjp(self.of, primals, self.wrt, cotangents, self.outs)
 
     def along(self, keep):
         return Vjp(self.of, self.wrt, _pick(self.outs, keep))
 
     def transpose(self, keep, outs):
         return Jvp(self.of, _pick(self.wrt, outs), _pick(self.outs, keep))
-
-    def must_map(self, mapped):
-        return _must_map_linearised(self, mapped)
-
-    def vmap(self, mapped, size):
-        return _vmap_linearised(self, mapped, size)
 
 
 @dataclass(frozen=True)
@@ -240,16 +242,6 @@ class Vmap(Derived):
     def _linear(self, inner: Function, linear: int) -> Function:
         """Linear inputs always carry the batch axis (must_map), so the transpose needs no sum over it."""
         return Vmap(inner, self.mapped[: len(self.mapped) - self.linear] + (True,) * linear, self.size)
-
-
-def _must_map_linearised(self, mapped):
-    n = len(self.of.inputs)
-    return self.of.must_map(mapped[:n]) + (True,) * (len(mapped) - n)
-
-
-def _vmap_linearised(self, mapped, size):
-    batched = _natively(self.of, mapped[: len(self.of.inputs)], size, self.wrt)
-    return type(self)(batched, self.wrt, self.outs) if batched else Vmap(self, mapped, size)
 
 
 def _natively(of, mapped, size, wrt) -> Function | None:

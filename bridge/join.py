@@ -15,7 +15,7 @@ from jax_side import lanes, primitive
 from jax_side import potential as jax_potential
 from jax_side.signature import Signature, check_width, output_names, parameter_names, sign
 from torch_side import arrays as torch_arrays
-from torch_side import buffers, export, strain, transforms
+from torch_side import buffers, export, inference, strain, transforms
 
 tree = jax.tree_util
 BATCHED = ("vmap", "sequential")
@@ -185,7 +185,7 @@ class JaxFunction:
 
     def __init__(self, target: Callable, outputs, batched, derivatives: str, lane: str):
         lanes.release_retired()
-        export.check_mode(target)
+        inference.check_mode(target)
         self._batched = tuple(sorted(batched.items())) if isinstance(batched, dict) else batched
         if not isinstance(batched, (dict, int)) or isinstance(batched, bool):
             _one_of("batched", batched, BATCHED, "an axis (int), {argument: axis}")
@@ -219,7 +219,7 @@ class JaxFunction:
         """The Function for one signature: its output types are inferred or declared here, before anything runs."""
         call = export.Call(self.__wrapped__, signature.tree, signature.static, tree.tree_flatten)
         if self._outputs is None:
-            outputs, out_tree = export.infer(call, signature.inputs, self._engine)
+            outputs, out_tree = inference.infer(call, signature.inputs, self._engine)
         else:
             outputs, out_tree = signature.declared(self._outputs)
         names = signature.names(), output_names(out_tree)

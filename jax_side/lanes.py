@@ -20,7 +20,7 @@ import numpy as np
 from bridge.errors import message, missing
 from bridge.failures import Listener, carried
 from bridge.function import Function, Spec
-from jax_side import arrays, compat
+from jax_side import arrays
 
 LANES = ("auto", "ffi", "host")
 FFI_PLATFORMS = ("cpu", "cuda")

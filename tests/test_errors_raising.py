@@ -1,6 +1,5 @@
 """Exceptions of torch reach the person: text, type and frame on every path; the object itself where it can."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -329,7 +328,7 @@ def test_torch_func_refusal_names_the_alternative(lane):
 def test_scripted_parts_are_named():
     net = Noisy(torch.nn.ReLU())
     net.inner[1] = torch.jit.script(torch.nn.Tanh())
-    from torch_side.export import _culprits
+    from torch_side.running import _culprits
 
     assert _culprits(net) == " (TorchScript parts: inner.1)"
 

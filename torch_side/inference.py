@@ -1,0 +1,75 @@
+"""What is known of a torch callable before it runs: the types of its outputs, and whether it is a function at all."""
+
+from __future__ import annotations
+
+import torch
+
+from bridge.errors import message
+from bridge.function import Engine, Spec
+from torch_side import buffers
+
+RANDOM_IN_TRAINING = (
+    torch.nn.modules.dropout._DropoutNd,
+    torch.nn.modules.batchnorm._BatchNorm,
+    torch.nn.RReLU,
+)
+
+
+def check_output(leaf, what: str) -> None:
+    """An output must be a dense torch.Tensor."""
+    if not isinstance(leaf, torch.Tensor):
+        raise TypeError(message(f"{what} as a torch.Tensor", f"{type(leaf).__name__} {leaf!r:.60}", "return torch.as_tensor(...) of it, or drop it"))
+    if leaf.layout != torch.strided:
+        raise TypeError(message(f"{what} as a dense tensor", f"layout {leaf.layout}", "return it .to_dense()"))
+
+
+def check_mode(target) -> None:
+    """A module in training mode whose layers draw random numbers or change their buffers is no function."""
+    owner = target if isinstance(target, torch.nn.Module) else getattr(target, "__self__", None)
+    for name, m in owner.named_modules() if isinstance(owner, torch.nn.Module) else ():
+        if m.training and isinstance(m, RANDOM_IN_TRAINING) and getattr(m, "p", 1.0) != 0.0:
+            raise ValueError(
+                message(
+                    f"{type(owner).__name__} in evaluation mode",
+                    f"layer {name or '(itself)'!s} ({type(m).__name__}) in training mode, whose result is random or depends on earlier calls",
+                    "call .eval() on it first",
+                )
+            )
+
+
+def infer(call, inputs: tuple[Spec, ...], engine: Engine):
+    """Output types and tree of an export.Call, found without running it."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+
+    check_mode(call.target)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.set_grad_enabled(engine.differentiates_inside):
+            leaves, tree = call([torch.empty(s.shape, dtype=buffers.DTYPES[s.dtype], device=_device(call.target)) for s in inputs])
+    except (DataDependentOutputException, DynamicOutputShapeException) as e:
+        raise ValueError(message(f"output shapes of {call.name} that depend on input shapes alone", "a data-dependent operation", _DECLARE)) from e
+    except Exception as e:
+        e.add_note(f"bridge: while running {call.name} on fake tensors to find its output shapes; if it needs real values, {_DECLARE}")
+        raise
+    for i, leaf in enumerate(leaves):
+        check_output(leaf, f"output {i} of {call.name}")
+    _check_no_fake_kept(call.target)
+    return tuple(map(buffers.spec_of, leaves)), tree
+
+
+_DECLARE = "declare outputs= (a pytree of jax.ShapeDtypeStruct, or a function of the inputs' that returns it)"
+
+
+def _device(target):
+    tensors = target.parameters() if isinstance(target, torch.nn.Module) else ()
+    return next((t.device for t in tensors), torch.device("cpu"))
+
+
+def _check_no_fake_kept(target) -> None:
+    """A module that stored a fake tensor (a cache, say) would fail in its first real call."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    for name, m in target.named_modules() if isinstance(target, torch.nn.Module) else ():
+        for key, value in vars(m).items():
+            if isinstance(value, FakeTensor):
+                setattr(m, key, None)
+                raise ValueError(message("a module that keeps no tensor of a call in shape inference", f"attribute {f'{name}.{key}'.lstrip('.')}", _DECLARE))
