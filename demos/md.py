@@ -105,12 +105,15 @@ def run(chosen):
     state = stretch("NVT", step, state, chosen.nvt, chosen, model, rows, frames, atoms)
     init, step = engine.observed(simulate.nve, energy_fn, shift, dt)
     state, _ = init(jax.random.key(1), state.position, kT=kT, mass=mass, momenta=state.momentum)
-    stretch("NVE", step, state, chosen.nve, chosen, model, rows, frames, atoms)
-    return atoms, model, rows, frames
+    beside = baselines(frames[-1], model.model, chosen)
+    stretch("NVE", step, state, chosen.nve, chosen, model, rows, frames, atoms, beside)
+    return atoms, rows, frames
 
 
-def stretch(name, step, state, steps, chosen, model, rows, frames, atoms):
-    """Steps in jitted chunks; each step gives its potential energy and temperature at no further call of the model."""
+def stretch(name, step, state, steps, chosen, model, rows, frames, atoms, beside=()):
+    """Steps in jitted chunks; each step gives its potential energy and temperature at no further call of the model.
+
+    `beside` are (name, steps, call) to be timed in turn with the chunks, so that all see the same machine."""
 
     def one(state, _):
         state, potential = step(state)
@@ -118,19 +121,24 @@ def stretch(name, step, state, steps, chosen, model, rows, frames, atoms):
         return state, (potential, kinetic)
 
     chunk = jax.jit(lambda state: jax.lax.scan(one, state, None, length=chosen.every)).lower(state).compile()
-    before, trace, elapsed = model.calls, [], 0.0
+    before, trace, times = model.calls, [], {label: [] for label in (name, *(label for label, *_ in beside))}
     with tqdm(total=steps, desc=name, unit="step", file=sys.stdout) as bar:
         for _ in range(steps // chosen.every):
             began = time.perf_counter()
             with bridge.raising():
                 state, seen = jax.block_until_ready(chunk(state))
-            elapsed += time.perf_counter() - began
+            times[name].append((time.perf_counter() - began) / chosen.every)
+            for label, n, call in beside:
+                began = time.perf_counter()
+                call()
+                times[label].append((time.perf_counter() - began) / n)
             trace.append(np.asarray(seen, np.float64))
             frames.append(frame(atoms, state, trace[-1][:, -1]))
             bar.update(chosen.every)
             bar.set_postfix(E=f"{trace[-1][0, -1]:.3f} eV", T=f"{frames[-1].info['temperature']:.0f} K")
     potential, kinetic = np.concatenate(trace, 1)
-    rows[name] = dict(steps=steps, ms=1e3 * elapsed / steps, calls=(model.calls - before) / steps, potential=potential, kinetic=kinetic)
+    ms = {label: 1e3 * float(np.median(seen)) for label, seen in times.items()}
+    rows[name] = dict(steps=steps, ms=ms, calls=(model.calls - before) / steps, potential=potential, kinetic=kinetic)
     return state
 
 
@@ -144,8 +152,8 @@ def frame(atoms, state, energies) -> ase.Atoms:
     return atoms
 
 
-def baselines(atoms, model, chosen, steps=10) -> dict[str, float]:
-    """ms a step of the same model, from the last frame: SevenNet's own calculator under ASE, and called bare from torch."""
+def baselines(atoms, model, chosen):
+    """(name, steps, call) of the same model without the bridge: SevenNet's own calculator under ASE, and bare torch."""
     from sevenn.calculator import SevenNetCalculator
 
     atoms = atoms.copy()
@@ -153,18 +161,9 @@ def baselines(atoms, model, chosen, steps=10) -> dict[str, float]:
     dynamics = ase.md.verlet.VelocityVerlet(atoms, timestep=chosen.dt * ase.units.fs)
     cell = torch.tensor(atoms.cell.array, dtype=torch.float32)[None]
     fixed = {"atomic_numbers": torch.tensor(atoms.numbers), "cell": cell, "pbc": torch.ones(1, 3, dtype=torch.bool), "batch": torch.zeros(len(atoms), dtype=torch.int64)}
-    bare = lambda: model.model({"pos": torch.tensor(atoms.positions, dtype=torch.float32), **fixed})  # noqa: E731
-    return {"ASE": _median_ms(lambda: dynamics.run(1), steps, "ASE"), "bare torch": _median_ms(bare, steps, "bare torch")}
-
-
-def _median_ms(call, steps, name) -> float:
-    call()
-    times = []
-    for _ in tqdm(range(steps), desc=name, unit="step", file=sys.stdout):
-        began = time.perf_counter()
-        call()
-        times.append(1e3 * (time.perf_counter() - began))
-    return float(np.median(times))
+    bare = lambda: model({"pos": torch.tensor(atoms.positions, dtype=torch.float32), **fixed})  # noqa: E731
+    dynamics.run(1), bare()
+    return [("SevenNet in ASE, NVE", 2, lambda: dynamics.run(2)), ("SevenNet, bare torch", 2, lambda: (bare(), bare()))]
 
 
 def drift(row, chosen, n_atoms) -> float:
@@ -173,14 +172,15 @@ def drift(row, chosen, n_atoms) -> float:
     return 1e3 * np.polyfit(ps, row["potential"] + row["kinetic"], 1)[0] / n_atoms
 
 
-def table(rows, base, chosen, n_atoms) -> str:
+def table(rows, chosen, n_atoms) -> str:
     lines = [f"{'':22}{'steps':>7}{'ms/step':>10}{'x bare torch':>14}{'torch calls/step':>18}{'drift meV/atom/ps':>19}"]
+    base = rows["NVE"]["ms"]["SevenNet, bare torch"]
     for name, row in rows.items():
-        shown = f"{drift(row, chosen, n_atoms):.3f}" if name == "NVE" else "-"
-        lines.append(f"{'jax-md ' + name + ', jitted':22}{row['steps']:>7}{row['ms']:>10.1f}{row['ms'] / base['bare torch']:>14.2f}{row['calls']:>18.2f}{shown:>19}")
-    for name, ms in base.items():
-        label = "SevenNet in ASE, NVE" if name == "ASE" else "SevenNet, bare torch"
-        lines.append(f"{label:22}{10:>7}{ms:>10.1f}{ms / base['bare torch']:>14.2f}{1.0:>18.2f}{'-':>19}")
+        for label, ms in row["ms"].items():
+            ours = label == name
+            ratio = f"{ms / base:.2f}" if name == "NVE" else "-"  # timed in turn with the baselines
+            calls, shown = (f"{row['calls']:.2f}", f"{drift(row, chosen, n_atoms):.3f}" if name == "NVE" else "-") if ours else ("-", "-")
+            lines.append(f"{f'jax-md {name}, jitted' if ours else label:22}{row['steps'] if ours else '-':>7}{ms:>10.1f}{ratio:>14}{calls:>18}{shown:>19}")
     return "\n".join(lines)
 
 
@@ -212,13 +212,12 @@ def main(argv=None) -> None:
     warnings.filterwarnings("ignore", message="Explicitly requested dtype float64")  # jax-md sums momenta in float64 if it can
     warnings.filterwarnings("ignore", message="No tensor product accelerator")  # sevenn, on a CPU
     chosen.out.mkdir(parents=True, exist_ok=True)
-    atoms, model, rows, frames = run(chosen)
-    base = baselines(frames[-1], model, chosen)
+    atoms, rows, frames = run(chosen)
     trajectory, png = chosen.out / "md.extxyz", chosen.out / "md.png"
     ase.io.write(trajectory, frames)
     picture(rows, chosen, len(atoms), png)
     read = ase.io.read(trajectory, ":")
-    print(f"\n{table(rows, base, chosen, len(atoms))}\n")
+    print(f"\n{table(rows, chosen, len(atoms))}\n")
     print(f"trajectory  {trajectory}  ({len(read)} frames, read back by ASE; last energy {read[-1].get_potential_energy():.4f} eV)\npicture     {png}")
 
 
