@@ -16,7 +16,7 @@ import torch
 
 import bridge
 from benchmarks.harness import bare, in_loop, measure, one_by_one
-from torch_side import buffers, export
+from torch_side import buffers, export, running
 
 SIDE, STEPS, CALLS = 4096, 50, 10_000  # the slow kernel is a chain of STEPS matrix products; calls of the memory check
 CHECKS = {}
@@ -211,16 +211,17 @@ def graph(gpu, values):
 
 @check
 def memory(gpu, values):
-    """Both allocators, side by side, before and after 10^4 energies with forces; and calls that had to collect garbage."""
-    f, accused, original = jax.jit(jax.value_and_grad(bridge.to_jax(energy, lane="ffi"))), [], export._accuse
-    export._accuse = lambda *args: (accused.append(1), original(*args))[1]
+    """Both allocators, side by side, before and after 10^4 energies with forces."""
+    f, suspected = jax.jit(jax.value_and_grad(bridge.to_jax(energy, lane="ffi"))), []
+    accuse, running._accuse = running._accuse, lambda *args: (suspected.append(1), accuse(*args))[1]
     x = jax.device_put(jnp.linspace(0, 9, 192, dtype="float32").reshape(64, 3), gpu)
     for when, count in ("before", 100), ("after", CALLS):
         one_by_one(f, x)(count)
         ours, theirs = gpu.memory_stats(), torch.cuda.memory_stats(place(gpu))
         values[f"jax {when}"] = {k: ours[k] for k in ("bytes_in_use", "peak_bytes_in_use", "bytes_limit") if k in ours}
         values[f"torch {when}"] = {k: theirs[k] for k in ("allocated_bytes.all.current", "reserved_bytes.all.current")}
-    values["garbage collections"] = len(accused)
+    values["calls suspected of keeping an input"] = len(suspected)
+    running._accuse = accuse
     for side, key in ("jax", "bytes_in_use"), ("torch", "allocated_bytes.all.current"):
         expect(values[f"{side} after"][key] - values[f"{side} before"][key] < 100 * CALLS, f"the memory of {side} grew")
 

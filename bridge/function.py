@@ -70,6 +70,11 @@ class Function:
     linear: int = 0
     native: bool = False  # True where the base itself takes batches
 
+    @cached_property
+    def plain(self) -> bool:
+        """True where every dtype travels as itself (see the carriers of a lane)."""
+        return not any(s.dtype.startswith(("complex", "float8")) for s in (*self.inputs, *self.outputs))
+
     def input_name(self, i: int) -> str:
         return f"[{i}]"
 

@@ -40,7 +40,7 @@ def to_jax(x, *, copy=None, outputs=None, batched="vmap", derivatives="func", la
                  takes a batch axis there in every input and gives it there in every output. A dict {argument: axis}:
                  only these inputs take a batch axis, outputs have it first (or at the axis named "return"). The shape
                  of a natively batched output is checked; that its rows are independent is your word
-    derivatives  "func": torch.func. "autograd": torch.autograd, for models that torch.func refuses (TorchScript, an
+    derivatives  "func": torch.func (a first gradient by torch.autograd, the same and faster). "autograd": torch.autograd, for models that torch.func refuses (TorchScript, an
                  inner torch.autograd.grad, requires_grad_); vmap of derivatives then wants batched="sequential" or an axis
     lane         "ffi": an XLA custom call on XLA's own buffers and stream (CPU, CUDA). "host": jax.pure_callback
                  (everywhere). "auto": ffi where it exists, else host. An eager call goes by neither

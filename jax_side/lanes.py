@@ -60,16 +60,21 @@ def eager(fn: Function, args) -> list[jax.Array]:
 # The ffi lane.
 
 
-def ffi(fn: Function, number: int, *args):
+def ffi(fn: Function, number: str, *args):
     """One XLA custom call; operands and results are DLPack tensors over XLA's own buffers."""
     call = jax.ffi.ffi_call(TARGET, [_carrier(s) for s in fn.outputs])
-    outs = call(*map(_to_carrier, args, fn.inputs), number=np.int64(number))
+    outs = call(*map(_to_carrier, args, fn.inputs), number=number)
     return [_from_carrier(o, s) for o, s in zip(outs, fn.outputs, strict=True)]
 
 
-@functools.cache
 def register_ffi(tensor_type: type) -> None:
-    """Register the one target of each platform; `tensor_type` is the class that buffers arrive as."""
+    """Register the one target of each platform, once; `tensor_type` is the class that buffers arrive as."""
+    with _lock:
+        _register(tensor_type)
+
+
+@functools.cache
+def _register(tensor_type: type) -> None:
     try:
         import jax_tvm_ffi
         import tvm_ffi
@@ -111,17 +116,18 @@ def _enter_gpu(number, stream, *buffers):
 class Owner:
     """What a compiled program holds: while any lives, its number answers."""
 
-    def __init__(self, number: int):
+    def __init__(self, number: str):
         self.number = number
 
 
 _lock = threading.RLock()
-_functions: dict[int, Function] = {}
-_numbers: dict[Function, int] = {}
-_owners: weakref.WeakValueDictionary[int, Owner] = weakref.WeakValueDictionary()
-_retired: set[int] = set()
+_functions: dict[str, Function] = {}
+_numbers: dict[Function, str] = {}
+_owners: weakref.WeakValueDictionary[str, Owner] = weakref.WeakValueDictionary()
+_retired: set[str] = set()
 _pinned: set[Owner] = set()
-_next = itertools.count(1)
+# A short string: of a numeric attribute jax-tvm-ffi 0.1.3 keeps 16 bytes for each call, for ever; strings above 7 bytes crash.
+_next = map("{:x}".format, itertools.count(1))
 
 
 def own(fn: Function) -> Owner:
@@ -142,7 +148,7 @@ def pin(owner: Owner) -> None:
     _pinned.add(owner)
 
 
-def _retire(number: int) -> None:
+def _retire(number: str) -> None:
     """A finalizer: it may run inside a deallocation, where jax.live_arrays() would revive dead arrays, so it only notes."""
     _retired.add(number)
 
@@ -158,7 +164,7 @@ def release_retired() -> None:
                     del _numbers[_functions.pop(number)]
 
 
-def _unknown(number: int):
+def _unknown(number: str):
     raise RuntimeError(
         message("a program compiled in this process", f"a call of Function {number}, which this process does not know (or no longer, as it ends)", "trace and compile it here")
     )

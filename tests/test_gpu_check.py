@@ -36,9 +36,8 @@ def files():
 
 def test_without_a_gpu_it_says_so_plainly_and_writes_nothing():
     before = files()
-    ended = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu_check"], cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True
-    )
+    no_gpu = {**os.environ, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run([sys.executable, "-m", "benchmarks.gpu_check"], cwd=ROOT, env=no_gpu, capture_output=True, text=True)
     said = "no CUDA GPU seen by jax (devices: {}) and torch (cuda available: False): nothing was checked, nothing is written\n"
     assert ended.stdout in [said.format(name) for name in ("TFRT_CPU_0", "cpu:0")], ended.stderr[-3000:]
     assert ended.returncode == 3

@@ -6,6 +6,9 @@ in a carrier of the same bytes: complex as a real array with a trailing 2, bfloa
 
 from __future__ import annotations
 
+import functools
+from contextlib import contextmanager
+
 import torch
 
 from bridge.function import Spec
@@ -50,7 +53,26 @@ holders = torch._C._storage_Use_Count
 set_grad_enabled = torch._C._set_grad_enabled
 
 
+@contextmanager
 def on_stream(stream: int, tensors):
-    """torch's current stream := the foreign CUDA stream, for the length of a `with`; the tensors name the device."""
-    device = tensors[0].device if tensors else torch.cuda.current_device()
-    return torch.cuda.stream(torch.cuda.ExternalStream(stream, device=device))
+    """torch's current stream := the foreign CUDA stream, for the length of a `with`; the tensors name the device.
+
+    XLA's streams are non-blocking, so they are ordered here, on the device, with torch's own: weights that torch wrote
+    before the call are there, and what it writes after the call waits. The host waits for nothing."""
+    device = tensors[0].device.index if tensors else torch.cuda.current_device()
+    foreign, own = _external(stream, device), torch.cuda.current_stream(device)
+    foreign.wait_stream(own)
+    with torch.cuda.stream(foreign):
+        yield
+    own.wait_stream(foreign)
+
+
+@functools.lru_cache(maxsize=64)
+def _external(stream: int, device: int):
+    return torch.cuda.ExternalStream(stream, device=device)
+
+
+def finish(tensors) -> None:
+    """An eager call on a GPU waits for torch, since JAX takes the inputs' memory back in the order of another stream."""
+    if any(t.is_cuda for t in tensors):
+        torch.cuda.current_stream(tensors[0].device).synchronize()

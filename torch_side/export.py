@@ -67,13 +67,25 @@ class TorchFunction(Function):
         return self.checked(tensors, self.outputs, self._expected)
 
     @cached_property
+    def _direct(self) -> bool:
+        """Positional tensors in, one tensor out: a call needs no pytree work."""
+        flatten, n = self.call.flatten, len(self.inputs)
+        return not self.call.static and self.call.tree == flatten(((0,) * n, {}))[1] and self.out_tree == flatten(0)[1]
+
+    @cached_property
     def _expected(self) -> tuple:
         return buffers.kinds(self.outputs)
 
+    def _leaves(self, tensors):
+        if not self._direct:
+            return self.call(tensors)
+        out = self.call.target(*tensors)
+        return ((out,), self.out_tree) if isinstance(out, torch.Tensor) else self.call.flatten(out)
+
     def checked(self, tensors, specs: tuple[Spec, ...], expected: tuple) -> list:
         """Call the user's code; its outputs must be what was inferred or declared."""
-        leaves, tree = self.call(tensors)
-        if tree != self.out_tree:
+        leaves, tree = self._leaves(tensors)
+        if tree is not self.out_tree and tree != self.out_tree:
             raise TypeError(message(f"outputs {self.out_tree} of {self}", f"{tree}", _SHAPES_ONCE))
         for leaf, (shape, dtype) in zip(leaves, expected):
             if not isinstance(leaf, torch.Tensor) or leaf.shape != shape or leaf.dtype is not dtype or leaf.is_sparse:

@@ -44,7 +44,7 @@ def infer(call, inputs: tuple[Spec, ...], engine: Engine):
     check_mode(call.target)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.set_grad_enabled(engine.differentiates_inside):
-            leaves, tree = call([torch.empty(s.shape, dtype=buffers.DTYPES[s.dtype], device=_device(call.target)) for s in inputs])
+            leaves, tree = _on_some_device(call, inputs)
     except (DataDependentOutputException, DynamicOutputShapeException) as e:
         raise ValueError(message(f"output shapes of {call.name} that depend on input shapes alone", "a data-dependent operation", _DECLARE)) from e
     except Exception as e:
@@ -59,9 +59,21 @@ def infer(call, inputs: tuple[Spec, ...], engine: Engine):
 _DECLARE = "declare outputs= (a pytree of jax.ShapeDtypeStruct, or a function of the inputs' that returns it)"
 
 
+def _on_some_device(call, inputs):
+    """A callable may hold tensors on a GPU without showing them: where there is one, it is tried second."""
+    devices = [_device(call.target), *(["cuda"] if torch.cuda.is_available() else [])]
+    for device in devices:
+        try:
+            return call([torch.empty(s.shape, dtype=buffers.DTYPES[s.dtype], device=device) for s in inputs])
+        except Exception:
+            if device is devices[-1]:
+                raise
+
+
 def _device(target):
-    tensors = target.parameters() if isinstance(target, torch.nn.Module) else ()
-    return next((t.device for t in tensors), torch.device("cpu"))
+    owner = target if isinstance(target, torch.nn.Module) else getattr(target, "__self__", None)
+    tensors = owner.parameters() if isinstance(owner, torch.nn.Module) else ()
+    return next((t.device for t in tensors), "cpu")
 
 
 def _check_no_fake_kept(target) -> None:

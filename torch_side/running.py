@@ -16,7 +16,8 @@ def run(fn: Function, given: tuple, into: tuple | None = None):
 
     Raises ValueError if the user's code changed an input in place or kept a view of one after the call.
     """
-    tensors = buffers.views(given, fn.inputs)
+    direct = into and fn.plain and type(into[0]) is torch.Tensor  # the ffi lane: all are tensors of their dtypes
+    tensors = given if direct else buffers.views(given, fn.inputs)
     aliases, before = [], []
     for t in tensors:
         storage = t.untyped_storage()
@@ -28,8 +29,9 @@ def run(fn: Function, given: tuple, into: tuple | None = None):
         results = _transformed(fn, aliases)
         if into is None:
             results = [buffers.fresh(r) for r in results]
+            buffers.finish(tensors)
         else:
-            for r, b in zip(results, buffers.views(into, fn.outputs)):
+            for r, b in zip(results, into if direct else buffers.views(into, fn.outputs)):
                 b.copy_(r.detach() if r.requires_grad else r)
             results = None
     finally:

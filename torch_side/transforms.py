@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,10 @@ from bridge.errors import message
 from bridge.function import Derived, Engine
 
 DERIVATIVES = ("func", "autograd")
+
+# torch keeps the levels of forward AD in globals of the process (torch 2.13): two threads at once (two devices, say) would
+# use each other's, and get errors or, without a word, wrong tangents.
+_FORWARD_AD = threading.RLock()
 
 
 def engine(derivatives: str, sequential: bool) -> Engine:
@@ -30,21 +35,26 @@ class Batching(Engine):
 
 
 class Func(Batching):
-    """jvp, vjp and gradients by torch.func; the forward call builds no graph."""
+    """By torch.func, but a first vjp or gradient by torch.autograd, which is the same and faster; the forward call builds no graph."""
 
     differentiates_inside = False
     alternative = 'pass derivatives="autograd" (torch.autograd), and batched="sequential" or an axis where vmap is meant'
 
     def jvp(self, f, primals, wrt, tangents, outs):
         g, xs = _restrict(f, primals, wrt, outs)
-        return torch.func.jvp(g, xs, tuple(tangents))[1]
+        with _FORWARD_AD:
+            return torch.func.jvp(g, xs, tuple(tangents))[1]
 
     def vjp(self, f, primals, wrt, cotangents, outs):
+        if _outermost(f, *primals, *cotangents):
+            return Autograd.vjp(self, f, primals, wrt, cotangents, outs)
         g, xs = _restrict(f, primals, wrt, outs)
         _, pull = torch.func.vjp(g, *xs)
         return _conj(pull(_conj(cotangents)))
 
     def gradient(self, f, primals, wrt, out):
+        if _outermost(f, *primals):
+            return Autograd.gradient(self, f, primals, wrt, out)
         g, xs = _restrict(f, primals, wrt)
         y, pull, outputs = torch.func.vjp(lambda *xs: ((ys := g(*xs))[out], ys), *xs, has_aux=True)
         return (*outputs, *pull(torch.ones_like(y)))
@@ -121,6 +131,11 @@ def _grad(ys, xs, cotangents, create_graph: bool) -> tuple:
         return tuple(torch.zeros_like(x) for x in xs)
     ys, cotangents = zip(*reached)
     return torch.autograd.grad(ys, xs, cotangents, create_graph=create_graph, allow_unused=True, materialize_grads=True)
+
+
+def _outermost(f, *tensors) -> bool:
+    """A first derivative of the user's own call, with no torch.func transform around it (private in torch 2.13)."""
+    return not isinstance(f, Derived) and torch._C._functorch.peek_interpreter_stack() is None and not _requires_grad(*tensors)
 
 
 def _requires_grad(*tensors) -> bool:
