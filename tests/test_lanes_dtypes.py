@@ -184,7 +184,7 @@ class Recorded(TorchDispatchMode):
 @pytest.mark.parametrize("lane, expected", [(None, ["sin"]), ("ffi", ["sin", "copy_"]), ("host", ["sin", "copy_"])])
 def test_copies_x_output(lane, expected, monkeypatch):
     """Eager gives torch's own memory to JAX; the lanes write once, ffi into the buffer that becomes the JAX array."""
-    run, ops, written = export.run, Recorded(), []
+    run, ops, written = export.TorchFunction.run, Recorded(), []
 
     def recorded(fn, given, into=None):
         with ops:

@@ -35,6 +35,11 @@ def forget():
     bridge.to_jax(torch.sin)
 
 
+def dies(alive):
+    """Within a second: on the host lane jaxlib drops its reference to a callback a little later (jax 0.10.2)."""
+    return any(forget() or alive() is None or time.sleep(0.02) for _ in range(50))
+
+
 def sizes():
     forget()
     return np.array([len(getattr(lanes, name)) for name in ("_functions", "_numbers", "_owners", "_retired")])
@@ -79,9 +84,7 @@ print(json.dumps(grown))
 
 @pytest.fixture(scope="module")
 def grown():
-    done = subprocess.run([sys.executable, "-c", MEASURE, json.dumps(CALLS)], capture_output=True, text=True, cwd=ROOT, timeout=200)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(subprocess.check_output([sys.executable, "-c", MEASURE, json.dumps(CALLS)], text=True, cwd=ROOT, timeout=200))
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -113,7 +116,7 @@ HANDLES = {  # what a program may hold of a module
 @pytest.mark.parametrize("program, handle", [*((p, "module") for p in PROGRAMS), *(("compiled", h) for h in HANDLES)])
 def test_module_x_last_program(program, handle, lane):
     """A module that nobody else holds lives exactly as long as the last program that can call it."""
-    module, in_control_flow = Double(), program in ("scan", "cond")
+    module = Double()
     alive, call = weakref.ref(module), PROGRAMS[program](HANDLES[handle](module, lane))
     want = np.array(call(X))
     del module
@@ -121,10 +124,9 @@ def test_module_x_last_program(program, handle, lane):
     np.testing.assert_array_equal(call(X), want)
     assert alive() is not None
     del call
-    if in_control_flow:  # outside jit only: there JAX keeps the program in a cache of its own (compiled primitives)
+    if program in ("scan", "cond"):  # outside jit: there JAX keeps the program in a cache of its own (compiled primitives)
         jax.clear_caches()
-    forget()
-    assert alive() is None
+    assert dies(alive)
 
 
 @pytest.mark.parametrize("n, hold", [(500, False), (20, True)], ids=["alone", "holding_another_program"])
