@@ -45,7 +45,8 @@ def to_jax(x, *, copy=None, outputs=None, batched="vmap", derivatives="func", la
     lane         "ffi": an XLA custom call on XLA's own buffers and stream (CPU, CUDA). "host": jax.pure_callback
                  (everywhere). "auto": ffi where it exists, else host. An eager call goes by neither
 
-    Units and signs are the callable's own. Inputs are lent to torch without a copy, each output is written once.
+    Units and signs are the callable's own. Inputs are lent to torch without a copy (complex and float8 are repacked by XLA on
+    the ffi lane, which can't carry them), each output is written once.
 
     Raises: TypeError for an argument of the wrong kind or an output that is no tensor; ValueError for shapes and dtypes
     that are not what was inferred or declared, 64-bit outputs while x64 is off, a module in training mode;

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import functools
 import itertools
+import secrets
 import threading
 import weakref
 from contextlib import contextmanager, suppress
@@ -143,9 +144,13 @@ def own(fn: Function) -> Owner:
         return owner
 
 
-def pin(owner: Owner) -> None:
-    """For a program that jax.export writes: it can be called until the process ends."""
+def own_forever(fn: Function) -> Owner:
+    """For a program that jax.export writes: it lives until the process ends, by a number that no other process has."""
+    number = "x" + secrets.token_urlsafe(6)[:6]
+    owner = _owners[number] = Owner(number)
+    _functions[number] = fn
     _pinned.add(owner)
+    return owner
 
 
 def _retire(number: str) -> None:
@@ -157,10 +162,11 @@ def release_retired() -> None:
     """Forget Functions whose programs are gone, unless an array is still being computed (it may be by one of them).
 
     Called wherever a bridged function is made, called or lowered: a dropped model is freed then, not at once."""
-    if _retired and all(a.is_deleted() or a.is_ready() for a in jax.live_arrays()):
-        with _lock:
-            while _retired:
-                if (number := _retired.pop()) not in _owners:
+    while (gone := tuple(_retired)) and all(a.is_deleted() or a.is_ready() for a in jax.live_arrays()):
+        with _lock:  # only those noted before the arrays were looked at: what another thread drops meanwhile may be running
+            for number in gone:
+                _retired.discard(number)
+                if number in _functions and number not in _owners:
                     del _numbers[_functions.pop(number)]
 
 
@@ -238,9 +244,25 @@ def raising():
     with Listener() as listener:
         try:
             yield
-            if listener.heard or any(not a.is_deleted() and not a.is_ready() for a in jax.live_arrays()):
-                jax.block_until_ready([a for a in jax.live_arrays() if not a.is_deleted()])
+            error = _first(listener, _errors_of_running())
         except Exception as e:
-            if (original := listener.original(e)) is None:
+            error = _first(listener, [e])
+            if error is None:
                 raise
-            raise original from e
+        if error is not None:
+            raise listener.original(error) from error
+
+
+def _first(listener: Listener, errors):
+    """The first JAX error that stands for an exception of this listener's; others belong to earlier code."""
+    return next((e for e in errors if listener.original(e) is not None), None)
+
+
+def _errors_of_running():
+    """The errors of arrays that are still being computed, or failed."""
+    for array in jax.live_arrays():
+        try:
+            if not array.is_deleted():
+                array.block_until_ready()
+        except Exception as e:
+            yield e

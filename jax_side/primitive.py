@@ -99,8 +99,10 @@ def _lower_ffi(ctx, *args, fn, lane):
     if lane == "host":
         return _lower_host(ctx, *args, fn=fn, lane=lane)
     lanes.register_ffi(fn.base.tensor_type)
-    owner = lanes.own(fn)
-    lanes.pin(owner) if compat.for_export(ctx) else compat.keep_alive(ctx, owner)
+    if compat.for_export(ctx):
+        owner = lanes.own_forever(fn)
+    else:
+        compat.keep_alive(ctx, owner := lanes.own(fn))
     return compat.lower_fun(lambda *xs: lanes.ffi(fn, owner.number, *xs), multiple_results=True)(ctx, *args)
 
 

@@ -19,11 +19,11 @@ WIDE = ("float64", "int64", "uint64", "complex128")
 
 @dataclass(frozen=True)
 class Signature:
-    """Pytree of (args, kwargs), types of the arrays, and (position, type, value) of the leaves that are no arrays."""
+    """Pytree of (args, kwargs), types of the arrays, and (position, kind, value) of the leaves that are no arrays."""
 
     tree: Any
     inputs: tuple[Spec, ...]
-    static: tuple[tuple[int, type, Any], ...]
+    static: tuple[tuple[int, Any, Any], ...]
 
     def leaves(self, arrays) -> list:
         """All leaves again: static ones between the given arrays."""
@@ -66,8 +66,13 @@ def sign(args, kwargs) -> tuple[Signature, list[jax.Array]]:
         if isinstance(x, (jax.Array, np.ndarray, np.generic)):
             arrays.append(x if isinstance(x, jax.Array) else _from_numpy(x))
         else:
-            static.append((i, type(x), _static(x)))
+            static.append((i, _kind(x), _static(x)))
     return Signature(structure, tuple(Spec(x.shape, x.dtype.name) for x in arrays), tuple(static)), arrays
+
+
+def _kind(x):
+    """What tells equal values apart: 1, 1.0 and True; 0.0 and -0.0."""
+    return (type(x), repr(x)) if isinstance(x, (float, complex)) else type(x)
 
 
 def _static(x):

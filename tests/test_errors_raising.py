@@ -79,6 +79,25 @@ def test_raising_keeps_nothing_after_the_block(lane):
     assert failures._listeners == []
 
 
+def test_raising_knows_its_own_errors_from_earlier_ones():
+    """An array that failed before the block, and is still held, is no business of the block."""
+
+    def late(x):
+        raise KeyError("old")
+
+    big = jnp.ones((400, 400))
+    stale = jax.jit(lambda x: bridged(late)(x @ x))(big)  # runs in XLA's threads, and fails each time it is waited for
+    with pytest.raises(jax.errors.JaxRuntimeError, match="old"):
+        jax.block_until_ready(stale)
+    with bridge.raising():
+        assert float(jax.jit(bridge.to_jax(torch.sum))(X)) == 6.0
+    with pytest.raises(NoSuchSpecies), bridge.raising():
+        fresh = jax.jit(lambda x: bridged(broken)(x @ x))(big)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="old"):
+        jax.block_until_ready(stale)
+    del stale, fresh
+
+
 def test_nested_raising_is_served_by_the_inner_block(lane):
     with bridge.raising():
         with pytest.raises(NoSuchSpecies), bridge.raising():
@@ -164,7 +183,7 @@ def _in_place(x):
 
 class Caches(torch.nn.Module):
     def forward(self, x):
-        self.last = x.T
+        self.last = x.view(-1)
         return x * 2
 
 

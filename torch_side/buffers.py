@@ -7,6 +7,7 @@ in a carrier of the same bytes: complex as a real array with a trailing 2, bfloa
 from __future__ import annotations
 
 import functools
+import sys
 from contextlib import contextmanager
 
 import torch
@@ -40,9 +41,13 @@ def _view(buffer, spec: Spec) -> torch.Tensor:
     return torch.view_as_complex(t) if want.is_complex else t.view(want)
 
 
+_ALONE = [(lambda t: sys.getrefcount(t))(t) for t in [torch.empty(0)]][0]  # a tensor that its list alone holds, in `fresh`
+
+
 def fresh(t: torch.Tensor) -> torch.Tensor:
-    """A result that nobody else holds: itself if it is dense and alone on its storage, else a clone."""
-    if holders(t.untyped_storage()._cdata) > 2 or t.requires_grad or t.is_conj() or t.is_neg() or not t.is_contiguous():
+    """A result that nobody else holds: itself if it is dense and its list alone has it, else a clone."""
+    kept = sys.getrefcount(t) > _ALONE or t._use_count() > 1 or holders(t.untyped_storage()._cdata) > 2
+    if kept or t.requires_grad or t.is_conj() or t.is_neg() or not t.is_contiguous():
         return t.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
     return t
 

@@ -18,11 +18,11 @@ from torch_side.inference import check_output
 @dataclass(frozen=True)
 class Call:
     """How a flat list of tensors becomes a call of the user's callable: `tree.unflatten` and `flatten` are the caller's
-    pytree library, `static` holds (position, type, value) of the leaves that are no arrays."""
+    pytree library, `static` holds (position, kind, value) of the leaves that are no arrays."""
 
     target: Callable
     tree: Any
-    static: tuple[tuple[int, type, Any], ...]
+    static: tuple[tuple[int, Any, Any], ...]
     flatten: Callable = field(compare=False)
 
     @property
