@@ -74,6 +74,15 @@ def register_ffi(tensor_type: type) -> None:
         _register(tensor_type)
 
 
+def has_ffi() -> bool:
+    """True where the ffi lane can be had; lane="auto" takes the host lane elsewhere."""
+    try:
+        import jax_tvm_ffi  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 @functools.cache
 def _register(tensor_type: type) -> None:
     try:

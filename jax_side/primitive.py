@@ -96,7 +96,7 @@ def _lower_host(ctx, *args, fn, lane):
 
 
 def _lower_ffi(ctx, *args, fn, lane):
-    if lane == "host":
+    if lane == "host" or lane == "auto" and not lanes.has_ffi():
         return _lower_host(ctx, *args, fn=fn, lane=lane)
     lanes.register_ffi(fn.base.tensor_type)
     if compat.for_export(ctx):
