@@ -1,4 +1,5 @@
-"""Everything of JAX that is not public, in one place, with the version in which it was seen (jax 0.10.2)."""
+"""Everything of JAX that is not public, in one place. Seen working in jax 0.10.2; the same names stand in the sources of
+0.11.2 and 0.12.0, which have not been run."""
 
 from __future__ import annotations
 
@@ -26,21 +27,14 @@ def register(p: core.Primitive, *, impl, abstract_eval, jvp, transpose, batch, l
 
 def align(args):
     """Inside shard_map all operands vary over the same manual axes; the transpose of this sums over them."""
-    return _insert_pvary(*args)
-
-
-_NAMES = ("auto_insert_reshard", "standard_insert_pvary", "standard_insert_pbroadcast")  # jax 0.10, 0.8 to 0.9, 0.7
-_insert_pvary = next(getattr(core, n) for n in _NAMES if hasattr(core, n))
+    return core.auto_insert_reshard(*args)
 
 
 def result_aval(shape, dtype, avals):
-    """An output type that carries the manual axes of the inputs (`manual_axis_type` in 0.10, `vma` before)."""
+    """An output type that carries the manual axes of the inputs."""
     if not avals:
         return core.ShapedArray(shape, dtype)
-    mesh = core.get_cur_mesh_sharding()
-    mine = {k: getattr(avals[0], k) for k in ("manual_axis_type", "vma") if hasattr(avals[0], k)}
-    key = next(iter(mine))
-    return core.ShapedArray(shape, dtype, sharding=mesh, **{key: mine[key]})
+    return core.ShapedArray(shape, dtype, sharding=core.get_cur_mesh_sharding(), manual_axis_type=avals[0].manual_axis_type)
 
 
 def for_export(ctx) -> bool:
@@ -63,5 +57,5 @@ def float0(x) -> bool:
 
 
 def unmapped(dim) -> bool:
-    """0.10 writes None for an input without a batch axis, as did `not_mapped` before."""
-    return dim is None or dim is getattr(batching, "not_mapped", None)
+    """0.10 writes None for an input without a batch axis."""
+    return dim is None
