@@ -11,7 +11,7 @@ import torch
 from bridge import contract
 from bridge.errors import message
 from jax_side import arrays as jax_arrays
-from jax_side import lanes, primitive
+from jax_side import lanes, primitive, registry
 from jax_side import potential as jax_potential
 from jax_side.signature import Signature, check_width, output_names, parameter_names, sign
 from torch_side import arrays as torch_arrays
@@ -185,7 +185,7 @@ class JaxFunction:
     """A torch callable as a JAX function; equal, and equally hashed, for the same callable and options."""
 
     def __init__(self, target: Callable, outputs, batched, derivatives: str, lane: str):
-        lanes.release_retired()
+        registry.release_retired()
         inference.check_mode(target)
         self._batched = tuple(sorted(batched.items())) if isinstance(batched, dict) else batched
         if not isinstance(batched, (dict, int)) or isinstance(batched, bool):
@@ -209,7 +209,7 @@ class JaxFunction:
         return f"bridge.to_jax({self.__name__})"
 
     def __call__(self, *args, **kwargs):
-        lanes.release_retired()
+        registry.release_retired()
         signature, arrays = sign(args, kwargs)
         fn = self._known.get(signature)
         if fn is None:

@@ -1,27 +1,24 @@
 """How XLA reaches a foreign Function: the ffi lane (jax-tvm-ffi; CPU and CUDA) and the host lane (jax.pure_callback).
 
 Both hand buffers to `fn.base.run`, which reads them where they lie and writes the outputs in place. The ffi lane knows a
-Function by a number; the number is alive exactly as long as a compiled program (or a running one) can still call it.
+Function by its number in the registry.
 """
 
 from __future__ import annotations
 
 import atexit
 import functools
-import itertools
-import secrets
-import threading
-import weakref
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bridge.errors import message, missing
+from bridge.errors import missing
 from bridge.failures import Listener, carried
 from bridge.function import Function, Spec
 from jax_side import arrays
+from jax_side.registry import close, functions, lock, unknown
 
 LANES = ("auto", "ffi", "host")
 FFI_PLATFORMS = ("cpu", "cuda")
@@ -70,7 +67,7 @@ def ffi(fn: Function, number: str, *args):
 
 def register_ffi(tensor_type: type) -> None:
     """Register the one target of each platform, once; `tensor_type` is the class that buffers arrive as."""
-    with _lock:
+    with lock:
         _register(tensor_type)
 
 
@@ -90,7 +87,7 @@ def _register(tensor_type: type) -> None:
         import tvm_ffi
     except ImportError as e:
         raise missing("jax-tvm-ffi", 'lane="ffi"') from e
-    atexit.register(_close)
+    atexit.register(close)
     specs = {"cpu": ["attrs.number", "args", "rets"], "gpu": ["attrs.number", "ctx.stream", "args", "rets"]}
     for platform, entry in (("cpu", _enter_cpu), ("gpu", _enter_gpu)):
         handler = tvm_ffi.convert_func(entry, tensor_cls=tensor_type)
@@ -99,7 +96,7 @@ def _register(tensor_type: type) -> None:
 
 def _enter_cpu(number, *buffers):
     try:
-        fn = _functions.get(number) or _unknown(number)
+        fn = functions.get(number) or unknown(number)
         n = len(fn.inputs)
         return fn.base.run(fn, buffers[:n], buffers[n:])
     except BaseException as e:
@@ -110,7 +107,7 @@ def _enter_cpu(number, *buffers):
 
 def _enter_gpu(number, stream, *buffers):
     try:
-        fn = _functions.get(number) or _unknown(number)
+        fn = functions.get(number) or unknown(number)
         n = len(fn.inputs)
         with fn.base.on_stream(stream, buffers):
             return fn.base.run(fn, buffers[:n], buffers[n:])
@@ -118,80 +115,6 @@ def _enter_gpu(number, stream, *buffers):
         buffers = None
         error = carried(e)
     raise error
-
-
-# Numbers of Functions, and their lives.
-
-
-class Owner:
-    """What a compiled program holds: while any lives, its number answers."""
-
-    def __init__(self, number: str):
-        self.number = number
-
-
-_lock = threading.RLock()
-_functions: dict[str, Function] = {}
-_numbers: dict[Function, str] = {}
-_owners: weakref.WeakValueDictionary[str, Owner] = weakref.WeakValueDictionary()
-_retired: set[str] = set()
-_pinned: set[Owner] = set()
-# A short string: of a numeric attribute jax-tvm-ffi 0.1.3 keeps 16 bytes for each call, for ever; strings above 7 bytes crash.
-_next = map("{:x}".format, itertools.count(1))
-
-
-def own(fn: Function) -> Owner:
-    """The owner of a Function's number; equal Functions share it."""
-    release_retired()
-    with _lock:
-        number = _numbers.setdefault(fn, next(_next))
-        if (owner := _owners.get(number)) is None:
-            owner = _owners[number] = Owner(number)
-            _functions[number] = fn
-            _retired.discard(number)
-            weakref.finalize(owner, _retire, number).atexit = False
-        return owner
-
-
-def own_forever(fn: Function) -> Owner:
-    """For a program that jax.export writes: it lives until the process ends, by a number that no other process has."""
-    number = "x" + secrets.token_urlsafe(6)[:6]
-    owner = _owners[number] = Owner(number)
-    _functions[number] = fn
-    _pinned.add(owner)
-    return owner
-
-
-def _retire(number: str) -> None:
-    """A finalizer: it may run inside a deallocation, where jax.live_arrays() would revive dead arrays, so it only notes."""
-    _retired.add(number)
-
-
-def release_retired() -> None:
-    """Forget Functions whose programs are gone, unless an array is still being computed (it may be by one of them).
-
-    Called wherever a bridged function is made, called or lowered: a dropped model is freed then, not at once."""
-    while (gone := tuple(_retired)) and all(a.is_deleted() or a.is_ready() for a in jax.live_arrays()):
-        with _lock:  # only those noted before the arrays were looked at: what another thread drops meanwhile may be running
-            for number in gone:
-                _retired.discard(number)
-                if number in _functions and number not in _owners:
-                    del _numbers[_functions.pop(number)]
-
-
-def _unknown(number: str):
-    raise RuntimeError(
-        message("a program compiled in this process", f"a call of Function {number}, which this process does not know (or no longer, as it ends)", "trace and compile it here")
-    )
-
-
-def _close() -> None:
-    """At exit (after Ctrl-C, say) programs may still run in XLA's threads: their next call fails, and Python waits for
-    that, since a thread that asks for the GIL of an interpreter that is gone ends the process with SIGABRT."""
-    _functions.clear()
-    for array in jax.live_arrays():
-        with suppress(Exception):
-            array.block_until_ready()
 
 
 # The host lane.

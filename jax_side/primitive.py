@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from bridge.errors import message
 from bridge.function import Function
-from jax_side import compat, lanes
+from jax_side import compat, lanes, registry
 from jax_side.compat import Zero
 
 bridge_p = compat.Primitive("bridge")
@@ -100,9 +100,9 @@ def _lower_ffi(ctx, *args, fn, lane):
         return _lower_host(ctx, *args, fn=fn, lane=lane)
     lanes.register_ffi(fn.base.tensor_type)
     if compat.for_export(ctx):
-        owner = lanes.own_forever(fn)
+        owner = registry.own_forever(fn)
     else:
-        compat.keep_alive(ctx, owner := lanes.own(fn))
+        compat.keep_alive(ctx, owner := registry.own(fn))
     return compat.lower_fun(lambda *xs: lanes.ffi(fn, owner.number, *xs), multiple_results=True)(ctx, *args)
 
 

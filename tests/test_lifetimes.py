@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import bridge
-from jax_side import lanes
+from jax_side import registry
 
 ROOT = Path(__file__).resolve().parents[1]
 X = jnp.arange(3.0)
@@ -42,7 +42,7 @@ def dies(alive):
 
 def sizes():
     forget()
-    return np.array([len(getattr(lanes, name)) for name in ("_functions", "_numbers", "_owners", "_retired")])
+    return np.array([len(getattr(registry, name)) for name in ("functions", "_numbers", "_owners", "_retired")])
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -141,7 +141,7 @@ def test_registries_x_many_functions(n, hold):
         p = program(k, program(-k) if hold else None)
         np.testing.assert_array_equal(p(X), k * X)
         kept.extend([p] * hold)
-        assert len(lanes._functions) <= before[0] + (2 * (k + 1) if hold else 2)
+        assert len(registry.functions) <= before[0] + (2 * (k + 1) if hold else 2)
     assert sizes()[0] == before[0] + (2 * n if hold else 1)
     del kept, p
     assert (sizes() <= before).all()
