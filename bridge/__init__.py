@@ -8,6 +8,7 @@ _HOMES = {
     "to_jax": "bridge.join",
     "to_torch": "bridge.join",
     "functional": "bridge.join",
+    "module": "bridge.join",
     "potential": "bridge.join",
     "raising": "jax_side.lanes",
 }

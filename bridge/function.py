@@ -20,6 +20,9 @@ from typing import Any, NamedTuple, Protocol
 from bridge.errors import message, spec
 
 
+WIDE = ("float64", "int64", "uint64", "complex128")  # dtypes of 64-bit parts
+
+
 class Spec(NamedTuple):
     """Shape and dtype name of one array."""
 
@@ -74,6 +77,26 @@ class Function:
     def plain(self) -> bool:
         """True where every dtype travels as itself (see the carriers of a lane)."""
         return not any(s.dtype.startswith(("complex", "float8")) for s in (*self.inputs, *self.outputs))
+
+    @cached_property
+    def memo(self) -> dict:
+        """What a bank keeps with this Function: its program, its derivatives. Not part of its value."""
+        return {}
+
+    @cached_property
+    def program(self):
+        """What runs this Function on memory that the other bank lends, made once (a base that has `program_of`)."""
+        return self.base.program_of(self)
+
+    @cached_property
+    def wide(self) -> bool:
+        """True where an input has 64-bit parts."""
+        return any(s.dtype in WIDE for s in self.inputs)
+
+    @cached_property
+    def differentiable(self) -> bool:
+        """True where some output has a derivative."""
+        return any(s.inexact for s in self.outputs)
 
     def input_name(self, i: int) -> str:
         return f"[{i}]"

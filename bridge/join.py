@@ -1,4 +1,4 @@
-"""The one file that imports both sides: to_jax, to_torch, functional, potential."""
+"""The one file that imports both sides: to_jax, to_torch, functional, module, potential."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ import jax
 import torch
 
 from bridge import contract
+from bridge.call import Call, one_of
 from bridge.errors import message
 from jax_side import arrays as jax_arrays
 from jax_side import lanes, primitive, registry
 from jax_side import potential as jax_potential
+from jax_side.export import Exporter, call_itself, parameters
 from jax_side.signature import Signature, check_width, output_names, parameter_names, sign
 from torch_side import arrays as torch_arrays
 from torch_side import buffers, export, inference, strain, transforms
+from torch_side.calling import TorchCallable
+from torch_side.module import JaxModule
 
 tree = jax.tree_util
 BATCHED = ("vmap", "sequential")
@@ -63,21 +67,71 @@ def to_jax(x, *, copy=None, outputs=None, batched="vmap", derivatives="func", la
 
 
 def to_torch(x, *, copy=None):
-    """A jax.Array, or a pytree of them, as torch tensors over the same memory.
+    """A jax.Array, a pytree of them, or a JAX callable as its torch counterpart.
 
-    `copy=None` and `copy=False` share the memory, `copy=True` always copies. A tensor that shares memory must not be
-    written to: JAX believes its arrays constant (use copy=True for a tensor of your own).
+    ARRAYS become tensors over the same memory: `copy=None` and `copy=False` share it, `copy=True` always copies. A tensor
+    that shares memory must not be written to: JAX believes its arrays constant (use copy=True for a tensor of your own).
 
-    Raises: TypeError for a leaf that is no jax.Array and for a tracer (inside jit use `to_jax(function)`);
-    NotImplementedError for a JAX function; ValueError for a deleted array or one that lies on several devices.
+    A CALLABLE (a function, a jitted one, an equinox module) becomes a torch function of the same signature: pytrees and
+    keyword arguments of tensors in, pytrees of tensors out. Leaves that are no tensors (numbers, strings, None) stay Python
+    values and must be hashable; each combination of these, of shapes and dtypes is compiled once, by jax.jit
+    (`.compilations` counts programs: the forward, and the backward where one was asked for). JAX arrays in the callable's
+    closure are constants; for parameters that torch trains see `module`.
 
-    >>> import jax, bridge
+    It differentiates as torch does: backward, double backward, torch.func (grad, vjp, jvp, jacrev, jacfwd, hessian, vmap and
+    what they compose to), forward-mode AD, gradcheck, checkpoint, torch.compile(fullgraph=True), torch.export. A backward
+    costs one backward: the forward keeps what it needs, as torch tensors that save_for_backward guards (an in-place change
+    in between is torch's own error). Without a graph (no_grad, no input that requires grad) nothing is kept. A derivative
+    of a derivative evaluates anew. Complex gradients follow torch's convention, the conjugate of JAX's.
+
+    Tensors that are row-major and begin on a 64-byte boundary are read where they lie; others are copied first. Results
+    are fresh memory that belongs to the tensors alone, complete on the CPU, in the order of the current stream on a GPU.
+
+    Raises: TypeError for a leaf that is no jax.Array, for a tracer (inside jit use `to_jax(function)`) and for arguments that are
+    neither tensors nor hashable; ValueError for a deleted array or one on several devices, and for 64-bit tensors while x64 is off;
+    NotImplementedError for forward mode inside torch.compile.
+    What the callable raises while JAX traces it arrives as it is.
+
+    >>> import bridge, jax, torch
     >>> bridge.to_torch({"x": jax.numpy.arange(3)})["x"].tolist()
     [0, 1, 2]
+    >>> energy = bridge.to_torch(lambda r: (r**2).sum())
+    >>> torch.func.grad(energy)(torch.arange(3.0)).tolist()
+    [0.0, 2.0, 4.0]
     """
     if callable(x):
-        raise NotImplementedError(message("arrays, or a pytree of arrays", f"the callable {x!r:.60}", "keep JAX functions in JAX: they can't be called from torch yet"))
+        return TorchCallable(Exporter(x))
     return tree.tree_map_with_path(functools.partial(_array_to_torch, copy), x)
+
+
+def module(apply, params=None):
+    """A JAX model as an nn.Module: `module(apply, params)(*args)` is apply(params, *args), called with tensors.
+
+    `params` is any pytree: floating and complex arrays become Parameters, integer and bool arrays buffers, what is no array
+    (activation functions, sizes) stays as it is. Their names are the paths in the pytree, joined by dots, as in
+    `state_dict`. flax: module(model.apply, variables). equinox, or any pytree that is itself callable: module(model).
+
+    The arrays are copied once, here; from then on the Parameters own the memory and JAX reads it at each call without a
+    copy, so that what an optimizer writes is seen. state_dict, load_state_dict, to(dtype), to(device), requires_grad_,
+    deepcopy, pickle (if apply can be pickled), torch.optim, clip_grad_norm_ and torch.func.functional_call work as for
+    any module. `.pytree()` gives the parameters in the shape of `params`, `.compilations` is that of `to_torch`.
+
+    Raises: TypeError where there is no array among the parameters, or one that torch can't hold (typed PRNG keys); as
+    `to_torch` when it is called.
+
+    >>> import bridge, jax, torch
+    >>> net = bridge.module(lambda p, x: x @ p["w"], {"w": jax.numpy.ones((3, 1))})
+    >>> net(torch.ones(2, 3)).sum().backward()
+    >>> net.state_dict()["w"].shape, net.get_parameter("w").grad.flatten().tolist()
+    (torch.Size([3, 1]), [2.0, 2.0, 2.0])
+    """
+    if params is None:
+        apply, params = call_itself, apply
+    if not callable(apply):
+        raise TypeError(message("a callable apply(params, ...)", f"{apply!r:.60}", "pass the model's function first, its parameters second"))
+    skeleton, paths, leaves = parameters(params)
+    leaves = [torch_arrays.import_(jax_arrays.export(x), copy=True) if isinstance(x, jax.Array) else x for x in leaves]
+    return JaxModule(to_torch(apply), skeleton, paths, leaves)
 
 
 def functional(module: torch.nn.Module, *, gradients="trainable", copy=True, **options):
@@ -100,7 +154,7 @@ def functional(module: torch.nn.Module, *, gradients="trainable", copy=True, **o
     """
     if not isinstance(module, torch.nn.Module):
         raise TypeError(message("a torch.nn.Module", type(module).__name__, "use bridge.to_jax for other callables"))
-    _one_of("gradients", gradients, ("trainable", "all"))
+    one_of("gradients", gradients, ("trainable", "all"))
     named = {n: t for n, t in (*module.named_parameters(), *module.named_buffers()) if buffers.spec_of(t).inexact}
     params = {n: _tensor_to_jax(copy, (), t.detach()) for n, t in named.items()}
     frozen = frozenset(n for n, t in named.items() if gradients == "trainable" and not t.requires_grad)
@@ -132,7 +186,7 @@ def potential(model, *, atomic_numbers, pbc=None, batch=None, n_systems=1, gradi
     >>> jax.jit(jax.grad(energy))(jax.numpy.ones((2, 3))).tolist()
     [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]
     """
-    if _one_of("gradients", gradients, ("model", "autograd")) == "autograd":
+    if one_of("gradients", gradients, ("model", "autograd")) == "autograd":
         model = strain.with_gradients(model)
     bridged = to_jax(_Contract(model), outputs=_contract_outputs, batched="sequential", derivatives="autograd", lane=lane)
     return jax_potential.potential(bridged, atomic_numbers=atomic_numbers, pbc=pbc, batch=batch, n_systems=n_systems, **extras)
@@ -189,9 +243,9 @@ class JaxFunction:
         inference.check_mode(target)
         self._batched = tuple(sorted(batched.items())) if isinstance(batched, dict) else batched
         if not isinstance(batched, (dict, int)) or isinstance(batched, bool):
-            _one_of("batched", batched, BATCHED, "an axis (int), {argument: axis}")
-        _one_of("derivatives", derivatives, transforms.DERIVATIVES)
-        self._lane = _one_of("lane", lane, lanes.LANES)
+            one_of("batched", batched, BATCHED, "an axis (int), {argument: axis}")
+        one_of("derivatives", derivatives, transforms.DERIVATIVES)
+        self._lane = one_of("lane", lane, lanes.LANES)
         self._engine = transforms.engine(derivatives, batched == "sequential")
         self._outputs = outputs
         self._key = (target, outputs if callable(outputs) else tuple(map(tuple, _flat(outputs))), self._batched, derivatives, lane)
@@ -218,7 +272,7 @@ class JaxFunction:
 
     def _function(self, signature: Signature) -> export.TorchFunction:
         """The Function for one signature: its output types are inferred or declared here, before anything runs."""
-        call = export.Call(self.__wrapped__, signature.tree, signature.static, tree.tree_flatten)
+        call = Call(self.__wrapped__, signature.tree, signature.static, tree.tree_flatten)
         if self._outputs is None:
             outputs, out_tree = inference.infer(call, signature.inputs, self._engine)
         else:
@@ -241,13 +295,6 @@ class JaxFunction:
         if unknown := sorted(set(axes) - set(owners)):
             raise ValueError(message(f"names of array arguments in batched= ({', '.join(sorted(set(owners)))})", ", ".join(unknown), "name an argument that holds arrays"))
         return tuple(axes.get(o) for o in owners), out
-
-
-def _one_of(name: str, value, allowed, also=""):
-    if value not in allowed:
-        listed = ", ".join((*map(repr, allowed), *filter(None, [also])))
-        raise ValueError(message(f"{name} as one of {listed}", repr(value), "choose one of these"))
-    return value
 
 
 def _flat(outputs):

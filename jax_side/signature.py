@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bridge.call import between, static_leaf
 from bridge.errors import message
-from bridge.function import Spec
+from bridge.function import WIDE, Spec
 
 tree = jax.tree_util
-WIDE = ("float64", "int64", "uint64", "complex128")
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,6 @@ class Signature:
     tree: Any
     inputs: tuple[Spec, ...]
     static: tuple[tuple[int, Any, Any], ...]
-
-    def leaves(self, arrays) -> list:
-        """All leaves again: static ones between the given arrays."""
-        leaves = list(arrays)
-        for position, _, value in self.static:
-            leaves.insert(position, value)
-        return leaves
 
     def _paths(self) -> list:
         """The key path of each array."""
@@ -49,7 +42,7 @@ class Signature:
     def declared(self, outputs):
         """(types, tree) of outputs that the user declared: a pytree, or a function of the inputs' types."""
         if callable(outputs):
-            args, kwargs = self.tree.unflatten(self.leaves(jax.ShapeDtypeStruct(*s) for s in self.inputs))
+            args, kwargs = self.tree.unflatten(between(self.static, (jax.ShapeDtypeStruct(*s) for s in self.inputs)))
             outputs = outputs(*args, **kwargs)
         leaves, out_tree = tree.tree_flatten(outputs)
         for x in leaves:
@@ -66,23 +59,14 @@ def sign(args, kwargs) -> tuple[Signature, list[jax.Array]]:
         if isinstance(x, (jax.Array, np.ndarray, np.generic)):
             arrays.append(x if isinstance(x, jax.Array) else _from_numpy(x))
         else:
-            static.append((i, _kind(x), _static(x)))
+            static.append(_static(i, x))
     return Signature(structure, tuple(Spec(x.shape, x.dtype.name) for x in arrays), tuple(static)), arrays
 
 
-def _kind(x):
-    """What tells equal values apart: 1, 1.0 and True; 0.0 and -0.0."""
-    return (type(x), repr(x)) if isinstance(x, (float, complex)) else type(x)
-
-
-def _static(x):
+def _static(i: int, x):
     if hasattr(x, "__torch_function__") or hasattr(x, "__dlpack__"):
         raise TypeError(message("JAX or NumPy arrays as arguments of a bridged function", type(x).__name__, "convert it first: bridge.to_jax(tensor)"))
-    try:
-        hash(x)
-    except TypeError as e:
-        raise TypeError(message("arrays, or hashable Python values, as arguments", f"a {type(x).__name__}", "pass an array, or something hashable")) from e
-    return x
+    return static_leaf(i, x, "arrays")
 
 
 def _from_numpy(x) -> jax.Array:

@@ -252,7 +252,7 @@ def test_dropout_that_draws_nothing_is_fine():
 
 BAD_CALLS = {
     "torch tensor": (lambda: bridge.to_jax(torch.sin)(torch.ones(3)), TypeError, r"expected JAX or NumPy arrays as arguments .* got Tensor; convert it first: bridge.to_jax\(tensor\)"),
-    "unhashable": (lambda: bridge.to_jax(torch.sin)(X, {1: {2}}), TypeError, "expected arrays, or hashable Python values, as arguments, got a set; pass an array"),
+    "unhashable": (lambda: bridge.to_jax(torch.sin)(X, {1: {2}}), TypeError, "expected arrays, or hashable Python values, as arguments, got a set; pass arrays"),
     "lane": (lambda: bridge.to_jax(torch.sin, lane="gpu"), ValueError, "expected lane as one of 'auto', 'ffi', 'host', got 'gpu'"),
     "derivatives": (lambda: bridge.to_jax(torch.sin, derivatives="fd"), ValueError, "expected derivatives as one of 'func', 'autograd', got 'fd'"),
     "batched": (lambda: bridge.to_jax(torch.sin, batched="yes"), ValueError, "expected batched as one of 'vmap', 'sequential', an axis .*, got 'yes'"),

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 
 import torch
 
+from bridge.errors import message
 from bridge.function import Spec
-from torch_side.arrays import DTYPES, dtype_name
+from torch_side.arrays import DTYPES, dtype_name, export
 
 
 def spec_of(t: torch.Tensor) -> Spec:
@@ -81,3 +82,34 @@ def finish(tensors) -> None:
     """An eager call on a GPU waits for torch, since JAX takes the inputs' memory back in the order of another stream."""
     if any(t.is_cuda for t in tensors):
         torch.cuda.current_stream(tensors[0].device).synchronize()
+
+
+# Tensors lent to the other bank for one call, and taken from it.
+
+
+def lent(tensors) -> list:
+    """The values of tensors, to be read only: DLPack capsules (on the CPU) or tensors, over their own memory where that is
+    row-major and starts on a 64-byte boundary, else over a copy."""
+    out = []
+    for t in tensors:
+        address = t.data_ptr() if t.is_cpu else 0
+        dense = address and not address & 63 and t.is_contiguous() and not t.is_conj() and not t.is_neg()
+        out.append(_to_capsule(t) if dense else _lent(t))
+    return out
+
+
+def _lent(t):
+    t = export(t.detach(), None, "JAX").contiguous()
+    return _to_capsule(t) if t.is_cpu else t
+
+
+def taken(results) -> list:
+    """Tensors over results that the other bank has let go: nobody else reads or writes this memory."""
+    take = _from_capsule if results and type(results[0]) is _Bare else torch.from_dlpack
+    return [*map(take, results)]
+
+
+# Private in torch 2.13: Tensor.__dlpack__ and torch.from_dlpack without their checks, 0.1 us instead of 1.6 and 0.4 instead of 2.
+_to_capsule = torch._C._to_dlpack
+_from_capsule = torch._C._from_dlpack
+_Bare = type(_to_capsule(torch.empty(0)))

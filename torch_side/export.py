@@ -2,41 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from bridge.call import Call
 from bridge.errors import message
 from bridge.function import Derived, Engine, Function, Gradient, Spec
 from torch_side import buffers, running
 from torch_side.inference import check_output
-
-
-@dataclass(frozen=True)
-class Call:
-    """How a flat list of tensors becomes a call of the user's callable: `tree.unflatten` and `flatten` are the caller's
-    pytree library, `static` holds (position, kind, value) of the leaves that are no arrays."""
-
-    target: Callable
-    tree: Any
-    static: tuple[tuple[int, Any, Any], ...]
-    flatten: Callable = field(compare=False)
-
-    @property
-    def name(self) -> str:
-        return getattr(self.target, "__qualname__", type(self.target).__name__)
-
-    def __call__(self, tensors):
-        """-> (output leaves, output tree)."""
-        if self.static:
-            tensors = list(tensors)
-            for position, _, value in self.static:
-                tensors.insert(position, value)
-        args, kwargs = self.tree.unflatten(tensors)
-        return self.flatten(self.target(*args, **kwargs))
 
 
 @dataclass(frozen=True)

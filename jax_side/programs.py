@@ -1,0 +1,189 @@
+"""XLA programs of a Function: one for a call, and where a backward will follow, a pair that shares what it keeps.
+
+A pair is `jax.vjp` cut in two: the forward program gives the outputs and the residuals of the vjp, the backward program
+takes these. A residual that is an input or an output isn't given a second time: the caller keeps that array himself.
+A program is compiled once for the types of its Function; memory that it allocates belongs to the arrays it returns.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bridge.function import Function
+from jax_side.arrays import borrow, lend
+from jax_side.signature import check_width
+
+tree = jax.tree_util
+
+
+class Program:
+    """A jitted function on foreign memory, read where it lies; gives what nobody else holds.
+
+    It takes lent memory (see borrow) in one list, or in several. The first call is made by one thread alone; each
+    trace is counted with the base."""
+
+    def __init__(self, traced, fn: Function):
+        self._first, self._ready, self._wide = threading.RLock(), False, fn.wide and fn
+        counted = fn.base.memo.setdefault("traces", [])
+
+        def count(*groups):
+            counted.append(traced)
+            return traced(*groups)
+
+        self._jitted = jax.jit(count)
+
+    def __call__(self, *groups) -> list:
+        return lend(self.arrays(*groups)) if self._wide or not self._ready else lend(self._jitted(*map(borrow, groups)))
+
+    def arrays(self, *groups):
+        """The same, with results as the traced function gives them."""
+        if self._wide:
+            _check_width(self._wide)
+        if self._ready:
+            return self._jitted(*map(borrow, groups))
+        with self._first:
+            result = self._jitted(*map(borrow, groups))
+            self._ready = True
+            return result
+
+
+def compilations(base: Function) -> int:
+    """How many programs were compiled for a base and its derivatives."""
+    return len(base.memo.get("traces", ()))
+
+
+def program(fn: Function) -> Program:
+    """The program of a call."""
+    return Program(lambda xs: fn(*xs), fn)
+
+
+def record(fn: Function, wrt: tuple[int, ...]) -> Recorder:
+    """The pair of programs of `fn`, differentiable in its inputs `wrt`."""
+    key = "pair", wrt
+    return fn.memo.get(key) or fn.memo.setdefault(key, Recorder(fn, wrt))
+
+
+def _check_width(fn: Function) -> None:
+    """x64 may have been switched off since the output types were inferred."""
+    if not jax.config.jax_enable_x64:
+        for s in fn.inputs:
+            check_width(s, f"input of {fn.base}")
+
+
+@tree.register_pytree_node_class
+@dataclass(frozen=True)
+class Residuals:
+    """What the forward program keeps for the backward one: arrays, and the plan that says where each goes."""
+
+    kept: list
+    plan: Plan
+
+    def tree_flatten(self):
+        return self.kept, self.plan
+
+    @classmethod
+    def tree_unflatten(cls, plan, kept):
+        return cls(kept, plan)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The vjp's own pytree; for each leaf (place, index or value): an input, an output, one of the kept arrays, a constant.
+
+    `outputs` are those that the backward program wants back."""
+
+    structure: Any
+    leaves: tuple
+    outputs: tuple[int, ...]
+
+
+class Recorder:
+    """The pair. `forward` and `backward` take and give lent memory, as `run` does."""
+
+    def __init__(self, fn: Function, wrt: tuple[int, ...]):
+        self.fn, self.wrt = fn, wrt
+        self.inexact = tuple(i for i, s in enumerate(fn.outputs) if s.inexact)
+        self._forward = Program(self._outputs_and_residuals, fn)
+        self._backward: dict[tuple, Program] = {}
+
+    def forward(self, lent):
+        """-> (outputs, residuals, plan)."""
+        outs, residuals = self._forward.arrays(lent)
+        return lend(outs), lend(residuals.kept), residuals.plan
+
+    def backward(self, plan: Plan, needed: tuple[int, ...], inputs, outputs, kept, cotangents) -> list:
+        """Gradients of the inputs `needed`, by the convention of torch: the conjugate of the contract's.
+
+        `outputs` are those that the plan names; `cotangents` has one for each output of the Function, None for none."""
+        live = tuple(o for o in self.inexact if cotangents[o] is not None)
+        key = plan, needed, live
+        program = self._backward.get(key)
+        if program is None:
+            program = self._backward.setdefault(key, Program(_Pull(self, plan, needed, live), self.fn))
+        return program(inputs, outputs, kept, [cotangents[o] for o in live])
+
+    def _outputs_and_residuals(self, xs):
+        g, moved = restrict(self.fn, xs, self.wrt)
+
+        def inexact_first(*moved):
+            ys = g(*moved)
+            return [ys[i] for i in self.inexact], ys
+
+        primals, pull, ys = jax.vjp(inexact_first, *moved, has_aux=True)
+        for i, y in zip(self.inexact, primals, strict=True):
+            ys = (*ys[:i], y, *ys[i + 1 :])
+        return ys, _residuals(pull, xs, ys)
+
+
+def _residuals(pull, xs, ys) -> Residuals:
+    """The leaves of a vjp, each array once."""
+    leaves, structure = tree.tree_flatten(pull)
+    places = {id(x): ("input", i) for i, x in enumerate(xs)} | {id(y): ("output", i) for i, y in enumerate(ys)}
+    kept, where = [], []
+    for leaf in leaves:
+        if not isinstance(leaf, jax.core.Tracer):
+            where.append(("constant", leaf))
+            continue
+        if id(leaf) not in places:
+            places[id(leaf)] = "kept", len(kept)
+            kept.append(leaf)
+        where.append(places[id(leaf)])
+    outputs = tuple(sorted({i for place, i in where if place == "output"}))
+    return Residuals(kept, Plan(structure, tuple(where), outputs))
+
+
+@dataclass(frozen=True)
+class _Pull:
+    """The backward program."""
+
+    recorder: Recorder
+    plan: Plan
+    needed: tuple[int, ...]
+    live: tuple[int, ...]
+
+    def __call__(self, inputs, outputs, kept, cotangents):
+        values = {"input": inputs, "output": dict(zip(self.plan.outputs, outputs)), "kept": kept}
+        leaves = [i if place == "constant" else values[place][i] for place, i in self.plan.leaves]
+        given = dict(zip(self.live, cotangents))
+        specs = self.recorder.fn.outputs
+        cts = [given[o].conj() if o in given else jnp.zeros(*specs[o]) for o in self.recorder.inexact]
+        gradients = dict(zip(self.recorder.wrt, self.plan.structure.unflatten(leaves)(cts)))
+        return [gradients[i].conj() for i in self.needed]
+
+
+def restrict(f, primals, wrt, outs=None):
+    """f as a function of the inputs `wrt` alone, giving the outputs `outs` (all of them if None)."""
+
+    def g(*xs):
+        full = list(primals)
+        for i, x in zip(wrt, xs, strict=True):
+            full[i] = x
+        ys = f(*full)
+        return tuple(ys) if outs is None else tuple(ys[o] for o in outs)
+
+    return g, tuple(primals[i] for i in wrt)
