@@ -5,6 +5,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # torch is named with the others in one pip command, so that a CPU build at hand is taken instead of several GB of CUDA.
 PINS := torch==2.13.0 jax==0.10.2 jax-tvm-ffi==0.1.3 apache-tvm-ffi==0.1.15.post2 sevenn==0.13.0 jax-md==0.2.29 vesin==0.6.2
+# What `make bench` measures beside the bridge, and chex, which torch-jax-interop imports without requiring it.
+RIVALS := torch-jax-interop==0.0.8 jax2torch==0.0.7 chex==0.1.92
 WORKERS ?= 2
 
 .PHONY: help setup demo test bench gpu-check clean
@@ -26,8 +28,12 @@ demo: setup  ## SevenNet-0 on a crystal in a jitted jax-md run: table, picture, 
 test: setup  ## all tests on the CPU
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-bench: setup  ## costs of a call beside their controls, JSON lines and a table (a quiet machine, please)
+bench: $(VENV)/bench-installed  ## costs of a call beside their controls, JSON lines and a table (a quiet machine, please)
 	$(RUN) -m benchmarks.bench $(ARGS)
+
+$(VENV)/bench-installed: $(VENV)/installed
+	@$(VENV)/bin/pip install --quiet --disable-pip-version-check $(PINS) $(RIVALS) -e '.[test,bench]' && touch $@ \
+		|| echo "the other packages could not be installed; the benchmarks go on without them"
 
 gpu-check: setup  ## checks on a CUDA GPU, report in benchmarks/gpu/<date>.json; says plainly when there is none
 	$(RUN) -m benchmarks.gpu_check $(ARGS)

@@ -1,5 +1,7 @@
 """What a bridged call costs on the CPU, beside its controls and the native ways, in one process: `python -m benchmarks.bench`.
 
+Here torch in JAX; JAX in torch, with the packages that offer the same, is in benchmarks/jax_in_torch.py.
+
 Prints one JSON line for each case, then a table. The variants of a group take turns, round by round, so that the drift of a
 busy machine hits them all: `us` is the quickest round, a ratio is the median over rounds of this / that in the same round.
 Only ratios travel from one machine to another. Nothing is written unless --out FILE is given.
@@ -11,7 +13,7 @@ import argparse
 import json
 import os
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +22,11 @@ import torch
 from tqdm import tqdm
 
 import bridge
-from benchmarks.harness import GROUPS, bare, group, in_loop, line, measure, one_by_one, ratio, records
+from benchmarks.harness import GROUPS, bare, group, in_loop, one_by_one, ratio, rows_of, table
+from benchmarks.jax_in_torch import ATOMS, soft_spheres  # and its groups
 
-ATOMS, ADDED_US, OF_HOST = 64, 5.0, 0.1
+ADDED_US, OF_HOST = 5.0, 0.1
+PACKAGES = ("jax", "torch", "jax-tvm-ffi", "apache-tvm-ffi", "torch-jax-interop", "jax2torch")
 
 
 def lanes(run, f, *args, wrap=lambda f: f):
@@ -45,7 +49,13 @@ def native() -> dict:
     }
 
 
-@group("bare torch", "host")
+def acceptance(times: dict) -> list[tuple]:
+    """At most 5 us over the bare Python call, and at most a tenth of the host lane."""
+    added, part = min(times["ffi"]) - min(times["bare torch"]), ratio(times["ffi"], times["host"])
+    return [("us that ffi adds to bare torch", added, ADDED_US), ("ffi / host", part, OF_HOST)]
+
+
+@group("bare torch", "host", judge=acceptance)
 def empty():
     """The identity of 8 float32 in a fori_loop."""
     x, identity = jnp.ones(8), lambda x: x  # noqa: E731
@@ -66,16 +76,6 @@ def eager():
     x, sin = jnp.ones(64), bridge.to_jax(torch.sin)
     calls = {"jitted jax": jax.jit(jnp.sin), "eager jax": jnp.sin, "eager bridge": sin, "jitted bridge": jax.jit(sin)}
     return {"bare torch": bare(torch.sin, torch.ones(64)), **{name: one_by_one(f, x) for name, f in calls.items()}}
-
-
-def soft_spheres(eye):
-    """All-pairs energy of atoms, for torch tensors and JAX arrays alike."""
-
-    def energy(x):
-        r2 = ((x[:, None] - x[None]) ** 2).sum(-1) + eye
-        return ((1 - eye) / r2**6).sum() / 2
-
-    return energy
 
 
 def and_grad(f):
@@ -160,11 +160,11 @@ def pass_counts() -> list[dict]:
     return rows
 
 
-def acceptance(times: dict) -> list[dict]:
-    """At most 5 us over the bare Python call, and at most a tenth of the host lane."""
-    added, part = min(times["ffi"]) - min(times["bare torch"]), ratio(times["ffi"], times["host"])
-    rows = ("us that ffi adds to bare torch", added, ADDED_US), ("ffi / host", part, OF_HOST)
-    return [{"name": f"acceptance/{what}", "value": v, "limit": limit, "verdict": "PASS" if v <= limit else "FAIL"} for what, v, limit in rows]
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def main(argv=None) -> int:
@@ -176,16 +176,14 @@ def main(argv=None) -> int:
     parser.add_argument("--out", help="write the JSON lines here, too")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    packages = {p: version(p) for p in ("jax", "torch", "jax-tvm-ffi", "apache-tvm-ffi")}
+    packages = {p: installed(p) for p in PACKAGES}
     rows = [{"name": "environment", **packages, "cpus": os.cpu_count(), "load": os.getloadavg()[0], **vars(args)}]
     with jax.default_device(jax.devices("cpu")[0]):
         for name in tqdm(args.only, disable=None):
-            make, baselines, share = GROUPS[name]
-            times = measure(make(), max(1, int(args.calls * share)), args.rounds)
-            rows += records(name, baselines, times) + (acceptance(times) if name == "empty" else [])
+            rows += rows_of(name, args.calls, args.rounds)
         rows += pass_counts()
     text = "\n".join(map(json.dumps, rows))
-    print(text, "", f"{'':46}{'us, best':>11}{'median':>11}   ratios", *map(line, rows[1:]), sep="\n")
+    print(text, "", table(rows[1:]), sep="\n")
     if args.out:
         with open(args.out, "w") as f:
             f.write(text + "\n")

@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import importlib
 import statistics
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 
 GROUPS = {}
 
 
-def group(*baselines, share=1.0):
-    """Register a group: a function that gives {variant: run(n calls)}; one round takes `share` of --calls."""
-    return lambda make: GROUPS.setdefault(make.__name__, (make, baselines, share)) and make
+class Rival(NamedTuple):
+    """Another package that offers the same, and may be absent or broken: make(its module) gives what can be run."""
+
+    package: str
+    install: str
+    make: Callable
+
+
+def then(x, f):
+    """f(x); of a Rival, once there is what it gives."""
+    return x._replace(make=lambda package: f(x.make(package))) if isinstance(x, Rival) else f(x)
+
+
+def group(*baselines, share=1.0, judge=lambda times: []):
+    """Register a group: a function that gives {variant: run(n calls), or a Rival}; one round takes `share` of --calls.
+
+    judge(times) gives (what, value, limit) for each goal."""
+    return lambda make: GROUPS.setdefault(make.__name__, (make, baselines, share, judge)) and make
+
+
+def goals(*asked):
+    """The judge of ratios: (variant, baseline, limit) each; without a figure where one of both couldn't be timed."""
+    return lambda times: [(f"{a} / {b}", ratio(times[a], times[b]) if a in times and b in times else None, limit) for a, b, limit in asked]
 
 
 def in_loop(body, x):
@@ -36,6 +59,44 @@ def one_by_one(f, *args):
     return bare(lambda: jax.block_until_ready(f(*args)))
 
 
+def dispatched(f, *args):
+    """n calls from Python, only the last one waited for."""
+
+    def run(n):
+        for _ in range(n):
+            y = f(*args)
+        jax.block_until_ready(y)
+
+    return run
+
+
+def attempt(rival: Rival):
+    """The rival's run, seen to work; or why it can't be timed, to be reported in its place."""
+    try:
+        run = rival.make(importlib.import_module(rival.package))
+        run(2)
+        return run
+    except Exception as e:
+        if isinstance(e, ModuleNotFoundError) and e.name == rival.package:
+            return {"status": "not installed", "error": f"pip install {rival.install}"}
+        return {"status": "failing", "error": f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}"}
+
+
+def rows_of(name: str, calls: int, rounds: int) -> list[dict]:
+    """Measure a group: the figures of its variants, or why there are none, and its goals."""
+    make, baselines, share, judge = GROUPS[name]
+    variants = {v: attempt(run) if isinstance(run, Rival) else run for v, run in make().items()}
+    times = measure({v: run for v, run in variants.items() if callable(run)}, max(1, int(calls * share)), rounds)
+    found = records(baselines, times)
+    rows = [{"name": f"{name}/{v}", **(found[v] if v in found else why)} for v, why in variants.items()]
+    return rows + [verdict(f"acceptance/{name}: {what}", value, limit) for what, value, limit in judge(times)]
+
+
+def verdict(name: str, value: float | None, limit: float) -> dict:
+    word = "no figure" if value is None else "PASS" if value <= limit else "FAIL"
+    return {"name": name, "value": value, "limit": limit, "verdict": word}
+
+
 def measure(variants: dict, calls: int, rounds: int) -> dict[str, list[float]]:
     """Microseconds a call, for each round; every other round goes in the opposite order."""
     times = {name: [] for name in variants}
@@ -51,13 +112,24 @@ def ratio(a: list[float], b: list[float]) -> float:
     return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
-def records(name: str, baselines, times: dict) -> list[dict]:
+def records(baselines, times: dict) -> dict[str, dict]:
     ratios = {v: {b: ratio(t, times[b]) for b in baselines if b != v} for v, t in times.items()}
-    return [{"name": f"{name}/{v}", "us": min(t), "us_median": statistics.median(t), "ratios": ratios[v]} for v, t in times.items()]
+    return {v: {"us": min(t), "us_median": statistics.median(t), "ratios": ratios[v]} for v, t in times.items()}
 
 
-def line(r: dict) -> str:
+def line(r: dict, width: int) -> str:
     """One row of the table."""
+    name = f"{r['name']:{width}}"
     if "us" in r:
-        return f"{r['name']:46}{r['us']:11.2f}{r['us_median']:11.2f}   " + "   ".join(f"{v:.3g} x {b}" for b, v in r["ratios"].items())
-    return f"{r['name']:46}" + "   ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in r.items() if k != "name")
+        return f"{name}{r['us']:11.2f}{r['us_median']:11.2f}   " + "   ".join(f"{v:.3g} x {b}" for b, v in r["ratios"].items())
+    if "status" in r:
+        return f"{name}   {r['status']}: {r['error']}"
+    return name + "   " + "   ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in r.items() if k != "name")
+
+
+def table(rows: list[dict]) -> str:
+    """Figures first, goals and counts below them."""
+    parts = [[r for r in rows if ("us" in r or "status" in r) is figures] for figures in (True, False)]
+    widths = [max([len(r["name"]) for r in part], default=0) + 1 for part in parts]
+    lines = [line(r, width) for part, width in zip(parts, widths) for r in part]
+    return "\n".join([f"{'':{widths[0]}}{'us, best':>11}{'median':>11}   ratios", *lines])

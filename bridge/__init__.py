@@ -10,6 +10,7 @@ _HOMES = {
     "functional": "bridge.join",
     "module": "bridge.join",
     "potential": "bridge.join",
+    "torch_potential": "bridge.join",
     "raising": "jax_side.lanes",
 }
 __all__ = [*_HOMES]

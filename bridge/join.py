@@ -1,4 +1,4 @@
-"""The one file that imports both sides: to_jax, to_torch, functional, module, potential."""
+"""The one file that imports both sides: to_jax, to_torch, functional, module, potential, torch_potential."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from bridge import contract
 from bridge.call import Call, one_of
 from bridge.errors import message
 from jax_side import arrays as jax_arrays
+from jax_side import doctor as jax_doctor
 from jax_side import lanes, primitive, registry
 from jax_side import potential as jax_potential
 from jax_side.export import Exporter, call_itself, parameters
+from jax_side.outputs import Outputs
 from jax_side.signature import Signature, check_width, output_names, parameter_names, sign
 from torch_side import arrays as torch_arrays
+from torch_side import doctor as torch_doctor
 from torch_side import buffers, export, inference, strain, transforms
 from torch_side.calling import TorchCallable
 from torch_side.module import JaxModule
+from torch_side.potential import JaxPotential
 
 tree = jax.tree_util
 BATCHED = ("vmap", "sequential")
@@ -190,6 +194,62 @@ def potential(model, *, atomic_numbers, pbc=None, batch=None, n_systems=1, gradi
         model = strain.with_gradients(model)
     bridged = to_jax(_Contract(model), outputs=_contract_outputs, batched="sequential", derivatives="autograd", lane=lane)
     return jax_potential.potential(bridged, atomic_numbers=atomic_numbers, pbc=pbc, batch=batch, n_systems=n_systems, **extras)
+
+
+def torch_potential(model, params=None, *, gradients="model", cutoff=None):
+    """A JAX potential as an nn.Module of the potential contract: `module(inputs)` is a dict of tensors, by one JAX call.
+
+    `model` is a JAX callable of one dict, or of (params, dict) with `params` given, whose arrays then are Parameters as in
+    `module` and train on energies, forces and cell gradients. The dict has the keys of bridge.contract; N atoms, B systems:
+
+        pos (N,3) float, cell (B,3,3) float by rows, pbc (B,3) bool, batch (N,) int sorted, atomic_numbers (N,) int
+
+    and whatever else the caller passes (charge, spin, ...). Integers of the contract may be int64: JAX gets them as int32.
+    With `gradients="model"` the model returns energy (B,), position_gradients g = dE/dr at fixed cell (N,3) and
+    cell_gradients G = dE/dh at fixed Cartesian positions (B,3,3), in eV and Angstrom; with `gradients="autodiff"` it returns
+    energy (B,), or a dict with it, and JAX makes g and G in the same program. Further outputs are passed on. Forces are -g.
+
+    `cutoff` (Angstrom) is for graph models: edge_index (2,E) and cell_offsets (E,3) are then made by
+    torch_side.neighbors.neighbor_list at each call, unless the caller passes edge_index. Every number of edges is compiled
+    once; pass edges padded to a constant number (index >= N: an unused slot) where it changes from step to step. Inside
+    transforms of torch.func values can't be read, so edges must be passed.
+
+    Energies differentiate in torch by the model's own gradients: torch.autograd.grad(energy.sum(), pos) is g, in cell it is
+    G; all else, second derivatives included, differentiates the model. Without a graph (torch.no_grad, or neither inputs nor
+    parameters that require grad) nothing is kept. Inputs are read where they lie, results are fresh memory; float dtypes
+    are never cast.
+
+    Raises, when it is called: ValueError for inputs or outputs outside of the contract (checked once for each set of shapes
+    and dtypes, as JAX traces), and as neighbor_list does; otherwise as `to_torch`, with params as `module`.
+
+    >>> import bridge, jax, torch
+    >>> spring = lambda p, x: p["k"] * jax.ops.segment_sum((x["pos"] ** 2).sum(-1), x["batch"], num_segments=len(x["cell"]))
+    >>> model = bridge.torch_potential(spring, {"k": jax.numpy.ones(())}, gradients="autodiff")
+    >>> inputs = {"pos": torch.ones(2, 3), "cell": torch.zeros(1, 3, 3), "pbc": torch.zeros(1, 3, dtype=torch.bool),
+    ...           "batch": torch.zeros(2, dtype=torch.int64), "atomic_numbers": torch.ones(2, dtype=torch.int64)}
+    >>> out = model(inputs)
+    >>> out["energy"].tolist(), out["position_gradients"][0].tolist()
+    ([6.0], [2.0, 2.0, 2.0])
+    >>> out["position_gradients"].square().sum().backward()
+    >>> model.get_parameter("model.k").grad
+    tensor(48.)
+    """
+    outputs = Outputs(model, one_of("gradients", gradients, ("model", "autodiff")), params is not None)
+    return JaxPotential(to_torch(outputs) if params is None else module(outputs, params), cutoff)
+
+
+def diagnosis() -> list[tuple[str, bool, str]]:
+    """What `python -m bridge doctor` prints: (what, whether all is well, what was found or what to do)."""
+    triple = lambda x: 2 * x + x  # noqa: E731  the same code in both frameworks
+    nested = (
+        ("JAX in torch in JAX", lambda lane: to_jax(to_torch(triple), lane=lane)),
+        ("torch in JAX", lambda lane: to_jax(triple, lane=lane)),
+    )
+    rows = [*jax_doctor.facts(), *torch_doctor.facts()]
+    for where, bridged in reversed(nested):
+        rows += [(what.replace("torch in jit", where), *rest) for what, *rest in jax_doctor.checks(bridged)]
+    rows += torch_doctor.checks(to_torch(triple))
+    return rows + [(what.replace("JAX in torch", "torch in JAX in torch"), *rest) for what, *rest in torch_doctor.checks(to_torch(to_jax(triple)))]
 
 
 class _Wrapper:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bridge.errors import message, spec
+from jax_side.nesting import cpu_device, here
 
 _NAMES = """bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 bfloat16 float32 float64 complex64 complex128
 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu"""
@@ -18,6 +18,7 @@ _KNOWN = set(DTYPES.values())
 _WIDE = {"int64": "int32", "uint64": "uint32", "float64": "float32", "complex128": "complex64"}
 _REFUSED = (ValueError, RuntimeError, BufferError, TypeError)
 _CPU = 1  # kDLCPU
+_CPU_ALIGN = 64  # bytes, of memory that XLA reads where it lies
 _SHARED = "a dtype that both sides know"
 _CAST = f"cast it to one of {', '.join(DTYPES)}"
 
@@ -109,8 +110,8 @@ def _take(obj, copy: bool | None) -> jax.Array:
 
 def _share(obj) -> jax.Array:
     """Never copies: dense, aligned memory is shared, anything else raises one of _REFUSED."""
-    on_cpu = obj.__dlpack_device__()[0] == _CPU and _cpu_view()
-    return borrow([obj.__dlpack__()])[0] if on_cpu else _public(obj, copy=False)
+    on_cpu = obj.__dlpack_device__()[0] == _CPU and _cpu_view(0)
+    return on_cpu(obj.__dlpack__()) if on_cpu else _public(obj, copy=False)
 
 
 def _copy(obj, error: Exception, copy: bool | None) -> jax.Array:
@@ -136,15 +137,31 @@ def _public(obj, copy: bool | None) -> jax.Array:
         return jax.dlpack.from_dlpack(obj, copy=copy)
 
 
-# The hot path of a call: memory lent for its length, as a bare DLPack capsule of CPU memory or an object with __dlpack__.
+# The hot path of a call: memory lent for its length, as a NumPy array, a bare DLPack capsule of CPU memory, or an object with
+# __dlpack__ (on a GPU).
 
 
-def borrow(lent) -> list[jax.Array]:
-    """Arrays over lent memory; the lender has seen to it that it is dense and aligned, of dtypes and widths that JAX holds."""
-    if lent and type(lent[0]) is _Bare:
-        view, *options = _cpu_view() or (_view_by_protocol,)
-        return [*map(view, lent, *options)]
-    return [_public(x, copy=False) for x in lent]
+def borrow(lent) -> list:
+    """Arguments of a jitted function over lent memory. The lender has seen to the dtypes and widths, and that a capsule is
+    dense and aligned; jit reads a NumPy array where it lies if it is, and copies it if it is not."""
+    if here.depth or not _to_capsule():
+        return [_placed(x) for x in lent]
+    return [x if type(x) is np.ndarray else _view(x) for x in lent]
+
+
+def _view(capsule) -> jax.Array:
+    """An array over a capsule's memory, on the CPU device of this depth."""
+    view = _cpu_view(here.depth)
+    return view(capsule) if view else _public(_Capsule(capsule), copy=False)
+
+
+def _placed(lent) -> jax.Array:
+    """An array on the device where it belongs, which is not the one that jit would choose."""
+    if type(lent) is not np.ndarray:
+        return _view(lent) if type(lent) is _Bare else _public(lent, copy=False)
+    if lent.ctypes.data % _CPU_ALIGN or not lent.flags.c_contiguous:
+        lent = lent.copy()
+    return jax.device_put(lent, cpu_device(here.depth), may_alias=True)
 
 
 def lend(results) -> list:
@@ -154,10 +171,6 @@ def lend(results) -> list:
 
 
 _Bare = type(np.empty(0).__dlpack__())
-
-
-def _view_by_protocol(capsule) -> jax.Array:
-    return _public(_Capsule(capsule), copy=False)
 
 
 class _Capsule:
@@ -187,17 +200,15 @@ def _to_capsule():
 
 
 @functools.cache
-def _cpu_view():
-    """PRIVATE to jax 0.10.2, tried before use: what jax.dlpack.from_dlpack does without its checks, 4 us instead of 19, and
-    its arguments after the capsule, as endless iterators for `map`."""
+def _cpu_view(depth: int):
+    """PRIVATE to jax 0.10.2, tried before use: what jax.dlpack.from_dlpack does without its checks, 4 us instead of 19."""
     try:
         from jaxlib import _jax  # on a GPU the public function orders the streams
 
-        cpu = jax.local_devices(backend="cpu")[0]
-        view = _jax.dlpack_managed_tensor_to_buffer, *map(itertools.repeat, (cpu, None, False, _CPU))
+        cpu = cpu_device(depth)
+        view = lambda capsule: _jax.dlpack_managed_tensor_to_buffer(capsule, cpu, None, False, _CPU)  # noqa: E731
         with jax.ensure_compile_time_eval():
-            probe = jax.device_put(np.zeros(1, np.int8), cpu)
-        seen = view[0](probe.__dlpack__(), *map(next, view[1:]))
-        return view if seen.unsafe_buffer_pointer() == probe.unsafe_buffer_pointer() else None
+            probe = jax.device_put(np.zeros(1, np.int8), cpu_device(0))
+        return view if view(probe.__dlpack__()).unsafe_buffer_pointer() == probe.unsafe_buffer_pointer() else None
     except Exception:
         return None

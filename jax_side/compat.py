@@ -6,6 +6,7 @@ from __future__ import annotations
 import jax
 from jax._src import core
 from jax._src.interpreters import ad, batching, mlir
+from jaxlib import xla_client
 
 Primitive = core.Primitive
 Zero = ad.Zero
@@ -59,3 +60,13 @@ def float0(x) -> bool:
 def unmapped(dim) -> bool:
     """0.10 writes None for an input without a batch axis."""
     return dim is None
+
+
+def asynchronous() -> bool:
+    """The flag jax_cpu_enable_async_dispatch, which is no attribute of jax.config."""
+    return jax.config._value_holders["jax_cpu_enable_async_dispatch"].value
+
+
+def cpu_client():
+    """A CPU client beside the one that JAX has; jit runs a program on the client whose arrays it is given."""
+    return xla_client.make_cpu_client(asynchronous=False)

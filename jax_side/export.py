@@ -32,8 +32,8 @@ class Transforms(Engine):
 
     def gradient(self, f, primals, wrt, out):
         g, xs = programs.restrict(f, primals, wrt)
-        ys, pull = jax.vjp(lambda *xs: g(*xs)[out], *xs, has_aux=False)
-        return (*f(*primals), *pull(jnp.ones_like(ys)))
+        y, pull, ys = jax.vjp(lambda *xs: ((ys := g(*xs))[out], ys), *xs, has_aux=True)
+        return (*ys, *pull(jnp.ones_like(y)))
 
     def vmap(self, f, mapped, size, arrays):
         return jax.vmap(f, in_axes=tuple(0 if m else None for m in mapped), out_axes=0, axis_size=size)(*arrays)

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import atexit
 import functools
+import time
 from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bridge.errors import missing
+from bridge.errors import message, missing
 from bridge.failures import Listener, carried
 from bridge.function import Function, Spec
 from jax_side import arrays
+from jax_side.nesting import here
 from jax_side.registry import close, functions, lock, unknown
 
 LANES = ("auto", "ffi", "host")
@@ -95,19 +97,23 @@ def _register(tensor_type: type) -> None:
 
 
 def _enter_cpu(number, *buffers):
+    outside = here.depth
     try:
-        fn = functions.get(number) or unknown(number)
+        fn, depth = functions.get(number) or unknown(number)
+        here.depth = depth + 1
         n = len(fn.inputs)
         return fn.base.run(fn, buffers[:n], buffers[n:])
     except BaseException as e:
         buffers = None
         error = carried(e)
+    finally:
+        here.depth = outside
     raise error  # here, where it has no context: the exception's frames must not outlive the call
 
 
 def _enter_gpu(number, stream, *buffers):
     try:
-        fn = functions.get(number) or unknown(number)
+        fn, _ = functions.get(number) or unknown(number)
         n = len(fn.inputs)
         with fn.base.on_stream(stream, buffers):
             return fn.base.run(fn, buffers[:n], buffers[n:])
@@ -124,23 +130,40 @@ class HostCall:
     """What jax.pure_callback calls; equal for equal Functions, so that programs are found again."""
 
     def __init__(self, fn: Function):
-        self.fn = fn
+        self.fn, self.depth = fn, here.depth
 
     def __eq__(self, other):
-        return isinstance(other, HostCall) and self.fn == other.fn
+        return isinstance(other, HostCall) and self.fn == other.fn and self.depth == other.depth
 
     def __hash__(self):
         return hash(self.fn)
 
     def __call__(self, *arrays):
         outs = [np.empty(c.shape, c.dtype) for c in map(_host_carrier, self.fn.outputs)]
+        outside, here.depth = here.depth, self.depth + 1
         try:
+            _wait(arrays)
             self.fn.base.run(self.fn, arrays, outs)
             return [o.view(jnp.dtype(s.dtype)) for o, s in zip(outs, self.fn.outputs, strict=True)]
         except BaseException as e:
             arrays = outs = None
             error = carried(e)
+        finally:
+            here.depth = outside
         raise error
+
+
+def _wait(arrays, limit=30.0) -> None:
+    """jax.pure_callback copies its inputs with XLA's threads, which may all be in callbacks: an error, not a wait for ever."""
+    end = time.monotonic() + limit
+    while not all(a.is_ready() for a in arrays):
+        if time.monotonic() > end:
+            do = f'{SYNCHRONOUS} (python -m bridge doctor tells more), or take lane="ffi"'
+            raise RuntimeError(message("inputs of a host callback to arrive", f"none in {limit:.0f} s, since every thread of XLA is in a callback", do))
+        time.sleep(1e-5)
+
+
+SYNCHRONOUS = 'call jax.config.update("jax_cpu_enable_async_dispatch", False) right after import jax'
 
 
 def _host_carrier(spec: Spec) -> jax.ShapeDtypeStruct:

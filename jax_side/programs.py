@@ -1,6 +1,6 @@
 """XLA programs of a Function: one for a call, and where a backward will follow, a pair that shares what it keeps.
 
-A pair is `jax.vjp` cut in two: the forward program gives the outputs and the residuals of the vjp, the backward program
+For a real scalar the forward program gives the gradients, too. Otherwise a pair is `jax.vjp` cut in two: the forward program gives the outputs and the residuals of the vjp, the backward program
 takes these. A residual that is an input or an output isn't given a second time: the caller keeps that array himself.
 A program is compiled once for the types of its Function; memory that it allocates belongs to the arrays it returns.
 """
@@ -37,8 +37,10 @@ class Program:
 
         self._jitted = jax.jit(count)
 
-    def __call__(self, *groups) -> list:
-        return lend(self.arrays(*groups)) if self._wide or not self._ready else lend(self._jitted(*map(borrow, groups)))
+    def __call__(self, lent, *groups) -> list:
+        if groups or self._wide or not self._ready:
+            return lend(self.arrays(lent, *groups))
+        return lend(self._jitted(borrow(lent)))
 
     def arrays(self, *groups):
         """The same, with results as the traced function gives them."""
@@ -62,10 +64,13 @@ def program(fn: Function) -> Program:
     return Program(lambda xs: fn(*xs), fn)
 
 
-def record(fn: Function, wrt: tuple[int, ...]) -> Recorder:
-    """The pair of programs of `fn`, differentiable in its inputs `wrt`."""
-    key = "pair", wrt
-    return fn.memo.get(key) or fn.memo.setdefault(key, Recorder(fn, wrt))
+def record(fn: Function, wrt: tuple[int, ...]):
+    """What runs a forward of `fn` that a backward in its inputs `wrt` will follow."""
+    key = "record", wrt
+    if key not in fn.memo:
+        gradient = fn.gradient(wrt)
+        fn.memo.setdefault(key, GradientRecorder(gradient) if gradient else PairRecorder(fn, wrt))
+    return fn.memo[key]
 
 
 def _check_width(fn: Function) -> None:
@@ -102,8 +107,21 @@ class Plan:
     outputs: tuple[int, ...]
 
 
-class Recorder:
-    """The pair. `forward` and `backward` take and give lent memory, as `run` does."""
+class GradientRecorder:
+    """A real scalar: one program gives it and its gradients, and nothing is left for the backward but to scale these."""
+
+    def __init__(self, gradient: Function):
+        self.out, self._outputs = gradient.out, len(gradient.of.outputs)
+        self._program = Program(lambda xs: gradient(*xs), gradient)
+
+    def forward(self, lent):
+        """-> (outputs, gradients, no plan)."""
+        results = self._program(lent)
+        return results[: self._outputs], results[self._outputs :], None
+
+
+class PairRecorder:
+    """Anything else: the pair. `forward` and `backward` take and give lent memory, as a Program does."""
 
     def __init__(self, fn: Function, wrt: tuple[int, ...]):
         self.fn, self.wrt = fn, wrt
@@ -119,8 +137,8 @@ class Recorder:
     def backward(self, plan: Plan, needed: tuple[int, ...], inputs, outputs, kept, cotangents) -> list:
         """Gradients of the inputs `needed`, by the convention of torch: the conjugate of the contract's.
 
-        `outputs` are those that the plan names; `cotangents` has one for each output of the Function, None for none."""
-        live = tuple(o for o in self.inexact if cotangents[o] is not None)
+        `outputs` are those that the plan names; `cotangents` maps an output to its cotangent."""
+        live = tuple(o for o in self.inexact if o in cotangents)
         key = plan, needed, live
         program = self._backward.get(key)
         if program is None:
@@ -161,7 +179,7 @@ def _residuals(pull, xs, ys) -> Residuals:
 class _Pull:
     """The backward program."""
 
-    recorder: Recorder
+    recorder: PairRecorder
     plan: Plan
     needed: tuple[int, ...]
     live: tuple[int, ...]

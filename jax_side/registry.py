@@ -12,6 +12,7 @@ import jax
 
 from bridge.errors import message
 from bridge.function import Function
+from jax_side.nesting import here
 
 
 class Owner:
@@ -22,8 +23,8 @@ class Owner:
 
 
 lock = threading.RLock()
-functions: dict[str, Function] = {}
-_numbers: dict[Function, str] = {}
+functions: dict[str, tuple[Function, int]] = {}  # the Function, and the depth of the programs that call it
+_numbers: dict[tuple[Function, int], str] = {}
 _owners: weakref.WeakValueDictionary[str, Owner] = weakref.WeakValueDictionary()
 _retired: set[str] = set()
 _pinned: set[Owner] = set()
@@ -32,13 +33,14 @@ _next = map("{:x}".format, itertools.count(1))
 
 
 def own(fn: Function) -> Owner:
-    """The owner of a Function's number; equal Functions share it."""
+    """The owner of a Function's number for the programs that are lowered here; equal Functions share it."""
     release_retired()
     with lock:
-        number = _numbers.setdefault(fn, next(_next))
+        called = fn, here.depth
+        number = _numbers.setdefault(called, next(_next))
         if (owner := _owners.get(number)) is None:
             owner = _owners[number] = Owner(number)
-            functions[number] = fn
+            functions[number] = called
             _retired.discard(number)
             weakref.finalize(owner, _retire, number).atexit = False
         return owner
@@ -48,7 +50,7 @@ def own_forever(fn: Function) -> Owner:
     """For a program that jax.export writes: it lives until the process ends, by a number that no other process has."""
     number = "x" + secrets.token_urlsafe(6)[:6]
     owner = _owners[number] = Owner(number)
-    functions[number] = fn
+    functions[number] = fn, here.depth
     _pinned.add(owner)
     return owner
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from bridge.contract import check_outputs
 from bridge.errors import message
 
 
@@ -70,10 +71,13 @@ def stress(virial, cell, pbc):
 def with_gradients(energy):
     """Turn `energy(inputs)` into a model of the contract: value, g and G from one forward and one backward.
 
-    `energy` takes the dict of the contract and returns (B,) in eV, differentiable in inputs["pos"] (N,3) and
-    inputs["cell"] (B,3,3); no system may see another. The result returns dict(energy (B,), position_gradients
-    g = dE/dr at fixed cell (N,3), cell_gradients G = dE/dh at fixed Cartesian positions (B,3,3)), pure and
-    differentiable again. Models made from equal energies are equal and hash alike, so that jit caches hit.
+    `energy` takes the dict of the contract and returns (B,) in eV, or a dict with such an "energy" and other outputs,
+    which are passed on. It must be differentiable in inputs["pos"] (N,3) and inputs["cell"] (B,3,3), and no system may
+    see another. The result returns dict(energy (B,), position_gradients g = dE/dr at fixed cell (N,3), cell_gradients
+    G = dE/dh at fixed Cartesian positions (B,3,3), ...), pure and differentiable again. Models made from equal energies
+    are equal and hash alike, so that jit caches hit.
+
+    Raises, when it is called: ValueError for an energy that is not (B,) or is missing.
 
     >>> model = with_gradients(lambda x: (x["pos"] ** 2).sum()[None])
     >>> model({"pos": jnp.ones((1, 3)), "cell": jnp.zeros((1, 3, 3))})["position_gradients"].tolist()
@@ -88,11 +92,13 @@ class _WithGradients:
 
     def __call__(self, inputs: dict) -> dict:
         def total(pos, cell):
-            energy = self.energy(inputs | {"pos": pos, "cell": cell})
-            return energy.sum(), energy
+            out = self.energy(inputs | {"pos": pos, "cell": cell})
+            out = dict(out) if isinstance(out, dict) else {"energy": out}
+            check_outputs(out, pos.shape[0], cell.shape[0])
+            return out["energy"].sum(), out
 
-        (_, energy), (g, G) = jax.value_and_grad(total, (0, 1), has_aux=True)(inputs["pos"], inputs["cell"])
-        return {"energy": energy, "position_gradients": g, "cell_gradients": G}
+        (_, out), (g, G) = jax.value_and_grad(total, (0, 1), has_aux=True)(inputs["pos"], inputs["cell"])
+        return out | {"position_gradients": g, "cell_gradients": G}
 
 
 def _moments(positions, vectors, batch, cell):

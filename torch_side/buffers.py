@@ -88,19 +88,28 @@ def finish(tensors) -> None:
 
 
 def lent(tensors) -> list:
-    """The values of tensors, to be read only: DLPack capsules (on the CPU) or tensors, over their own memory where that is
-    row-major and starts on a 64-byte boundary, else over a copy."""
-    out = []
-    for t in tensors:
-        address = t.data_ptr() if t.is_cpu else 0
-        dense = address and not address & 63 and t.is_contiguous() and not t.is_conj() and not t.is_neg()
-        out.append(_to_capsule(t) if dense else _lent(t))
-    return out
+    """The values of tensors, to be read only, over their own memory: NumPy arrays where NumPy knows the dtype, DLPack capsules
+    elsewhere on the CPU, tensors on a GPU. Only what the borrower could not read is copied: conj and neg bits, and in a
+    capsule or on a GPU what is not row-major."""
+    try:
+        return [t.detach().numpy() if t.requires_grad else t.numpy() for t in tensors]
+    except (TypeError, RuntimeError):
+        return [_lent(t) for t in tensors]
 
 
-def _lent(t):
-    t = export(t.detach(), None, "JAX").contiguous()
+def _lent(t: torch.Tensor):
+    t = t.detach().resolve_conj().resolve_neg()
+    if t.is_cpu and t.dtype not in _UNKNOWN_TO_NUMPY:
+        try:
+            return t.numpy()
+        except RuntimeError as e:
+            do = "call it under the transform that made the tensor; for is_grads_batched=True and vectorize=True use torch.func.vmap and torch.func.jacrev"
+            raise NotImplementedError(message("tensors with memory of their own", f"a traced or wrapped one ({type(t).__name__})", do)) from e
+    t = export(t, None, "JAX").contiguous()
     return _to_capsule(t) if t.is_cpu else t
+
+
+_UNKNOWN_TO_NUMPY = {dtype for name, dtype in DTYPES.items() if name.startswith(("bfloat16", "float8"))}
 
 
 def taken(results) -> list:

@@ -52,8 +52,8 @@ class TorchCallable:
         if torch.compiler.is_dynamo_compiling():
             return library.traced(self._token, args, kwargs)
         try:  # positional tensors alone, as in most loops, need no pytree work
-            fn = self._flat[tuple([(x.shape, x.dtype) if isinstance(x, torch.Tensor) else None for x in args])] if not kwargs else None
-        except (KeyError, TypeError):  # TypeError: a symbolic size, as torch.compile has them
+            fn = None if kwargs else self._flat.get(tuple([(x.shape, x.dtype) for x in args]))
+        except (AttributeError, TypeError):  # no tensors; a symbolic size, as torch.compile has them
             fn = None
         if fn is not None:
             return wrap.call(fn, args)[0]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from torch_side import library
+
 
 class JaxModule(torch.nn.Module):
     """What bridge.module returns; its docstring is the documentation.
@@ -26,16 +28,22 @@ class JaxModule(torch.nn.Module):
         self._bind()
 
     def forward(self, *args, **kwargs):
+        if torch.compiler.is_dynamo_compiling():
+            return library.traced(self._token, ([tensors[name] for tensors, name in self._places], *args), kwargs)
         return self._call(self.pytree(), *args, **kwargs)
 
     def pytree(self):
         """The parameters as the pytree that they came as, the module's own tensors in it."""
-        leaves = [None] * len(self._paths)
-        for i, value in self._values.items():
-            leaves[i] = value
-        for i, tensors, name in self._places:
-            leaves[i] = tensors[name]
-        return self._structure.unflatten(leaves)
+        return self._tree([tensors[name] for tensors, name in self._places])
+
+    def function(self, args, kwargs):
+        """The Function and tensors of a call whose first argument is the list of the module's tensors (see library.traced)."""
+        tensors, *args = args
+        return self._call.function((self._tree(tensors), *args), kwargs)
+
+    def _tree(self, tensors):
+        tensors = iter(tensors)
+        return self._structure.unflatten([self._values[i] if i in self._values else next(tensors) for i in range(len(self._paths))])
 
     @property
     def compilations(self) -> int:
@@ -54,14 +62,15 @@ class JaxModule(torch.nn.Module):
     def _bind(self) -> None:
         """Where each tensor is found: in the dicts of the submodules, which .to(), load_state_dict and functional_call replace entries of."""
         self._structure = self._call.flatten(self._skeleton)[1]
+        self._token = library.register(self)
         self._places = []
         for i, path in enumerate(self._paths):
             if i not in self._values:
                 home, name = self._home(path)
-                self._places.append((i, home._parameters if name in home._parameters else home._buffers, name))
+                self._places.append((home._parameters if name in home._parameters else home._buffers, name))
 
     def __getstate__(self):
-        return {k: v for k, v in self.__dict__.items() if k not in ("_structure", "_places")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_structure", "_places", "_token")}
 
     def __setstate__(self, state):
         super().__setstate__(state)

@@ -20,7 +20,7 @@ def call(fn: Function, tensors):
     if _recorded():
         wrt = tuple([i for i, t in enumerate(tensors) if t.requires_grad])
         if wrt and fn.differentiable:
-            return _apply(fn, Recording(fn.base.record(fn, wrt)), *tensors)
+            return _apply(fn, Recording(fn.base.record(fn, wrt), wrt), *tensors)
     return taken(fn.program(lent(tensors)))
 
 
@@ -36,10 +36,10 @@ _recorded = torch.is_grad_enabled
 
 
 class Recording:
-    """What a forward keeps for one backward through the pair of programs of its Function."""
+    """What a forward keeps for one backward: the gradients of a scalar, else residuals for the second program of a pair."""
 
-    def __init__(self, recorder):
-        self.recorder = recorder
+    def __init__(self, recorder, wrt):
+        self.recorder, self.wrt = recorder, wrt
 
     def forward(self, tensors) -> list:
         outs, kept, self.plan = self.recorder.forward(lent(tensors))
@@ -49,13 +49,16 @@ class Recording:
     def to_save(self, outputs) -> tuple:
         """Tensors for save_for_backward, beside the inputs."""
         kept, self.kept = self.kept, None
-        return (*(outputs[o] for o in self.plan.outputs), *kept)
+        return (*(outputs[o] for o in self.plan.outputs), *kept) if self.plan else tuple(kept)
 
     def backward(self, needed, inputs, saved, cotangents) -> list:
+        if self.plan is None:
+            gradients = dict(zip(self.wrt, saved))
+            return [gradients[i] * cotangents[self.recorder.out].to(gradients[i].dtype) for i in needed]
         n = len(self.plan.outputs)
-        groups = map(lent, (inputs, saved[:n], saved[n:]))
-        cotangents = [c if c is None else lent((c,))[0] for c in cotangents]
-        return taken(self.recorder.backward(self.plan, needed, *groups, cotangents))
+        live = [o for o, c in enumerate(cotangents) if c is not None]
+        cotangents = dict(zip(live, lent([cotangents[o] for o in live])))
+        return taken(self.recorder.backward(self.plan, needed, *map(lent, (inputs, saved[:n], saved[n:])), cotangents))
 
 
 class Bridged(torch.autograd.Function):

@@ -1,8 +1,10 @@
-"""jax-md (Schoenholz and Cubuk, NeurIPS 2020): a potential as an energy function, and energies seen on the way."""
+"""jax-md (Schoenholz and Cubuk, NeurIPS 2020): a potential as an energy function, the reverse, and energies seen on the way."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +53,78 @@ def energy(potential, box=None, fractional=True):
         return potential(r, cell)
 
     return energy_fn
+
+
+def model(energy_fn, cell="box"):
+    """An energy function of jax-md as a model of the potential contract for one system: a dict in, {"energy": (1,)} out.
+
+    The model takes pos (N,3) Cartesian, any image, and cell (1,3,3) by rows, and differentiates in both as the contract has
+    it: g = dE/dr at fixed cell, G = dE/dh at fixed Cartesian positions. Which atoms are what is in energy_fn already
+    (species=...); other keys are not looked at, pbc neither: what is periodic is the displacement's concern. Units are
+    those of energy_fn; make it with eV and Angstrom. `cell` says how it takes its box:
+
+    "box"           it is called as energy_fn(fractional R, box=columns), made with space.periodic_general(box,
+                    fractional_coordinates=True). Values, g, G and second derivatives in positions are exact; second
+                    derivatives that involve the cell are not, for jax-md's space.transform gets these wrong
+    "perturbation"  the same with perturbation=... as well, through which the cell moves. These second derivatives are
+                    exact too; a dependence on the box by other ways than the displacement (an explicit volume) is missed
+    None            free space: it is called as energy_fn(positions), and G is zero
+
+    Exact means to jax-md's own constants, which it rounds to float32 here and there. jax-md takes the minimum image: the
+    cutoff must be below half the width of the cell. The gradient in a fractional R that jax-md defines is the real-space
+    one; positions are converted so that its rule comes out right. Models of equal energies are equal, for jit's caches.
+
+    Raises: ValueError for more than one system, an energy that is no scalar, another `cell`; ImportError without jax-md.
+
+    >>> from jax_md import energy, space
+    >>> displacement, _ = space.periodic_general(jnp.eye(3), fractional_coordinates=True)
+    >>> lj = model(energy.lennard_jones_pair(displacement, sigma=2.0))
+    >>> lj({"pos": jnp.array([[0.0, 0, 0], [0, 0, 9]]), "cell": 11 * jnp.eye(3)[None]})["energy"].round(3).tolist()
+    [0.0]
+    """
+    _jax_md()
+    if cell not in ("box", "perturbation", None):
+        raise ValueError(message('cell as one of "box", "perturbation", None', repr(cell), "choose one of these"))
+    return _Model(energy_fn, cell)
+
+
+@dataclass(frozen=True)
+class _Model:
+    energy_fn: Callable
+    cell: str | None
+
+    def __call__(self, inputs: dict) -> dict:
+        pos, cell = inputs["pos"], inputs["cell"]
+        if cell.shape[0] != 1:
+            raise ValueError(message("one system for a jax-md energy", f"{cell.shape[0]} cells", "call the model once for each system"))
+        energy = self._energy(pos, cell[0])
+        if energy.shape:
+            raise ValueError(message("a scalar from the jax-md energy", str(energy.shape), "make it without per_particle=True"))
+        return {"energy": energy[None].astype(pos.dtype)}
+
+    def _energy(self, pos, cell):
+        if self.cell is None:
+            return self.energy_fn(pos)
+        home = jax.lax.stop_gradient(cell)
+        R = _fractional(pos, cell, home)
+        if self.cell == "box":
+            return self.energy_fn(R, box=cell.T)
+        moved = jnp.eye(3, dtype=cell.dtype) + (jnp.linalg.inv(home) @ (cell - home)).T  # one, to the bit, but for its derivative
+        return self.energy_fn(R, box=home.T, perturbation=moved)
+
+
+@jax.custom_jvp
+def _fractional(pos, cell, home):
+    """s = r h^-1 for jax-md, which takes a tangent of s for one of s h: there is the true ds times `home`, a constant h."""
+    return pos @ jnp.linalg.inv(cell)
+
+
+@_fractional.defjvp
+def _fractional_jvp(primals, tangents):
+    (pos, cell, home), (dpos, dcell, _) = primals, tangents
+    s = pos @ jnp.linalg.inv(cell)  # by the plain formula, for higher derivatives
+    ds_cell = dpos - s @ dcell
+    return _fractional(*primals), ds_cell + ds_cell @ jnp.linalg.inv(home) @ (home - cell)
 
 
 def observed(simulator, energy_fn, *args, **kwargs):

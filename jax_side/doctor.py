@@ -1,0 +1,60 @@
+"""What this machine, these versions and these settings do, on the side of JAX."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_side import arrays, compat, lanes
+
+Row = tuple[str, bool, str]  # what, whether all is well, what was found or what to do
+
+
+def facts() -> list[Row]:
+    """Versions, devices and settings of JAX."""
+    dispatch = "off" if not compat.asynchronous() else f"on: fine on the ffi lane; lane=\"host\" called by several threads can wait for ever: {lanes.SYNCHRONOUS}"
+    return [
+        ("jax", True, f"{jax.__version__}, jaxlib {_version('jaxlib')}, jax-tvm-ffi {_version('jax-tvm-ffi')}"),
+        ("devices of JAX", True, ", ".join(map(str, jax.local_devices()))),
+        ("lanes", lanes.has_ffi(), "ffi (cpu, cuda), host" if lanes.has_ffi() else "host alone, slower: pip install jax-tvm-ffi"),
+        ("64-bit dtypes", True, "on" if jax.config.jax_enable_x64 else 'off, float64 is an error: call jax.config.update("jax_enable_x64", True)'),
+        ("lending arrays", *_lending()),
+        ("asynchronous dispatch", True, dispatch),
+        ("XLA_FLAGS", True, os.environ.get("XLA_FLAGS", "none")),
+    ]
+
+
+def checks(bridged) -> list[Row]:
+    """`bridged(lane)` gives x -> 2 x + x, made by the other bank, as a JAX function; a second depth calls back into JAX."""
+    x = jnp.arange(3.0, dtype="float32")
+    found = []
+    for lane in ("ffi", "host") if lanes.has_ffi() else ("host",):
+        f = bridged(lane)
+        calls = {"a call": f, "its gradient": jax.grad(lambda x: f(x).sum()), "a batch": lambda x: jax.vmap(f)(x[None])[0]}
+        found += [_check(f"torch in jit, {lane} lane, {name}", jax.jit(call), x) for name, call in calls.items()]
+    return found
+
+
+def _check(what: str, call, x) -> Row:
+    try:
+        y = np.asarray(call(x))
+    except Exception as e:
+        return what, False, f"{type(e).__name__}: {str(e).splitlines()[0]:.120}"
+    right = np.allclose(y, 3.0) or np.allclose(y, 3.0 * np.asarray(x))
+    return what, right, "right" if right else f"wrong: {y}"
+
+
+def _lending() -> tuple[bool, str]:
+    fast = bool(arrays._cpu_view(0))
+    return fast, "4 us an array" if fast else "by the public functions, 19 us an array: this jaxlib has other private names"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"

@@ -1,0 +1,98 @@
+"""All that a model of the contract gives, from one evaluation; its energy differentiates by the gradients among it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+
+from bridge.contract import GRADIENTS, check_inputs, check_outputs
+from jax_side.strain import with_gradients
+
+tree = jax.tree_util
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """`outputs(inputs)`, or `outputs(params, inputs)` if parametric: the dict of the model, checked while it is traced.
+
+    `gradients` says whether the model gives g and G itself ("model") or its energy alone ("autodiff"). The derivative of
+    the energy in pos and cell is dE[b] = sum_{i in b} g_i . dr_i + <G_b, dh_b>, with no further evaluation; all other
+    derivatives are JAX's own of the model. Equal for equal models, so that jit caches hit."""
+
+    model: Callable
+    gradients: str
+    parametric: bool
+
+    @property
+    def __name__(self):
+        return getattr(self.model, "__name__", type(self.model).__name__)
+
+    def __call__(self, *args):
+        leaves, structure = tree.tree_flatten(args)
+        arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, (jax.Array, np.ndarray))}
+        places = structure.unflatten(range(len(leaves)))[-1]
+        check_inputs(args[-1])
+
+        def evaluate(arrays):
+            return self._evaluate(*structure.unflatten([arrays.get(i, x) for i, x in enumerate(leaves)]))
+
+        return _outputs(_Call(evaluate, places["batch"], {name: places[name] for name in GRADIENTS}), arrays)
+
+    def _evaluate(self, *args):
+        *params, inputs = args
+        model = partial(self.model, *params)
+        out = (with_gradients(model) if self.gradients == "autodiff" else model)(inputs)
+        check_outputs(out, inputs["pos"].shape[0], inputs["cell"].shape[0], ("energy", *GRADIENTS.values()))
+        return out
+
+
+class _Call(NamedTuple):
+    """A model's dict as a function of {position: array}, and the positions of batch, pos and cell among these."""
+
+    evaluate: Callable
+    batch: int
+    geometry: dict
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _outputs(call, arrays):
+    return call.evaluate(arrays)
+
+
+def _outputs_jvp(call, primals, tangents):
+    (arrays,), (tangents,) = primals, tangents
+    moved = {i: t for i, t in tangents.items() if not isinstance(t, SymbolicZero)}
+    out, change = _push(call.evaluate, arrays, moved)
+    moved_geometry = {name: moved.pop(i) for name, i in call.geometry.items() if i in moved}
+    if moved_geometry:
+        energy = _work(out, moved_geometry, arrays[call.batch])
+        if moved:
+            energy += _push(lambda arrays: call.evaluate(arrays)["energy"], arrays, moved)[1]
+        change |= {"energy": energy}
+    return out, change
+
+
+_outputs.defjvp(_outputs_jvp, symbolic_zeros=True)
+
+
+def _push(f, arrays, moved):
+    """jax.jvp of f in the arrays that move."""
+    return jax.jvp(lambda part: f(arrays | part), ({i: arrays[i] for i in moved},), (moved,))
+
+
+def _work(out, moved, batch):
+    """Change (B,) of the energy by the model's own gradients."""
+    energy, change = out["energy"], jnp.zeros_like(out["energy"])
+    if "pos" in moved:
+        work = (out["position_gradients"] * moved["pos"]).sum(-1)
+        change += jax.ops.segment_sum(work, batch, num_segments=len(energy)).astype(energy.dtype)
+    if "cell" in moved:
+        change += (out["cell_gradients"] * moved["cell"]).sum((-2, -1)).astype(energy.dtype)
+    return change

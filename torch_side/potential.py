@@ -1,0 +1,38 @@
+"""A potential of the other bank as a torch module of the contract."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from bridge.contract import INPUTS
+from torch_side.neighbors import neighbor_list
+
+
+class JaxPotential(nn.Module):
+    """What bridge.torch_potential returns; its docstring is the documentation.
+
+    `model` takes the dict of the contract and gives one: a TorchCallable, or a JaxModule that holds parameters."""
+
+    def __init__(self, model, cutoff: float | None):
+        super().__init__()
+        self.model, self.cutoff = model, cutoff
+
+    def forward(self, inputs: dict) -> dict:
+        inputs = {name: x for name, x in inputs.items() if x is not None}
+        if self.cutoff is not None and "edge_index" not in inputs:
+            edges = neighbor_list(*(inputs.get(k) for k in ("pos", "cell", "pbc")), self.cutoff, inputs.get("batch"))
+            inputs |= dict(zip(("edge_index", "cell_offsets"), edges))
+        return self.model({name: _index(name, x) for name, x in inputs.items()})
+
+    @property
+    def compilations(self) -> int:
+        return self.model.compilations
+
+    def extra_repr(self) -> str:
+        return f"cutoff={self.cutoff}" + ("" if isinstance(self.model, nn.Module) else f", model={self.model!r}")
+
+
+def _index(name, x):
+    """Indices, atomic numbers and offsets as int32, which JAX takes whether x64 is on or off."""
+    return x.to(torch.int32) if INPUTS.get(name, ("", ""))[1] == "int" and x.dtype in (torch.int64, torch.uint64) else x
