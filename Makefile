@@ -9,11 +9,11 @@ PINS := torch==2.13.0 jax==0.10.2 jax-tvm-ffi==0.1.3 apache-tvm-ffi==0.1.15.post
 RIVALS := torch-jax-interop==0.0.8 jax2torch==0.0.7 chex==0.1.92
 WORKERS ?= 2
 
-.PHONY: help setup demo test bench gpu-check clean
+.PHONY: help setup demo demo-jax-in-torch test bench gpu-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | awk -F '\t' '{printf "make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | awk -F '\t' '{printf "make %-18s %s\n", $$1, $$2}'
 
 setup: $(VENV)/installed  ## .venv with the package, the demo and the tests
 
@@ -24,6 +24,9 @@ $(VENV)/installed: pyproject.toml
 
 demo: setup  ## SevenNet-0 on a crystal in a jitted jax-md run: table, picture, trajectory in demos/out (ARGS="--help")
 	$(RUN) -m demos.md $(ARGS)
+
+demo-jax-in-torch: setup  ## jax-md's NequIP trained by torch on EMT energies and forces, then run by ASE: table and picture in demos/out (ARGS="--help")
+	$(RUN) -m demos.fit $(ARGS)
 
 test: setup  ## all tests on the CPU
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)

@@ -11,6 +11,7 @@ _HOMES = {
     "module": "bridge.join",
     "potential": "bridge.join",
     "torch_potential": "bridge.join",
+    "Buckets": "torch_side.buckets",
     "raising": "jax_side.lanes",
 }
 __all__ = [*_HOMES]

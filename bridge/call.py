@@ -5,6 +5,7 @@ Standard library only: the pytree library is the caller's, a bank says what it c
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,3 +62,7 @@ def one_of(name: str, value, allowed, also=""):
         listed = ", ".join((*map(repr, allowed), *filter(None, [also])))
         raise ValueError(message(f"{name} as one of {listed}", repr(value), "choose one of these"))
     return value
+
+
+def parameter_names(target) -> list[str]:
+    return list(inspect.signature(target).parameters)

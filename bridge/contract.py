@@ -29,6 +29,7 @@ OUTPUTS = {
 STRUCTURE = ("pos", "atomic_numbers", "cell", "pbc", "batch")  # what a structure model takes
 GRAPH = (*STRUCTURE, "edge_index", "cell_offsets")  # what a graph model takes
 GRADIENTS = {"pos": "position_gradients", "cell": "cell_gradients"}  # input -> the output that is its gradient
+ENERGY_AND_GRADIENTS = ("energy", *GRADIENTS.values())  # what a model that gives its own gradients returns at least
 DTYPES = {
     "float": ("float16", "bfloat16", "float32", "float64"),
     "int": ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),

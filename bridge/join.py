@@ -21,6 +21,7 @@ from jax_side.signature import Signature, check_width, output_names, parameter_n
 from torch_side import arrays as torch_arrays
 from torch_side import doctor as torch_doctor
 from torch_side import buffers, export, inference, strain, transforms
+from torch_side.buckets import Buckets, Padded
 from torch_side.calling import TorchCallable
 from torch_side.module import JaxModule
 from torch_side.potential import JaxPotential
@@ -70,7 +71,7 @@ def to_jax(x, *, copy=None, outputs=None, batched="vmap", derivatives="func", la
     return tree.tree_map_with_path(functools.partial(_tensor_to_jax, copy), x)
 
 
-def to_torch(x, *, copy=None):
+def to_torch(x, *, copy=None, buckets=None):
     """A jax.Array, a pytree of them, or a JAX callable as its torch counterpart.
 
     ARRAYS become tensors over the same memory: `copy=None` and `copy=False` share it, `copy=True` always copies. A tensor
@@ -88,6 +89,9 @@ def to_torch(x, *, copy=None):
     in between is torch's own error). Without a graph (no_grad, no input that requires grad) nothing is kept. A derivative
     of a derivative evaluates anew. Complex gradients follow torch's convention, the conjugate of JAX's.
 
+    `buckets={"edge_index": "2 E", ...}` (shapes by the names of parameters or dict keys; Buckets(...) also has fill values, masks
+    and the ladder) pads the named axes to a geometric ladder of sizes and cuts the results: a few programs serve every E.
+
     Tensors that are row-major and begin on a 64-byte boundary are read where they lie; others are copied first. Results
     are fresh memory that belongs to the tensors alone, complete on the CPU, in the order of the current stream on a GPU.
 
@@ -104,11 +108,11 @@ def to_torch(x, *, copy=None):
     [0.0, 2.0, 4.0]
     """
     if callable(x):
-        return TorchCallable(Exporter(x))
+        return Padded(Exporter(x), _buckets(buckets)) if buckets else TorchCallable(Exporter(x))
     return tree.tree_map_with_path(functools.partial(_array_to_torch, copy), x)
 
 
-def module(apply, params=None):
+def module(apply, params=None, *, buckets=None):
     """A JAX model as an nn.Module: `module(apply, params)(*args)` is apply(params, *args), called with tensors.
 
     `params` is any pytree: floating and complex arrays become Parameters, integer and bool arrays buffers, what is no array
@@ -118,7 +122,7 @@ def module(apply, params=None):
     The arrays are copied once, here; from then on the Parameters own the memory and JAX reads it at each call without a
     copy, so that what an optimizer writes is seen. state_dict, load_state_dict, to(dtype), to(device), requires_grad_,
     deepcopy, pickle (if apply can be pickled), torch.optim, clip_grad_norm_ and torch.func.functional_call work as for
-    any module. `.pytree()` gives the parameters in the shape of `params`, `.compilations` is that of `to_torch`.
+    any module. `.pytree()` gives the parameters in the shape of `params`, `.compilations` and `buckets` are those of `to_torch`.
 
     Raises: TypeError where there is no array among the parameters, or one that torch can't hold (typed PRNG keys); as
     `to_torch` when it is called.
@@ -135,7 +139,7 @@ def module(apply, params=None):
         raise TypeError(message("a callable apply(params, ...)", f"{apply!r:.60}", "pass the model's function first, its parameters second"))
     skeleton, paths, leaves = parameters(params)
     leaves = [torch_arrays.import_(jax_arrays.export(x), copy=True) if isinstance(x, jax.Array) else x for x in leaves]
-    return JaxModule(to_torch(apply), skeleton, paths, leaves)
+    return JaxModule(to_torch(apply, buckets=buckets), skeleton, paths, leaves)
 
 
 def functional(module: torch.nn.Module, *, gradients="trainable", copy=True, **options):
@@ -196,7 +200,7 @@ def potential(model, *, atomic_numbers, pbc=None, batch=None, n_systems=1, gradi
     return jax_potential.potential(bridged, atomic_numbers=atomic_numbers, pbc=pbc, batch=batch, n_systems=n_systems, **extras)
 
 
-def torch_potential(model, params=None, *, gradients="model", cutoff=None):
+def torch_potential(model, params=None, *, gradients="model", cutoff=None, buckets=None):
     """A JAX potential as an nn.Module of the potential contract: `module(inputs)` is a dict of tensors, by one JAX call.
 
     `model` is a JAX callable of one dict, or of (params, dict) with `params` given, whose arrays then are Parameters as in
@@ -210,9 +214,9 @@ def torch_potential(model, params=None, *, gradients="model", cutoff=None):
     energy (B,), or a dict with it, and JAX makes g and G in the same program. Further outputs are passed on. Forces are -g.
 
     `cutoff` (Angstrom) is for graph models: edge_index (2,E) and cell_offsets (E,3) are then made by
-    torch_side.neighbors.neighbor_list at each call, unless the caller passes edge_index. Every number of edges is compiled
-    once; pass edges padded to a constant number (index >= N: an unused slot) where it changes from step to step. Inside
-    transforms of torch.func values can't be read, so edges must be passed.
+    torch_side.neighbors.neighbor_list at each call, unless the caller passes edge_index. Inside transforms of torch.func
+    values can't be read, so edges must be passed. As the number of edges changes from step to step, with a cutoff they are
+    padded by unused slots (index >= N), up to a quarter more: `buckets=` of `to_torch` takes another ladder, False none.
 
     Energies differentiate in torch by the model's own gradients: torch.autograd.grad(energy.sum(), pos) is g, in cell it is
     G; all else, second derivatives included, differentiates the model. Without a graph (torch.no_grad, or neither inputs nor
@@ -220,7 +224,8 @@ def torch_potential(model, params=None, *, gradients="model", cutoff=None):
     are never cast.
 
     Raises, when it is called: ValueError for inputs or outputs outside of the contract (checked once for each set of shapes
-    and dtypes, as JAX traces), and as neighbor_list does; otherwise as `to_torch`, with params as `module`.
+    and dtypes, as JAX traces), and as neighbor_list does; otherwise as `to_torch`, with params as `module`. ValueError for
+    buckets with a mask: it is the index that marks an unused slot.
 
     >>> import bridge, jax, torch
     >>> spring = lambda p, x: p["k"] * jax.ops.segment_sum((x["pos"] ** 2).sum(-1), x["batch"], num_segments=len(x["cell"]))
@@ -235,7 +240,10 @@ def torch_potential(model, params=None, *, gradients="model", cutoff=None):
     tensor(48.)
     """
     outputs = Outputs(model, one_of("gradients", gradients, ("model", "autodiff")), params is not None)
-    return JaxPotential(to_torch(outputs) if params is None else module(outputs, params), cutoff)
+    buckets = EDGES if buckets is None and cutoff is not None else buckets and _buckets(buckets)
+    if buckets and buckets.mask:
+        raise ValueError(message("buckets without a mask", f"mask={buckets.mask}", "an index >= N marks an unused slot: fill edge_index with one"))
+    return JaxPotential(to_torch(outputs, buckets=buckets) if params is None else module(outputs, params, buckets=buckets), cutoff)
 
 
 def diagnosis() -> list[tuple[str, bool, str]]:
@@ -250,6 +258,11 @@ def diagnosis() -> list[tuple[str, bool, str]]:
         rows += [(what.replace("torch in jit", where), *rest) for what, *rest in jax_doctor.checks(bridged)]
     rows += torch_doctor.checks(to_torch(triple))
     return rows + [(what.replace("JAX in torch", "torch in JAX in torch"), *rest) for what, *rest in torch_doctor.checks(to_torch(to_jax(triple)))]
+
+
+def _buckets(buckets) -> Buckets:
+    """Buckets, or the shapes of one."""
+    return buckets if isinstance(buckets, Buckets) else Buckets(buckets)
 
 
 class _Wrapper:
@@ -287,6 +300,7 @@ class _Contract(_Wrapper):
         return {k: found[k] for k in ENERGY_AND_GRADIENTS}
 
 
+EDGES = Buckets({"edge_index": "2 E", "cell_offsets": "E 3"}, fill={"edge_index": 2**31 - 1}, growth=1.25)
 ENERGY_AND_GRADIENTS = ("energy", "position_gradients", "cell_gradients")
 
 

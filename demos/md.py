@@ -8,7 +8,6 @@ Ends with a table, a PNG of energy and temperature, and an extxyz trajectory, in
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 import warnings
@@ -27,6 +26,7 @@ from jax_md import quantity, simulate, space
 from tqdm import tqdm
 
 import bridge
+from demos.arguments import at_least
 from jax_side.engines import jax_md as engine
 from torch_side.models.sevennet import SevenNet
 
@@ -41,14 +41,14 @@ CRYSTALS = {  # prototype and lattice constant in Angstrom (experiment, room tem
 def options(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m demos.md", description=__doc__.split("\n")[0])
     parser.add_argument("--crystal", choices=CRYSTALS, default="NaCl")
-    parser.add_argument("--repeat", type=_at_least(int, 1), default=2, help="conventional cells along each axis (2: 64 atoms of NaCl)")
-    parser.add_argument("--temperature", type=_at_least(float, 1.0), default=300.0, help="K")
-    parser.add_argument("--dt", type=_at_least(float, 0.01, 10.0), default=2.0, help="fs")
-    parser.add_argument("--nvt", type=_at_least(int, 1), default=150, help="steps of NVT (Nose-Hoover)")
-    parser.add_argument("--nve", type=_at_least(int, 2), default=150, help="steps of NVE")
-    parser.add_argument("--every", type=_at_least(int, 1), default=10, help="steps in one jitted call, and between frames")
+    parser.add_argument("--repeat", type=at_least(int, 1), default=2, help="conventional cells along each axis (2: 64 atoms of NaCl)")
+    parser.add_argument("--temperature", type=at_least(float, 1.0), default=300.0, help="K")
+    parser.add_argument("--dt", type=at_least(float, 0.01, 10.0), default=2.0, help="fs")
+    parser.add_argument("--nvt", type=at_least(int, 1), default=150, help="steps of NVT (Nose-Hoover)")
+    parser.add_argument("--nve", type=at_least(int, 2), default=150, help="steps of NVE")
+    parser.add_argument("--every", type=at_least(int, 1), default=10, help="steps in one jitted call, and between frames")
     parser.add_argument("--lane", choices=("auto", "ffi", "host"), default="auto")
-    parser.add_argument("--seed", type=_at_least(int, 0), default=0)
+    parser.add_argument("--seed", type=at_least(int, 0), default=0)
     parser.add_argument("--out", type=Path, default=Path("demos/out"))
     chosen = parser.parse_args(argv)
     for name in ("nvt", "nve"):
@@ -57,20 +57,6 @@ def options(argv=None) -> argparse.Namespace:
     if chosen.out.exists() and not chosen.out.is_dir():
         parser.error(f"argument --out: expected a folder, got the file {chosen.out}; name another")
     return chosen
-
-
-def _at_least(kind, low, high=math.inf):
-    def convert(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high or math.isinf(value):
-            bound = f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"expected a number ({kind.__name__}) {bound}, got {text}; give such a number")
-        return value
-
-    return convert
 
 
 class Counted(torch.nn.Module):

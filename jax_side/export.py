@@ -14,7 +14,7 @@ from bridge.call import Call
 from bridge.errors import message
 from bridge.function import Engine, Function, Spec
 from jax_side import arrays, programs
-from jax_side.signature import check_width, output_names
+from jax_side.signature import check_width, output_names, parameter_names
 
 tree = jax.tree_util
 
@@ -80,6 +80,14 @@ class Exporter:
     target: Callable
     flatten = staticmethod(tree.tree_flatten)
 
+    def leaf_names(self, structure) -> tuple[str, ...]:
+        """The name of each leaf of a call: its own key where it lies in a dict, else that of its parameter."""
+        try:
+            parameters = parameter_names(self.target)
+        except (TypeError, ValueError):  # a built-in function
+            parameters = []
+        return tuple(_name(path, parameters) for path, _ in tree.tree_leaves_with_path(structure.unflatten(range(structure.num_leaves))))
+
     def function(self, structure, static, inputs: tuple[Spec, ...]) -> JaxFunction:
         """Raises what the callable raises for such arguments; ValueError for 64-bit inputs while x64 is off."""
         for i, s in enumerate(inputs):
@@ -90,6 +98,16 @@ class Exporter:
         types = [jax.ShapeDtypeStruct(s.shape, arrays.DTYPES[s.dtype]) for s in inputs]
         leaves, out_tree = tree.tree_flatten(jax.eval_shape(lambda *xs: call.apply(xs), *types))
         return JaxFunction(call, inputs, tuple(Spec(x.shape, x.dtype.name) for x in leaves), out_tree)
+
+
+def _name(path, parameters: list[str]) -> str:
+    """The name of one leaf of (args, kwargs)."""
+    key = path[-1]
+    if isinstance(key, tree.DictKey):
+        return str(key.key)
+    if path[0].idx == 1:
+        return str(path[1].key)
+    return parameters[min(path[1].idx, len(parameters) - 1)] if parameters else str(path[1].idx)
 
 
 def call_itself(model, *args, **kwargs):

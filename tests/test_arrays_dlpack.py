@@ -268,7 +268,7 @@ def test_64_bit_arrays_leave_jax_whole_while_x64_is_off(copy):
 @pytest.mark.parametrize("lane", ["private", "public"])
 def test_a_wrongly_announced_dtype_is_an_error_not_a_cast(x64, layout, lane, monkeypatch):
     if lane == "public":
-        monkeypatch.setattr(jax_arrays, "_cpu_view", lambda: None)
+        monkeypatch.setattr(jax_arrays, "_cpu_view", lambda depth: None)
     t = FROM_TORCH[layout][0]("float64")
     with jax.enable_x64(x64), pytest.raises(TypeError, match="memory of dtype float32, as announced, got float64; announce"):
         jax_arrays.import_(t, "float32")
@@ -278,7 +278,7 @@ def test_a_wrongly_announced_dtype_is_an_error_not_a_cast(x64, layout, lane, mon
 
 
 def test_this_jaxlib_has_the_fast_lane_and_it_is_taken(monkeypatch):
-    assert jax_arrays._cpu_view() is not None
+    assert jax_arrays._cpu_view(0) is not None
     monkeypatch.setattr(jax_arrays, "_public", None)
     assert address(to_jax(t := raw("float32", 5))) == address(t)
 
@@ -289,7 +289,7 @@ def test_the_public_lane_is_taken_where_the_private_one_is_gone(monkeypatch):
     with monkeypatch.context() as m:
         m.delattr(_jax, "dlpack_managed_tensor_to_buffer")
         jax_arrays._cpu_view.cache_clear()
-        assert jax_arrays._cpu_view() is None
+        assert jax_arrays._cpu_view(0) is None
     assert address(to_jax(t := raw("float32", 5))) == address(t)
     jax_arrays._cpu_view.cache_clear()
 
@@ -299,7 +299,7 @@ def test_both_lanes_agree(layout, monkeypatch):
     dtype = "complex64" if layout.startswith("conj") else "float32"
     t, why = source("to_jax", dtype, layout)
     fast = to_jax(t)
-    monkeypatch.setattr(jax_arrays, "_cpu_view", lambda: None)
+    monkeypatch.setattr(jax_arrays, "_cpu_view", lambda depth: None)
     slow = to_jax(t)
     assert bits(slow) == bits(fast)
     assert (fast.committed, fast.weak_type, fast.sharding) == (slow.committed, slow.weak_type, slow.sharding)
@@ -322,7 +322,7 @@ def numpy_at(offset, n=8):
 @pytest.mark.parametrize("lane", ["private", "public"])
 def test_import_into_jax_keeps_copy_for_any_producer(offset, copy, lane, monkeypatch):
     if lane == "public":
-        monkeypatch.setattr(jax_arrays, "_cpu_view", lambda: None)
+        monkeypatch.setattr(jax_arrays, "_cpu_view", lambda depth: None)
     n = numpy_at(offset)
     if offset and copy is False:
         with pytest.raises(ValueError, match="dense memory on a 64-byte boundary, .*not aligned to 64 bytes.*copy it to such a place"):
@@ -453,7 +453,7 @@ def test_concrete_arrays_cross_while_jax_traces(copy):
 
     jax_arrays._cpu_view.cache_clear()
     jax.jit(f)(1.0)
-    assert jax_arrays._cpu_view() is not None and not any(isinstance(y, jax.core.Tracer) for y in seen)
+    assert jax_arrays._cpu_view(0) is not None and not any(isinstance(y, jax.core.Tracer) for y in seen)
     assert bits(seen[0]) == bits(seen[2]) == bits(t) and bits(seen[1]) == bits(a) and bits(seen[3]) == bits(odd)
     assert (address(seen[2]) == address(t)) == (copy is not True)
 

@@ -262,7 +262,6 @@ BAD_CALLS = {
     "data-dependent": (lambda: bridge.to_jax(lambda x: x[x > 0])(X), ValueError, "expected output shapes of .* that depend on input shapes alone, got a data-dependent operation; declare outputs="),
     "leaf": (lambda: bridge.to_jax({"a": [torch.ones(1), 3]}), TypeError, r"expected a torch.Tensor at \['a'\]\[1\], got int 3"),
     "array leaf": (lambda: bridge.to_torch({"a": 3}), TypeError, r"expected a jax.Array at \['a'\], got int 3"),
-    "JAX function": (lambda: bridge.to_torch(jnp.sin), NotImplementedError, "expected arrays, or a pytree of arrays, got the callable"),
     "tracer": (lambda: jax.jit(lambda x: bridge.to_torch(x))(X), TypeError, r"to_jax\(function\)"),
     "unknown name": (lambda: bridge.nothing, AttributeError, "module 'bridge' has no attribute 'nothing'"),
 }

@@ -10,12 +10,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BANKS = ("bridge", "jax_side", "torch_side")
-FLOOR = {"bridge.errors", "bridge.function", "bridge.failures", "bridge.contract"}
+FLOOR = {"bridge.errors", "bridge.function", "bridge.failures", "bridge.contract", "bridge.call"}
 JAX = {"jax", "jaxlib", "jax_side"}
 TORCH = {"torch", "torch_side"}
 SCIENCE = {"numpy", "ml_dtypes"}
 OWN = {  # what a file may import beyond its bank; an adapter of an engine or a model: the package of its own name
     "jax_side/lanes.py": {"jax_tvm_ffi", "tvm_ffi"},
+    "jax_side/models/nequip.py": {"jax_md", "jraph"},  # jax-md depends on jraph
     "torch_side/neighbors.py": {"vesin"},
     "torch_side/models/sevennet.py": {"sevenn", "ase"},  # sevenn depends on ase
 }

@@ -42,26 +42,30 @@ def grown(before, want=0):
     return size - before
 
 
-HOLD = {  # what outlives the backward, and its size
-    "nothing": (lambda y, x: None, 0),
-    "graph": (lambda y, x: y, 64),
-    "gradient": (lambda y, x: torch.autograd.grad(y, x), 32),
-    "output and gradient": (lambda y, x: (y, *torch.autograd.grad(y, x)), 32),
+KEPT = {  # a function of x, 32 MiB, and what it keeps for the backward
+    "scalar": (lambda x: jnp.sin(jnp.sin(x)).sum(), 32),
+    "vector": (lambda x: jnp.sin(jnp.sin(x)).sum(keepdims=True), 64),
+}
+HOLD = {  # what outlives the backward, its size beside what is kept
+    "nothing": (lambda y, x: None, lambda kept: 0),
+    "graph": (lambda y, x: y, lambda kept: kept),
+    "output and gradient": (lambda y, x: (y, *torch.autograd.grad(y, x)), lambda kept: 32),
 }
 
 
+@pytest.mark.parametrize("what", KEPT)
 @pytest.mark.parametrize("how", HOLD)
-def test_residuals_x_backward(how):
-    """Two residuals of 32 MiB live as long as the graph, or until its backward."""
-    hold, size = HOLD[how]
-    f, x = bridge.to_torch(lambda x: jnp.sin(jnp.sin(x)).sum()), tensor(4 * MIB)
+def test_residuals_x_backward(how, what):
+    """They live as long as the graph, or until its backward."""
+    (f, kept), (hold, size) = KEPT[what], HOLD[how]
+    f, x = bridge.to_torch(f), tensor(4 * MIB)
     torch.autograd.grad(f(x), x)
     before = grown(0)
     y = f(x)
-    assert abs(grown(before, 64) - 64) < 4
+    assert abs(grown(before, kept) - kept) < 4
     held = hold(y, x)
     del y
-    assert abs(grown(before, size) - size) < 4
+    assert abs(grown(before, size(kept)) - size(kept)) < 4
     del held
     assert abs(grown(before)) < 4
 

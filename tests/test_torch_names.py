@@ -23,7 +23,6 @@ def test_values_x_name_that_modules_use(name, nested):
     x, want = torch.ones(3, dtype=torch.float64), bridge.to_torch(draw(3) + draw(3, seed=1))
     for module in (module, module.train(), module.eval(), module.double(), copy.deepcopy(module)):
         torch.testing.assert_close(module(x), want)
-        assert all("_" in n or n.rstrip("_").startswith((name, "z")) for n in module.state_dict())
     module.load_state_dict({k: 2 * v for k, v in module.state_dict().items()})
     torch.testing.assert_close(module(x), 2 * want)
 
@@ -35,7 +34,7 @@ def test_values_x_names_that_look_alike(a, b):
     try:
         module = bridge.module(lambda p, x: x * p[a] / p[b], params)
     except ValueError as e:
-        assert repr(a) in str(e) or str(a) in str(e)
+        assert str(b) in str(e)
         return
     assert module(torch.ones(3, dtype=torch.float64)).tolist() == [0.4] * 3 and len(module.state_dict()) == 2
 

@@ -2,17 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from bridge.call import Call
+from bridge.call import Call, one_of, parameter_names
 from bridge.errors import message
 from bridge.function import Derived, Engine, Function, Gradient, Spec
-from torch_side import buffers, running
+from torch_side import buffers, inference, running, transforms
+from torch_side.adapted import Applied
 from torch_side.inference import check_output
+
+
+BATCHED = ("vmap", "sequential")
+
+
+class Exporter:
+    """What the other bank needs of a torch callable: its output types and a Function for each set of argument types.
+    Equal, and equally hashed, for the same callable and options."""
+
+    def __init__(self, target: Callable, batched, derivatives: str):
+        if not isinstance(batched, (dict, int)) or isinstance(batched, bool):
+            one_of("batched", batched, BATCHED, "an axis (int), {argument: axis}")
+        one_of("derivatives", derivatives, transforms.DERIVATIVES)
+        self.target, self._batched = target, tuple(sorted(batched.items())) if isinstance(batched, dict) else batched
+        self._engine = transforms.engine(derivatives, batched == "sequential")
+        self._key = target, self._batched, derivatives
+
+    def __eq__(self, other):
+        return isinstance(other, Exporter) and self._key == other._key
+
+    def __hash__(self):
+        return hash(self._key)
+
+    def check(self) -> None:
+        inference.check_mode(self.target)
+
+    def infer(self, call: Call, inputs: tuple[Spec, ...]):
+        return inference.infer(call, inputs, self._engine)
+
+    def function(self, call: Call, inputs, outputs, out_tree, names, owners) -> TorchFunction:
+        """`owners` gives the parameter that each input belongs to, from the names of the callable's parameters."""
+        return TorchFunction(call, inputs, outputs, self._engine, self._axes(inputs, owners), out_tree, names)
+
+    def _axes(self, inputs, owners):
+        """(batch axis of each input or None, that of the outputs) for a model that batches natively."""
+        if self._batched in BATCHED:
+            return None
+        if isinstance(self._batched, int):
+            return (self._batched,) * len(inputs), self._batched
+        axes = dict(self._batched)
+        out = axes.pop("return", 0)
+        names = owners(self.target.parameters if isinstance(self.target, Applied) else parameter_names(getattr(self.target, "forward", self.target)))
+        if unknown := sorted(set(axes) - set(names)):
+            raise ValueError(message(f"names of array arguments in batched= ({', '.join(sorted(set(names)))})", ", ".join(unknown), "name an argument that holds arrays"))
+        return tuple(axes.get(n) for n in names), out
 
 
 @dataclass(frozen=True)

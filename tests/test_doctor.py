@@ -1,0 +1,51 @@
+"""python -m bridge doctor: it runs, tells what it found, and fails where something is wrong."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import bridge.__main__ as entry
+from bridge import join
+from jax_side import doctor as jax_doctor
+from jax_side import lanes
+from torch_side import doctor as torch_doctor
+
+
+def test_the_command_finds_all_well():
+    out = subprocess.run([sys.executable, "-m", "bridge", "doctor"], capture_output=True, text=True, timeout=120)
+    assert out.returncode == 0, out.stdout + out.stderr
+    lines = out.stdout.splitlines()
+    assert all(line.startswith("ok  ") for line in lines)
+    for what in ("jax ", "torch ", "lanes", "64-bit dtypes", "asynchronous dispatch", "JAX in torch in JAX, ffi lane, its gradient", "torch in JAX in torch, a batch"):
+        assert any(line[4:].startswith(what) for line in lines), what
+    assert 'jax.config.update("jax_cpu_enable_async_dispatch", False) right after import jax' in out.stdout
+
+
+@pytest.mark.parametrize("arguments", [[], ["nurse"], ["doctor", "now"]])
+def test_what_is_no_command_says_what_is(arguments, capsys):
+    assert entry.main(arguments) == 2
+    assert "usage: python -m bridge doctor" in capsys.readouterr().err
+
+
+def test_a_wrong_number_and_an_exception_are_seen(monkeypatch, capsys):
+    def broken(x):
+        raise OSError("no disk")
+
+    for rows in (jax_doctor.checks(lambda lane: lambda x: 2 * x), torch_doctor.checks(lambda x: 2 * x)):
+        assert rows and not any(well for _, well, _ in rows) and all(found.startswith("wrong") for *_, found in rows)
+    for rows in (jax_doctor.checks(lambda lane: broken), torch_doctor.checks(broken)):
+        assert {found for *_, found in rows} == {"OSError: no disk"}
+    monkeypatch.setattr(join, "diagnosis", lambda: [("all", True, "fine"), ("one", False, "not")])
+    assert entry.main(["doctor"]) == 1
+    assert capsys.readouterr().out.splitlines() == ["ok  all  fine", "!!  one  not"]
+
+
+def test_what_is_missing_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(lanes, "has_ffi", lambda: False)
+    rows = {what: (well, found) for what, well, found in jax_doctor.facts()}
+    assert rows["lanes"] == (False, "host alone, slower: pip install jax-tvm-ffi")
+    assert not any("ffi" in what for what, *_ in jax_doctor.checks(lambda lane: lambda x: 3 * x))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 999)
+    assert [well for what, well, _ in torch_doctor.facts() if what == "threads of torch"] == [False]

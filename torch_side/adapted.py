@@ -1,0 +1,44 @@
+"""Callables around a user's torch model, equal for the same model."""
+
+from __future__ import annotations
+
+import torch
+
+from bridge.call import parameter_names
+from bridge.contract import ENERGY_AND_GRADIENTS
+from bridge.errors import message
+
+
+class Adapted:
+    """A callable around a model. `__self__` lets checks of the model see it."""
+
+    def __init__(self, model):
+        self.__self__ = model
+        self.__qualname__ = getattr(model, "__qualname__", type(model).__name__)
+
+    def __eq__(self, other):
+        return type(self) is type(other) and self.__self__ == other.__self__
+
+    def __hash__(self):
+        return hash(self.__self__)
+
+
+class Applied(Adapted):
+    """torch.func.functional_call of one module."""
+
+    def __call__(self, params, *args, **kwargs):
+        return torch.func.functional_call(self.__self__, params, args, kwargs)
+
+    @property
+    def parameters(self):
+        return ["params", *parameter_names(self.__self__.forward)]
+
+
+class Contracted(Adapted):
+    """A model of the potential contract, its outputs reduced to energy and gradients."""
+
+    def __call__(self, inputs):
+        found = self.__self__(inputs)
+        if missing := [k for k in ENERGY_AND_GRADIENTS if k not in found]:
+            raise ValueError(message(f"{', '.join(ENERGY_AND_GRADIENTS)} from {self.__qualname__}", f"no {', '.join(missing)}", 'pass gradients="autograd" for a model that gives its energy alone'))
+        return {k: found[k] for k in ENERGY_AND_GRADIENTS}
