@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import jax
 import torch
 
 from bridge import contract
-from bridge.call import Call, one_of
+from bridge.call import one_of
 from bridge.errors import message
 from jax_side import arrays as jax_arrays
 from jax_side import doctor as jax_doctor
-from jax_side import lanes, primitive, registry
+from jax_side import export as jax_export
 from jax_side import potential as jax_potential
-from jax_side.export import Exporter, call_itself, parameters
+from jax_side.calling import JaxCallable
 from jax_side.outputs import Outputs
-from jax_side.signature import Signature, check_width, output_names, parameter_names, sign
 from torch_side import arrays as torch_arrays
 from torch_side import doctor as torch_doctor
-from torch_side import buffers, export, inference, strain, transforms
+from torch_side import export as torch_export
+from torch_side import buffers, strain
+from torch_side.adapted import Applied, Contracted
 from torch_side.buckets import Buckets, Padded
 from torch_side.calling import TorchCallable
 from torch_side.module import JaxModule
 from torch_side.potential import JaxPotential
 
 tree = jax.tree_util
-BATCHED = ("vmap", "sequential")
+EDGES = Buckets({"edge_index": "2 E", "cell_offsets": "E 3"}, fill={"edge_index": 2**31 - 1}, growth=1.25)  # of graph models
 
 
 def to_jax(x, *, copy=None, outputs=None, batched="vmap", derivatives="func", lane="auto"):
@@ -67,7 +67,7 @@ def to_jax(x, *, copy=None, outputs=None, batched="vmap", derivatives="func", la
     [0.0, 2.0, 4.0]
     """
     if callable(x):
-        return JaxFunction(x, outputs, batched, derivatives, lane)
+        return JaxCallable(torch_export.Exporter(x, batched, derivatives), outputs, lane)
     return tree.tree_map_with_path(functools.partial(_tensor_to_jax, copy), x)
 
 
@@ -108,7 +108,7 @@ def to_torch(x, *, copy=None, buckets=None):
     [0.0, 2.0, 4.0]
     """
     if callable(x):
-        return Padded(Exporter(x), _buckets(buckets)) if buckets else TorchCallable(Exporter(x))
+        return Padded(jax_export.Exporter(x), _buckets(buckets)) if buckets else TorchCallable(jax_export.Exporter(x))
     return tree.tree_map_with_path(functools.partial(_array_to_torch, copy), x)
 
 
@@ -134,10 +134,10 @@ def module(apply, params=None, *, buckets=None):
     (torch.Size([3, 1]), [2.0, 2.0, 2.0])
     """
     if params is None:
-        apply, params = call_itself, apply
+        apply, params = jax_export.call_itself, apply
     if not callable(apply):
         raise TypeError(message("a callable apply(params, ...)", f"{apply!r:.60}", "pass the model's function first, its parameters second"))
-    skeleton, paths, leaves = parameters(params)
+    skeleton, paths, leaves = jax_export.parameters(params)
     leaves = [torch_arrays.import_(jax_arrays.export(x), copy=True) if isinstance(x, jax.Array) else x for x in leaves]
     return JaxModule(to_torch(apply, buckets=buckets), skeleton, paths, leaves)
 
@@ -166,7 +166,7 @@ def functional(module: torch.nn.Module, *, gradients="trainable", copy=True, **o
     named = {n: t for n, t in (*module.named_parameters(), *module.named_buffers()) if buffers.spec_of(t).inexact}
     params = {n: _tensor_to_jax(copy, (), t.detach()) for n, t in named.items()}
     frozen = frozenset(n for n, t in named.items() if gradients == "trainable" and not t.requires_grad)
-    call = to_jax(_Apply(module), **options)
+    call = to_jax(Applied(module), **options)
 
     def apply(params, *args, **kwargs):
         return call({n: jax.lax.stop_gradient(p) if n in frozen else p for n, p in params.items()}, *args, **kwargs)
@@ -196,7 +196,7 @@ def potential(model, *, atomic_numbers, pbc=None, batch=None, n_systems=1, gradi
     """
     if one_of("gradients", gradients, ("model", "autograd")) == "autograd":
         model = strain.with_gradients(model)
-    bridged = to_jax(_Contract(model), outputs=_contract_outputs, batched="sequential", derivatives="autograd", lane=lane)
+    bridged = to_jax(Contracted(model), outputs=_contract_outputs, batched="sequential", derivatives="autograd", lane=lane)
     return jax_potential.potential(bridged, atomic_numbers=atomic_numbers, pbc=pbc, batch=batch, n_systems=n_systems, **extras)
 
 
@@ -265,116 +265,9 @@ def _buckets(buckets) -> Buckets:
     return buckets if isinstance(buckets, Buckets) else Buckets(buckets)
 
 
-class _Wrapper:
-    """A callable around a model; equal for the same model. `__self__` lets checks of the model see it."""
-
-    def __init__(self, model):
-        self.__self__ = model
-        self.__qualname__ = getattr(model, "__qualname__", type(model).__name__)
-
-    def __eq__(self, other):
-        return type(self) is type(other) and self.__self__ == other.__self__
-
-    def __hash__(self):
-        return hash(self.__self__)
-
-
-class _Apply(_Wrapper):
-    """torch.func.functional_call of one module."""
-
-    def __call__(self, params, *args, **kwargs):
-        return torch.func.functional_call(self.__self__, params, args, kwargs)
-
-    @property
-    def parameters(self):
-        return ["params", *parameter_names(self.__self__.forward)]
-
-
-class _Contract(_Wrapper):
-    """A model of the contract, its outputs reduced to energy and gradients."""
-
-    def __call__(self, inputs):
-        found = self.__self__(inputs)
-        if missing := [k for k in ENERGY_AND_GRADIENTS if k not in found]:
-            raise ValueError(message(f"{', '.join(ENERGY_AND_GRADIENTS)} from {self.__qualname__}", f"no {', '.join(missing)}", 'pass gradients="autograd" for a model that gives its energy alone'))
-        return {k: found[k] for k in ENERGY_AND_GRADIENTS}
-
-
-EDGES = Buckets({"edge_index": "2 E", "cell_offsets": "E 3"}, fill={"edge_index": 2**31 - 1}, growth=1.25)
-ENERGY_AND_GRADIENTS = ("energy", "position_gradients", "cell_gradients")
-
-
 def _contract_outputs(inputs):
     shapes = contract.output_shapes(inputs["pos"].shape[0], inputs["cell"].shape[0])
-    return {k: jax.ShapeDtypeStruct(shapes[k], inputs["pos"].dtype) for k in ENERGY_AND_GRADIENTS}
-
-
-class JaxFunction:
-    """A torch callable as a JAX function; equal, and equally hashed, for the same callable and options."""
-
-    def __init__(self, target: Callable, outputs, batched, derivatives: str, lane: str):
-        registry.release_retired()
-        inference.check_mode(target)
-        self._batched = tuple(sorted(batched.items())) if isinstance(batched, dict) else batched
-        if not isinstance(batched, (dict, int)) or isinstance(batched, bool):
-            one_of("batched", batched, BATCHED, "an axis (int), {argument: axis}")
-        one_of("derivatives", derivatives, transforms.DERIVATIVES)
-        self._lane = one_of("lane", lane, lanes.LANES)
-        self._engine = transforms.engine(derivatives, batched == "sequential")
-        self._outputs = outputs
-        self._key = (target, outputs if callable(outputs) else tuple(map(tuple, _flat(outputs))), self._batched, derivatives, lane)
-        self._known: dict[Signature, export.TorchFunction] = {}
-        self.__wrapped__ = target
-        self.__name__ = getattr(target, "__name__", type(target).__name__)
-
-    def __eq__(self, other):
-        return isinstance(other, JaxFunction) and self._key == other._key
-
-    def __hash__(self):
-        return hash(self._key)
-
-    def __repr__(self):
-        return f"bridge.to_jax({self.__name__})"
-
-    def __call__(self, *args, **kwargs):
-        registry.release_retired()
-        signature, arrays = sign(args, kwargs)
-        fn = self._known.get(signature)
-        if fn is None:
-            fn = self._known[signature] = self._function(signature)
-        return fn.out_tree.unflatten(primitive.call(fn, *arrays, lane=self._lane))
-
-    def _function(self, signature: Signature) -> export.TorchFunction:
-        """The Function for one signature: its output types are inferred or declared here, before anything runs."""
-        call = Call(self.__wrapped__, signature.tree, signature.static, tree.tree_flatten)
-        if self._outputs is None:
-            outputs, out_tree = inference.infer(call, signature.inputs, self._engine)
-        else:
-            outputs, out_tree = signature.declared(self._outputs)
-        names = signature.names(), output_names(out_tree)
-        for s, name in zip(outputs, names[1], strict=True):
-            check_width(s, f"output {name} of {call.name}")
-        return export.TorchFunction(call, signature.inputs, outputs, self._engine, self._axes(signature), out_tree, names)
-
-    def _axes(self, signature: Signature):
-        """(batch axis of each array or None, that of the outputs) for a model that batches natively."""
-        if self._batched in BATCHED:
-            return None
-        if isinstance(self._batched, int):
-            return (self._batched,) * len(signature.inputs), self._batched
-        axes = dict(self._batched)
-        out = axes.pop("return", 0)
-        target = self.__wrapped__
-        owners = signature.parameters(target.parameters if isinstance(target, _Apply) else parameter_names(getattr(target, "forward", target)))
-        if unknown := sorted(set(axes) - set(owners)):
-            raise ValueError(message(f"names of array arguments in batched= ({', '.join(sorted(set(owners)))})", ", ".join(unknown), "name an argument that holds arrays"))
-        return tuple(axes.get(o) for o in owners), out
-
-
-def _flat(outputs):
-    """Declared outputs as something hashable."""
-    leaves, structure = tree.tree_flatten(outputs)
-    return [(structure,), *((tuple(x.shape), str(x.dtype)) if hasattr(x, "shape") else (repr(x),) for x in leaves)]
+    return {k: jax.ShapeDtypeStruct(shapes[k], inputs["pos"].dtype) for k in contract.ENERGY_AND_GRADIENTS}
 
 
 def _tensor_to_jax(copy, path, x):

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bridge.call import Call
+from bridge.call import Call, parameter_names
 from bridge.errors import message
 from bridge.function import Engine, Function, Spec
 from jax_side import arrays, programs
-from jax_side.signature import check_width, output_names, parameter_names
+from jax_side.signature import check_width, output_names
 
 tree = jax.tree_util
 

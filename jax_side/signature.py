@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +84,3 @@ def output_names(structure) -> tuple[str, ...]:
     """How outputs are called in error texts: ['energy'], [0]; a lone one is 0."""
     paths = tree.tree_leaves_with_path(structure.unflatten(range(structure.num_leaves)))
     return tuple(tree.keystr(path) or "0" for path, _ in paths)
-
-
-def parameter_names(target) -> list[str]:
-    return list(inspect.signature(target).parameters)

@@ -11,8 +11,10 @@ from jax_md import energy as jax_md_energy
 from jax_md import space
 
 import bridge
+from bridge.contract import GRADIENTS
 from jax_side.engines import jax_md as engine
 from jax_side.models.nequip import NequIP
+from jax_side.strain import with_gradients
 from torch_side.neighbors import neighbor_list
 
 RNG = np.random.default_rng(0)
@@ -23,9 +25,9 @@ CUTOFF = 3.5
 MORSE = dict(sigma=2.75, epsilon=0.5, alpha=1.25, r_onset=2.5, r_cutoff=2.875)  # exact in float32
 
 
-def crystal(scale=1.0, n_systems=1, dtype=torch.float64):
+def crystal(n_systems=1, dtype=torch.float64):
     """A triclinic, perturbed crystal; several: at several volumes."""
-    cells = [scale * 1.02**s * CELL for s in range(n_systems)]
+    cells = [1.02**s * CELL for s in range(n_systems)]
     return {
         "pos": torch.tensor(np.concatenate([FRACTIONAL @ c for c in cells]), dtype=dtype),
         "cell": torch.tensor(np.stack(cells), dtype=dtype),
@@ -43,34 +45,50 @@ def pair(params, inputs):
     return params["e"] * jax.ops.segment_sum(each.sum(-1), batch, num_segments=len(cell))
 
 
+def bonds(params, inputs):
+    """A smooth pair potential over the edges, any number of systems; unused slots and long edges add nothing."""
+    pos, cell, batch, (i, j) = inputs["pos"], inputs["cell"], inputs["batch"], inputs["edge_index"]
+    used = i < len(pos)
+    i, j = jnp.where(used, i, 0), jnp.where(used, j, 0)
+    r = pos[j] - pos[i] + jnp.einsum("ea,eab->eb", inputs["cell_offsets"].astype(pos.dtype), cell[batch[i]])
+    each = jnp.where(used, jnp.maximum(1 - (r**2).sum(-1) / CUTOFF**2, 0) ** 3, 0) * jnp.cos(params["a"] * (r**2).sum(-1))
+    nodes = params["e"] * jax.ops.segment_sum(each, i, num_segments=len(pos))
+    return {"energy": jax.ops.segment_sum(nodes, batch, num_segments=len(cell)), "node_energies": nodes}
+
+
 def morse():
     displacement, _ = space.periodic_general(jnp.asarray(CELL.T), fractional_coordinates=True)
     return jax_md_energy.morse_pair(displacement, **MORSE)
 
 
+PARAMS = {"a": jnp.array(0.3), "e": jnp.array(1.7)}
+
+
 @cache
-def nequip(hidden="4x0e + 2x1o", harmonics="1x0e + 1x1o"):
-    return NequIP([13, 29], CUTOFF, hidden=hidden, harmonics=harmonics, radial=4, neighbors=8, dtype="float64")
-
-
-PAIR = pair, {"a": jnp.array(0.3), "e": jnp.array(1.7)}
+def trainable(name):
+    """(apply, params)"""
+    return {"pair": (pair, PARAMS), "bonds": (bonds, PARAMS)}.get(name) or NequIP([13, 29], CUTOFF, hidden="4x0e + 2x1o", radial=4, neighbors=8, dtype="float64")
 
 
 @cache
 def potentials(name):
     """(JAX energy of one dict, the module)"""
-    if name in ("pair", "nequip"):
-        apply, params = PAIR if name == "pair" else nequip()
-        cutoff = CUTOFF if name == "nequip" else None
-        return partial(apply, params), bridge.torch_potential(apply, params, gradients="autodiff", cutoff=cutoff).requires_grad_(False)
-    energy = engine.model(morse(), name.split()[1])
-    return energy, bridge.torch_potential(energy, gradients="autodiff")
+    if name.startswith("jax-md"):
+        energy = engine.model(morse(), name.split()[1])
+        return energy, bridge.torch_potential(energy, gradients="autodiff")
+    apply, params = trainable(name)
+    cutoff = None if name == "pair" else CUTOFF
+    return partial(apply, params), bridge.torch_potential(apply, params, gradients="autodiff", cutoff=cutoff).requires_grad_(False)
 
 
-NAMES = "pair", "jax-md box", "jax-md perturbation", "nequip"
+def total(energy, inputs):
+    """The sum of energies that a JAX model gives, alone or in a dict."""
+    out = energy(inputs)
+    return (out["energy"] if isinstance(out, dict) else out).sum()
 
 
 def in_jax(inputs):
+    """The same in JAX, edges included."""
     edges = neighbor_list(*(inputs[k] for k in ("pos", "cell", "pbc")), CUTOFF, inputs["batch"])
     return {k: jnp.asarray(x.detach().numpy()) for k, x in (inputs | dict(zip(("edge_index", "cell_offsets"), edges))).items()}
 
@@ -87,3 +105,57 @@ def plain_morse(inputs):
     r2 = ((pos[:, None] - pos - jax.lax.stop_gradient(jnp.round(s)) @ cell) ** 2).sum(-1) + jnp.eye(len(pos))
     f = jax_md_energy.multiplicative_isotropic_cutoff(jax_md_energy.morse, MORSE["r_onset"], MORSE["r_cutoff"])
     return {"energy": 0.5 * (f(jnp.sqrt(r2), *(MORSE[k] for k in ("sigma", "epsilon", "alpha"))) * (1 - jnp.eye(len(pos)))).sum()[None]}
+
+
+def check_outputs(name, n_systems, tolerance=1e-10):
+    """The module gives what JAX gives."""
+    (energy, module), inputs = potentials(name), crystal(n_systems)
+    out, want = module(inputs), with_gradients(energy)(in_jax(inputs))
+    assert set(out) == set(want) and {"energy", *GRADIENTS.values()} <= set(out) and not any(x.requires_grad for x in out.values())
+    for key, x in out.items():
+        close(x, want[key], tolerance)
+    assert min(abs(np.asarray(want[k])).max() for k in ("energy", *GRADIENTS.values())) > 1e-3
+
+
+def check_gradients(name, h=1e-4):
+    """g and G are those of finite differences, and of torch.autograd."""
+    module, inputs = potentials(name)[1], crystal()
+    out = module(inputs)
+    for key, gradient in GRADIENTS.items():
+        steps = h * torch.eye(inputs[key].numel(), dtype=torch.float64)[::3].reshape(-1, *inputs[key].shape)
+        found = [sum(s * module(inputs | {key: inputs[key] + s * d})["energy"][0] for s in (1, -1)) / (2 * h) for d in steps]
+        close(torch.stack(found), out[gradient].flatten()[::3], 1e-6)
+    leaves = [inputs[k].clone().requires_grad_() for k in GRADIENTS]
+    energy = module(inputs | dict(zip(GRADIENTS, leaves)))["energy"]
+    for found, gradient in zip(torch.autograd.grad(3 * energy.sum(), leaves), GRADIENTS.values()):
+        close(found, 3 * out[gradient])
+
+
+def check_second_derivatives(name, reference, names=("pos", "cell")):
+    """By double backward and torch.func, those that JAX gives of the reference."""
+    module, inputs = potentials(name)[1], crystal()
+    fixed, xs = in_jax(inputs), tuple(inputs[n] for n in names)
+    wrt = tuple(range(len(names)))
+    want = jax.jacrev(jax.grad(lambda *xs: total(reference, fixed | dict(zip(names, xs))), wrt), wrt)(*(fixed[n] for n in names))
+    inputs |= {k: torch.tensor(np.asarray(fixed[k])) for k in ("edge_index", "cell_offsets")}
+    f = lambda *xs: module(inputs | dict(zip(names, xs)))["energy"].sum()  # noqa: E731
+    for got, expected in zip(jax.tree.leaves(torch.autograd.functional.hessian(f, xs)), jax.tree.leaves(want), strict=True):
+        close(got, expected, 1e-9)
+    for hessian in (torch.func.hessian(f), torch.func.jacfwd(torch.func.jacfwd(f))):
+        close(hessian(*xs), want[0][0], 1e-9)
+
+
+def check_training(name):
+    """The gradient of a loss on energies, forces and cell gradients equals that of pure JAX."""
+    apply, params = trainable(name)
+    module, inputs = bridge.torch_potential(apply, params, gradients="autodiff", cutoff=None if name == "pair" else CUTOFF), crystal(2)
+    loss = lambda out: out["energy"].sum() + (out["position_gradients"] ** 2).sum() + (out["cell_gradients"] ** 2).sum()  # noqa: E731
+    before = loss(module(inputs))
+    before.backward()
+    want = jax.grad(lambda p: loss(with_gradients(partial(apply, p))(in_jax(inputs))))(params)
+    found = jax.tree.leaves(module.model.pytree())
+    assert len(found) > 1
+    for t, g in zip(found, jax.tree.leaves(want), strict=True):
+        close(t.grad, g, 1e-9)
+    torch.optim.Adam(module.parameters(), 1e-3).step()
+    assert loss(module(inputs)) < before and module.compilations == 2

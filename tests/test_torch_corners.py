@@ -40,6 +40,22 @@ def test_gradients_x_dropped_output(way):
     assert WAYS[way](lambda x: f(x)["sum"] * 1, x).tolist() == [1, 1, 1]
 
 
+@jax.custom_vjp
+def clipped(x):
+    return x
+
+
+clipped.defvjp(lambda x: (x, None), lambda _, g: (jnp.clip(g, -1, 1),))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("total", [jnp.sum, lambda y: y], ids=["scalar", "vector"])
+def test_gradients_x_rule_that_is_not_linear(total, way):
+    """A custom_vjp that clips gradients sees the whole cotangent, as in JAX."""
+    f, x = bridge.to_torch(lambda x: total(clipped(x))), tensor(3)
+    assert WAYS[way](lambda x: f(x).sum() * 10, x).tolist() == [1, 1, 1]
+
+
 LOSSES = {  # of a float16 x: a float32 loss, a float16 one
     "float32": (lambda x: (x.astype("float32") ** 2).sum() * 1e-8, lambda x: (x.float() ** 2).sum() * 1e-8, 2.0**16),
     "float16": (lambda x: ((x * jnp.float16(1e-3)) * jnp.float16(1e-4)).sum(), lambda x: ((x * 1e-3) * 1e-4).sum(), 2.0**14),
@@ -150,15 +166,6 @@ def test_tensors_x_resize():
     x = tensor(4, grad=False)
     bridge.to_torch(sines)(x)
     assert x.resize_(100).shape == (100,)
-
-
-def test_values_x_replica():
-    """torch.nn.DataParallel gives each replica other tensors."""
-    _, _, module, x = make()
-    replica = module._replicate_for_data_parallel()
-    for name in ("w", "b"):
-        setattr(replica, name, torch.zeros_like(getattr(module, name)))
-    assert not replica(x).any() and module(x).any()
 
 
 FORCES = {

@@ -103,3 +103,12 @@ def test_gradients_x_tied_parameters():
     module(torch.ones(3, dtype=torch.float64)).backward()
     torch.testing.assert_close(module.a.grad, 2 * module.a.detach())
     assert len(list(module.parameters())) == 1
+
+
+def test_values_x_replica():
+    """torch.nn.DataParallel gives each replica other tensors."""
+    _, _, module, x = make()
+    replica = module._replicate_for_data_parallel()
+    for name in ("w", "b"):
+        setattr(replica, name, torch.zeros_like(getattr(module, name)))
+    assert not replica(x).any() and module(x).any()

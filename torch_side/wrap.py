@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch.autograd import forward_ad
 
-from bridge.errors import message
 from bridge.function import Function, Jvp, Vjp
 from torch_side import library
 from torch_side.buffers import lent, taken

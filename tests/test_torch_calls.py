@@ -1,0 +1,155 @@
+"""JAX callables of every kind in torch: what is refused, exceptions, equality, compilations."""
+
+import functools
+
+import equinox
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import bridge
+from tests.torch_cases import close
+
+X = torch.arange(1.0, 5.0, dtype=torch.float64)
+LEAF = lambda: X.clone().requires_grad_()  # noqa: E731
+
+# What is refused.
+
+REFUSED = {  # argument, type of the error, its text
+    "numpy": (lambda: np.ones(3), TypeError, "expected torch tensors, or hashable"),
+    "jax_array": (lambda: jnp.ones(3), TypeError, "expected torch tensors, or hashable"),
+    "unhashable": (lambda: {1}, TypeError, "expected torch tensors, or hashable"),
+    "slice": (lambda: slice(1), TypeError, "expected torch tensors, or hashable"),
+    "complex32": (lambda: torch.ones(3).to(torch.complex32), TypeError, "expected a dtype that both sides know"),
+    "sparse": (lambda: torch.eye(3).to_sparse(), TypeError, "Sparse layout|layout torch.sparse_coo"),
+    "sparse_csr": (lambda: torch.eye(3).to_sparse_csr(), TypeError, "SparseCsr layout|layout torch.sparse_csr"),
+    "meta": (lambda: torch.ones(3, device="meta"), TypeError, "meta tensor"),
+    "nested": (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged), TypeError, "nested tensor"),
+    "nested_strided": (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), TypeError, "nested tensor"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("name", REFUSED)
+def test_error_x_argument(name, nested):
+    make, error, text = REFUSED[name]
+    f = bridge.to_torch(lambda x: jax.tree.leaves(x)[0] + 1)
+    for _ in range(2):
+        with pytest.raises(error, match=text):
+            f({"a": make()} if nested else make())
+
+
+class Odd(Exception):
+    def __init__(self, text, code):
+        super().__init__(text)
+        self.code = code
+
+
+@jax.custom_vjp
+def late(x):
+    return x
+
+
+late.defvjp(lambda x: (x, None), lambda _, ct: odd(ct))
+
+
+def odd(x):
+    raise Odd("as it is", x.shape)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_error_x_exception_of_the_callable(where):
+    """Its type and attributes, at each call; what is right works before and after."""
+    f = bridge.to_torch(lambda x: (odd if where == "forward" else late)(x) if x.shape[0] > 2 else x * 2)
+    for size in (2, 4, 4, 2):
+        x = torch.ones(size, requires_grad=True)
+        if size == 2:
+            close(torch.autograd.grad(f(x).sum(), x), (torch.full((2,), 2.0),))
+            continue
+        with pytest.raises(Odd, match="as it is") as caught:
+            f(x).sum().backward()
+        assert caught.value.code == (4,)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_error_x_wide_dtypes_while_x64_is_off(compiled):
+    f, x = bridge.to_torch(lambda x: x * 2), LEAF()
+    y = f(x).sum() if compiled else None
+    with jax.enable_x64(False):
+        for call in (lambda: f(x), lambda: f(x.detach()), lambda: torch.func.jvp(f, (X,), (X,)), lambda: f(torch.arange(3)), *([y.backward] if compiled else [])):
+            with pytest.raises(ValueError, match="at most 32-bit parts while x64 is off"):
+                call()
+        close(f(X.float()), 2 * X.float())
+    close(f(x).detach(), 2 * X)
+
+
+def test_error_x_result_that_is_no_array():
+    with pytest.raises(TypeError, match="not a valid JAX type"):
+        bridge.to_torch(lambda x: "text")(X)
+
+
+# Callables and compilations.
+
+
+class Scale(equinox.Module):
+    by: jax.Array
+    name: str = equinox.field(static=True, default="scale")
+
+    def __call__(self, x):
+        return x * self.by
+
+    def method(self, x):
+        return x * self.by
+
+
+CALLABLES = {
+    "jit": jax.jit(lambda x: x * 2),
+    "jit_static": functools.partial(jax.jit(lambda n, x: x * n, static_argnums=0), 2),
+    "partial": functools.partial(lambda by, x: x * by, 2),
+    "bound_method": Scale(jnp.asarray(2.0)).method,
+    "equinox": Scale(jnp.asarray(2.0)),
+    "ufunc": functools.partial(jnp.multiply, 2),
+    "checkpoint": jax.checkpoint(lambda x: x * 2),
+    "custom_jvp": jax.custom_jvp(lambda x: x * 2),
+    "vmap": jax.vmap(lambda x: x * 2),
+    "bridged": bridge.to_jax(lambda x: x * 2),
+}
+CALLABLES["custom_jvp"].defjvp(lambda x, t: (2 * x[0], 2 * t[0]))
+
+
+@pytest.mark.parametrize("name", CALLABLES)
+def test_callable_x_value_and_gradient(name):
+    f, x = bridge.to_torch(CALLABLES[name]), LEAF()
+    y = f(x)
+    close((y.detach(), *torch.autograd.grad(y.sum(), x)), (2 * X, 0 * X + 2))
+    assert isinstance(repr(f), str) and isinstance(f.__name__, str)
+
+
+def test_equality_x_callable():
+    f, g = lambda x: x, lambda x: x
+    a, b, c = bridge.to_torch(f), bridge.to_torch(f), bridge.to_torch(g)
+    assert a == b and hash(a) == hash(b) and a != c and len({a, b, c}) == 2
+    assert bridge.to_torch(Scale(jnp.ones(4)).method) != a
+
+
+@pytest.mark.parametrize("scalar", [True, False])
+def test_compilations_x_calls(scalar):
+    """One program for values; with a gradient one for a scalar and two else; whatever the values, as often as they are called."""
+    f = bridge.to_torch(lambda x, y: (x * y).sum() if scalar else x * y)
+    pair = 1 if scalar else 2
+    steps = [
+        (1, lambda x: f(x, X)),
+        (1 + pair, lambda x: f(x.requires_grad_(), X).sum().backward()),
+        (1 + pair, lambda x: f(x.requires_grad_().T, X).sum().backward()),
+        (1 + pair, lambda x: torch.no_grad()(f)(x, X)),
+        (2 + pair, lambda x: f(x[:2], X[:2])),
+        (3 + pair, lambda x: f(x.float(), X)),
+    ]
+    for want, step in steps:
+        for k in range(3):
+            step(X * k)
+            assert f.compilations == want
+    assert bridge.to_torch(f.__wrapped__).compilations == 0
