@@ -162,6 +162,28 @@ def order_weights(gpu, values):
             same(y, x, f"round {k}")
 
 
+@check
+def jax_in_torch(gpu, values):
+    """A JAX function in torch: its input is still being written when it is called, its result read at once, and the input
+    written again behind the call; value and gradient, and the host waits for nothing."""
+    x, p, rolled = problem(gpu)
+    tx, tp = bridge.to_torch(x), bridge.to_torch(p)
+    f = bridge.to_torch(lambda x, p: 2 * chain(x, p))
+    f(tx, tp)
+    for k in range(5):
+        given = chain(tx, tp) + k
+        start = time.perf_counter()
+        y = f(given, tp) + 1
+        values["dispatch_ms"] = (time.perf_counter() - start) * 1e3
+        given.zero_()
+        same(y.cpu(), 2 * (np.roll(rolled, STEPS, axis=1) + k) + 1, f"round {k}")
+        values["total_ms"] = (time.perf_counter() - start) * 1e3
+    leaf = torch.zeros_like(tx, requires_grad=True)
+    f(leaf, tp).backward(chain(tx, tp))
+    same(leaf.grad.cpu(), 2 * np.asarray(x), "the gradient")  # backwards through the permutation
+    expect(gpu.platform == "cpu" or values["dispatch_ms"] < values["total_ms"] / 2, "the host waited for the kernels")
+
+
 def energy(x):
     """Soft spheres, for torch tensors and JAX arrays."""
     eye = torch.eye(len(x), device=x.device) if isinstance(x, torch.Tensor) else jnp.eye(len(x))

@@ -110,7 +110,7 @@ def plain_morse(inputs):
 def check_outputs(name, n_systems, tolerance=1e-10):
     """The module gives what JAX gives."""
     (energy, module), inputs = potentials(name), crystal(n_systems)
-    out, want = module(inputs), with_gradients(energy)(in_jax(inputs))
+    out, want = module(inputs), jax.jit(with_gradients(energy))(in_jax(inputs))
     assert set(out) == set(want) and {"energy", *GRADIENTS.values()} <= set(out) and not any(x.requires_grad for x in out.values())
     for key, x in out.items():
         close(x, want[key], tolerance)
@@ -136,7 +136,7 @@ def check_second_derivatives(name, reference, names=("pos", "cell")):
     module, inputs = potentials(name)[1], crystal()
     fixed, xs = in_jax(inputs), tuple(inputs[n] for n in names)
     wrt = tuple(range(len(names)))
-    want = jax.jacrev(jax.grad(lambda *xs: total(reference, fixed | dict(zip(names, xs))), wrt), wrt)(*(fixed[n] for n in names))
+    want = jax.jit(jax.jacrev(jax.grad(lambda *xs: total(reference, fixed | dict(zip(names, xs))), wrt), wrt))(*(fixed[n] for n in names))
     inputs |= {k: torch.tensor(np.asarray(fixed[k])) for k in ("edge_index", "cell_offsets")}
     f = lambda *xs: module(inputs | dict(zip(names, xs)))["energy"].sum()  # noqa: E731
     for got, expected in zip(jax.tree.leaves(torch.autograd.functional.hessian(f, xs)), jax.tree.leaves(want), strict=True):
@@ -152,7 +152,8 @@ def check_training(name):
     loss = lambda out: out["energy"].sum() + (out["position_gradients"] ** 2).sum() + (out["cell_gradients"] ** 2).sum()  # noqa: E731
     before = loss(module(inputs))
     before.backward()
-    want = jax.grad(lambda p: loss(with_gradients(partial(apply, p))(in_jax(inputs))))(params)
+    fixed = in_jax(inputs)
+    want = jax.jit(jax.grad(lambda p: loss(with_gradients(partial(apply, p))(fixed))))(params)
     found = jax.tree.leaves(module.model.pytree())
     assert len(found) > 1
     for t, g in zip(found, jax.tree.leaves(want), strict=True):

@@ -85,7 +85,7 @@ def test_a_process_that_dies_or_hangs_is_a_failed_check(gpu_check, monkeypatch):
     assert gpu_check.in_child("pointers") == {"status": "failed", "error": "the process ended with code 1: ", "values": {}}
 
 
-@pytest.mark.parametrize("name", ["pointers", "order_jit", "order_eager", "order_arrays", "numbers", "timing"])
+@pytest.mark.parametrize("name", ["pointers", "order_jit", "order_eager", "order_arrays", "jax_in_torch", "numbers", "timing"])
 def test_what_a_cpu_can_run_of_the_checks_passes_there(gpu_check, checks, name):
     record = gpu_check.attempt(checks.CHECKS[name], jax.devices("cpu")[0])
     assert record["status"] == "ok", record

@@ -41,10 +41,10 @@ def test_jax_md_x_second_derivatives(name, names):
 def test_what_is_wrong_in_jax_md_itself():
     """Why cell="perturbation" exists: the real-space tangents of space.transform spoil mixed and forward-over-forward second derivatives."""
     inputs = in_jax(crystal())
-    mixed = [jax.jacrev(jax.grad(lambda pos, h: total(e, inputs | {"pos": pos, "cell": h}), 1))(inputs["pos"], inputs["cell"]) for e in (potentials("jax-md box")[0], plain_morse)]
+    mixed = [jax.jit(jax.jacrev(jax.grad(lambda pos, h: total(e, inputs | {"pos": pos, "cell": h}), 1)))(inputs["pos"], inputs["cell"]) for e in (potentials("jax-md box")[0], plain_morse)]
     assert abs(mixed[0] - mixed[1]).max() > 0.02 * abs(mixed[1]).max()
     R = jnp.asarray(FRACTIONAL)
-    hessian, forward = jax.jacrev(jax.grad(morse()))(R), jax.jacfwd(jax.jacfwd(morse()))(R)
+    hessian, forward = jax.jit(jax.jacrev(jax.grad(morse())))(R), jax.jit(jax.jacfwd(jax.jacfwd(morse())))(R)
     assert abs(hessian - forward).max() > 0.02 * abs(hessian).max()
 
 
@@ -68,8 +68,9 @@ def test_jax_md_x_errors():
 def test_equal_models_are_equal():
     f = morse()
     assert engine.model(f) == engine.model(f) and hash(engine.model(f)) == hash(engine.model(f)) and engine.model(f) != engine.model(f, None)
-    a, b = NequIP([13, 29], CUTOFF, hidden="4x0e + 2x1o", radial=4, neighbors=8)[0], trainable("nequip")[0]
-    assert a == b == pickle.loads(pickle.dumps(a)) and hash(a) == hash(b)
+    a = trainable("nequip")[0]
+    b = pickle.loads(pickle.dumps(a))
+    assert a == b and hash(a) == hash(b)
 
 
 def test_nequip_x_values_and_gradients():
@@ -100,7 +101,7 @@ def test_nequip_is_jax_mds_own():
     settings.update(dict(apply.settings), n_elements=2, r_max=CUTOFF)
     one_hot = jnp.asarray(crystal()["atomic_numbers"].numpy()[:, None] == [13, 29], float)
     neighbor_fn, _, energy_fn = jax_md_energy.nequip_neighbor_list(space.periodic_general(jnp.asarray(cell.T))[0], cell.T, settings, one_hot)
-    want = energy_fn(params, jnp.asarray(R), neighbor_fn.allocate(jnp.asarray(R)))
+    want = jax.jit(energy_fn)(params, jnp.asarray(R), neighbor_fn.allocate(jnp.asarray(R)))
     close(potentials("nequip")[1](crystal() | {"cell": torch.tensor(cell)[None], "pos": torch.tensor(R @ cell)})["energy"], want[None])
 
 

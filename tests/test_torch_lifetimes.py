@@ -116,14 +116,20 @@ USES = {
 }
 
 
+def capturing(what):
+    """(a function or module, a weak reference to an array in its closure)."""
+    captured = draw(5)
+    if what == "function":
+        return bridge.to_torch(lambda x: jnp.sin(x) * captured.sum()), weakref.ref(captured)
+    return bridge.module(lambda p, x: jnp.sin(x) * p * captured.sum(), jnp.ones(())), weakref.ref(captured)
+
+
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("what", ["function", "module"])
 def test_captured_arrays_x_dropped(what, use):
     """What a callable captured dies with the last handle, whatever had been compiled of it."""
-    captured = draw(5)
-    alive = weakref.ref(captured)
-    f = bridge.to_torch(lambda x: jnp.sin(x) * captured.sum()) if what == "function" else bridge.module(lambda p, x: jnp.sin(x) * p * captured.sum(), jnp.ones(()))
+    f, alive = capturing(what)
     USES[use](f, tensor(5))
-    del f, captured
+    del f
     gc.collect()
     assert alive() is None

@@ -21,8 +21,8 @@ def test_values_x_name_that_modules_use(name, nested):
     wrap = (lambda v: {"x": v}) if nested else (lambda v: v)
     module = bridge.module(lambda p, x: x * jax.tree.leaves(p[name])[0] + p["z"], {name: wrap(draw(3)), "z": draw(3, seed=1)})
     x, want = torch.ones(3, dtype=torch.float64), bridge.to_torch(draw(3) + draw(3, seed=1))
-    for module in (module, module.train(), module.eval(), module.double(), copy.deepcopy(module)):
-        torch.testing.assert_close(module(x), want)
+    for same in (module, module.train(), module.eval(), module.double(), copy.deepcopy(module)):
+        torch.testing.assert_close(same(x), want)
     module.load_state_dict({k: 2 * v for k, v in module.state_dict().items()})
     torch.testing.assert_close(module(x), 2 * want)
 
@@ -79,7 +79,7 @@ REPLACED = {
     "data": lambda m, w: setattr(m.a.w, "data", w),
     "submodule": lambda m, w: setattr(m, "a", torch.nn.ParameterDict({"w": w})),
     "parametrize": lambda m, w: (m.a.w.data.copy_(w / 2), parametrize.register_parametrization(m.a, "w", Double())),
-    "unparametrized": lambda m, w: (m.a.w.data.copy_(w / 2), parametrize.register_parametrization(m.a, "w", Double()), parametrize.remove_parametrizations(m.a, "w")),
+    "unparametrized": lambda m, w: (REPLACED["parametrize"](m, w), parametrize.remove_parametrizations(m.a, "w")),
     "weight_norm": lambda m, w: (m.a.w.data.copy_(w), parametrizations.weight_norm(m.a, "w")),
     "buffer": lambda m, w: (delattr(m.a, "w"), m.a.register_buffer("w", w)),
 }

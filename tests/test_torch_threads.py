@@ -21,7 +21,7 @@ close = torch.testing.assert_close
 @pytest.fixture(autouse=True)
 def fast_switching():
     before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
+    sys.setswitchinterval(1e-4)
     yield
     sys.setswitchinterval(before)
 
@@ -34,7 +34,7 @@ def together(work, seconds=60):
         try:
             barrier.wait(seconds)
             work(k)
-        except BaseException as e:
+        except Exception as e:
             failed.append(e)
 
     threads = [threading.Thread(target=run, args=(k,), daemon=True) for k in range(N)]
