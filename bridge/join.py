@@ -214,9 +214,9 @@ def torch_potential(model, params=None, *, gradients="model", cutoff=None, bucke
     energy (B,), or a dict with it, and JAX makes g and G in the same program. Further outputs are passed on. Forces are -g.
 
     `cutoff` (Angstrom) is for graph models: edge_index (2,E) and cell_offsets (E,3) are then made by
-    torch_side.neighbors.neighbor_list at each call, unless the caller passes edge_index. Inside transforms of torch.func
-    values can't be read, so edges must be passed. As the number of edges changes from step to step, with a cutoff they are
-    padded by unused slots (index >= N), up to a quarter more: `buckets=` of `to_torch` takes another ladder, False none.
+    torch_side.neighbors.neighbor_list at each call, unless the caller passes edge_index (torch.compile and vmap over positions
+    need that). As the number of edges changes from step to step, with a cutoff they are padded by unused slots (index >= N), up
+    to a quarter more, in a few programs; `buckets=`, as in `to_torch`, takes another ladder, and False none.
 
     Energies differentiate in torch by the model's own gradients: torch.autograd.grad(energy.sum(), pos) is g, in cell it is
     G; all else, second derivatives included, differentiates the model. Without a graph (torch.no_grad, or neither inputs nor

@@ -34,7 +34,7 @@ from jax_side.models.nequip import NequIP
 def options(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m demos.fit", description=__doc__.split("\n")[0])
     parser.add_argument("--metal", choices=METALS, default="Cu")
-    parser.add_argument("--repeat", type=at_least(int, 1), default=2, help="conventional cells along each axis, of the training set (2: 32 atoms); one more in the run")
+    parser.add_argument("--repeat", type=at_least(int, 1), default=2, help="conventional cells along each axis (2: 32 atoms); one more in the run")
     parser.add_argument("--train", type=at_least(int, 1), default=64, help="configurations to fit")
     parser.add_argument("--test", type=at_least(int, 1), default=16, help="configurations to test on")
     parser.add_argument("--steps", type=at_least(int, 1), default=1600, help="of Adam")
@@ -152,7 +152,8 @@ def run(chosen) -> dict:
     print(f"{chosen.metal}, {len(crystals)} crystals of {len(crystals[0])} atoms, EMT; jax {jax.__version__}, torch {torch.__version__}")
 
     # The whole of the bridge: a JAX potential as an nn.Module of the potential contract, its weights as Parameters.
-    apply, params = NequIP(crystals[0].numbers[:1], chosen.cutoff, layers=chosen.layers, hidden=chosen.hidden, neighbors=neighbors, scale=0.1, shift=shift, seed=chosen.seed)
+    network = dict(layers=chosen.layers, hidden=chosen.hidden, neighbors=neighbors, scale=0.1, shift=shift, seed=chosen.seed)
+    apply, params = NequIP(crystals[0].numbers[:1], chosen.cutoff, **network)
     model = bridge.torch_potential(apply, params, gradients="autodiff", cutoff=chosen.cutoff)
 
     def measured(steps, work, *args):

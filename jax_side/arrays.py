@@ -14,7 +14,7 @@ from jax_side.nesting import cpu_device, here
 _NAMES = """bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 bfloat16 float32 float64 complex64 complex128
 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu"""
 DTYPES = {name: jnp.dtype(getattr(jnp, name)) for name in _NAMES.split() if hasattr(jnp, name)}
-_KNOWN = set(DTYPES.values())
+KNOWN = frozenset(DTYPES.values())
 _WIDE = {"int64": "int32", "uint64": "uint32", "float64": "float32", "complex128": "complex64"}
 _REFUSED = (ValueError, RuntimeError, BufferError, TypeError)
 _CPU = 1  # kDLCPU
@@ -73,7 +73,7 @@ def export(array: jax.Array, copy: bool | None = None) -> jax.Array:
     >>> np.from_dlpack(export(x)).ctypes.data == x.unsafe_buffer_pointer()
     True
     """
-    values = isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer) and array.dtype in _KNOWN
+    values = isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer) and array.dtype in KNOWN
     if not values or array.is_deleted() or array.sharding.num_devices != 1 or not array.is_fully_addressable:
         raise _refusal(array)
     return _fresh(array) if copy else array
@@ -89,7 +89,7 @@ def _refusal(x) -> Exception:
         return TypeError(message("a concrete array, for its values", f"{have} as a tracer ({type(x).__name__})", do))
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return TypeError(message("an array of numbers", f"typed PRNG keys {have}", "pass jax.random.key_data(keys)"))
-    if x.dtype not in _KNOWN:
+    if x.dtype not in KNOWN:
         return TypeError(message(_SHARED, f"{have}, which only JAX knows", _CAST))
     if x.is_deleted():
         return ValueError(message("a live array", f"{have}, deleted or donated", "copy it before it is donated"))
@@ -146,7 +146,7 @@ def borrow(lent) -> list:
     dense and aligned; jit reads a NumPy array where it lies if it is, and copies it if it is not."""
     if here.depth or not _to_capsule():
         return [_placed(x) for x in lent]
-    return [x if type(x) is np.ndarray else _view(x) for x in lent]
+    return [_view(x) if type(x) is _Bare else x for x in lent]
 
 
 def _view(capsule) -> jax.Array:
@@ -157,11 +157,12 @@ def _view(capsule) -> jax.Array:
 
 def _placed(lent) -> jax.Array:
     """An array on the device where it belongs, which is not the one that jit would choose."""
-    if type(lent) is not np.ndarray:
-        return _view(lent) if type(lent) is _Bare else _public(lent, copy=False)
-    if lent.ctypes.data % _CPU_ALIGN or not lent.flags.c_contiguous:
-        lent = lent.copy()
-    return jax.device_put(lent, cpu_device(here.depth), may_alias=True)
+    if type(lent) is np.ndarray:
+        dense = lent if lent.flags.c_contiguous and not lent.ctypes.data % _CPU_ALIGN else lent.copy()
+        return jax.device_put(dense, cpu_device(here.depth), may_alias=True)
+    if type(lent) is _Bare:
+        return _view(lent)
+    return lent if isinstance(lent, jax.Array) else _public(lent, copy=False)
 
 
 def lend(results) -> list:

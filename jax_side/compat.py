@@ -53,6 +53,11 @@ def no_tangent(x) -> Zero:
     return Zero(core.typeof(x).to_tangent_aval())
 
 
+def no_cotangent(shape, dtype) -> Zero:
+    """The cotangent of an output that nobody asks about, for the function that jax.vjp returns: no 0 * inf comes of it."""
+    return Zero(core.ShapedArray(shape, dtype).to_ct_aval())
+
+
 def float0(x) -> bool:
     return getattr(x, "dtype", None) == jax.dtypes.float0
 

@@ -97,6 +97,9 @@ class Exporter:
         call = Call(self.target, structure, static, tree.tree_flatten)
         types = [jax.ShapeDtypeStruct(s.shape, arrays.DTYPES[s.dtype]) for s in inputs]
         leaves, out_tree = tree.tree_flatten(jax.eval_shape(lambda *xs: call.apply(xs), *types))
+        for x, name in zip(leaves, output_names(out_tree), strict=True):
+            if x.dtype not in arrays.KNOWN:
+                raise TypeError(message("outputs of dtypes that both sides know", f"{x.dtype} as output {name} of {call.name}", f"return one of {', '.join(arrays.DTYPES)}"))
         return JaxFunction(call, inputs, tuple(Spec(x.shape, x.dtype.name) for x in leaves), out_tree)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from bridge.contract import GRADIENTS, check_inputs, check_outputs
+from bridge.errors import message
 from jax_side.strain import with_gradients
 
 tree = jax.tree_util
@@ -48,8 +49,14 @@ class Outputs:
     def _evaluate(self, *args):
         *params, inputs = args
         model = partial(self.model, *params)
-        out = (with_gradients(model) if self.gradients == "autodiff" else model)(inputs)
-        check_outputs(out, inputs["pos"].shape[0], inputs["cell"].shape[0], ("energy", *GRADIENTS.values()))
+        if self.gradients == "autodiff":
+            return with_gradients(model)(inputs)
+        out, needed = model(inputs), ("energy", *GRADIENTS.values())
+        if not isinstance(out, dict) or any(name not in out for name in needed):
+            got = ", ".join(sorted(out)) if isinstance(out, dict) else type(out).__name__
+            do = 'pass gradients="autodiff" for a model that gives its energy alone'
+            raise ValueError(message(f"a dict with {', '.join(needed)} from {self.__name__}", got, do))
+        check_outputs(out, inputs["pos"].shape[0], inputs["cell"].shape[0])
         return out
 
 
@@ -72,7 +79,7 @@ def _outputs_jvp(call, primals, tangents):
     out, change = _push(call.evaluate, arrays, moved)
     moved_geometry = {name: moved.pop(i) for name, i in call.geometry.items() if i in moved}
     if moved_geometry:
-        energy = _work(out, moved_geometry, arrays[call.batch])
+        energy = work(out, moved_geometry, arrays[call.batch])
         if moved:
             energy += _push(lambda arrays: call.evaluate(arrays)["energy"], arrays, moved)[1]
         change |= {"energy": energy}
@@ -87,8 +94,8 @@ def _push(f, arrays, moved):
     return jax.jvp(lambda part: f(arrays | part), ({i: arrays[i] for i in moved},), (moved,))
 
 
-def _work(out, moved, batch):
-    """Change (B,) of the energy by the model's own gradients."""
+def work(out, moved, batch):
+    """Change (B,) of the energy as pos and cell move, by the model's own gradients."""
     energy, change = out["energy"], jnp.zeros_like(out["energy"])
     if "pos" in moved:
         work = (out["position_gradients"] * moved["pos"]).sum(-1)

@@ -12,6 +12,7 @@ from jax.custom_derivatives import SymbolicZero
 from bridge.contract import GRADIENTS, check_inputs, check_outputs
 from bridge.errors import message, spec
 from jax_side import strain
+from jax_side.outputs import work
 
 
 def potential(model, *, atomic_numbers, pbc=None, batch=None, n_systems=1, **extras):
@@ -128,15 +129,9 @@ def _energy_jvp(model, primals, tangents):
     (inputs,), (tangents,) = primals, tangents
     moved = {name: t for name, t in tangents.items() if not isinstance(t, SymbolicZero)}
     out = _outputs(model, inputs)
-    gradients = {name: _need(out, name) for name in moved}
-    energy = out["energy"]
-    change = jnp.zeros_like(energy)
-    if "pos" in moved:
-        work = (gradients["pos"] * moved["pos"]).sum(-1)
-        change += jax.ops.segment_sum(work, inputs["batch"], num_segments=len(energy)).astype(energy.dtype)
-    if "cell" in moved:
-        change += (gradients["cell"] * moved["cell"]).sum((-2, -1)).astype(energy.dtype)
-    return energy, change
+    for name in moved:
+        _need(out, name)
+    return out["energy"], work(out, moved, inputs["batch"])
 
 
 _energy.defjvp(_energy_jvp, symbolic_zeros=True)

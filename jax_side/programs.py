@@ -1,6 +1,6 @@
 """XLA programs of a Function: one for a call, and where a backward will follow, a pair that shares what it keeps.
 
-For a real scalar the forward program gives the gradients, too. Otherwise a pair is `jax.vjp` cut in two: the forward program gives the outputs and the residuals of the vjp, the backward program
+A pair is `jax.vjp` cut in two: the forward program gives the outputs and the residuals of the vjp, the backward program
 takes these. A residual that is an input or an output isn't given a second time: the caller keeps that array himself.
 A program is compiled once for the types of its Function; memory that it allocates belongs to the arrays it returns.
 """
@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from bridge.function import Function
-from jax_side.arrays import borrow, lend
+from jax_side import compat
+from jax_side.arrays import KNOWN, borrow, lend
 from jax_side.signature import check_width
 
 tree = jax.tree_util
@@ -64,13 +65,10 @@ def program(fn: Function) -> Program:
     return Program(lambda xs: fn(*xs), fn)
 
 
-def record(fn: Function, wrt: tuple[int, ...]):
-    """What runs a forward of `fn` that a backward in its inputs `wrt` will follow."""
-    key = "record", wrt
-    if key not in fn.memo:
-        gradient = fn.gradient(wrt)
-        fn.memo.setdefault(key, GradientRecorder(gradient) if gradient else PairRecorder(fn, wrt))
-    return fn.memo[key]
+def record(fn: Function, wrt: tuple[int, ...]) -> Recorder:
+    """The pair of programs of `fn`, differentiable in its inputs `wrt`."""
+    key = "pair", wrt
+    return fn.memo.get(key) or fn.memo.setdefault(key, Recorder(fn, wrt))
 
 
 def _check_width(fn: Function) -> None:
@@ -83,22 +81,24 @@ def _check_width(fn: Function) -> None:
 @tree.register_pytree_node_class
 @dataclass(frozen=True)
 class Residuals:
-    """What the forward program keeps for the backward one: arrays, and the plan that says where each goes."""
+    """What the forward program keeps for the backward one: arrays that can be lent, arrays of dtypes that JAX alone has
+    (PRNG keys, int4), and the plan that says where each goes."""
 
     kept: list
+    own: list
     plan: Plan
 
     def tree_flatten(self):
-        return self.kept, self.plan
+        return (self.kept, self.own), self.plan
 
     @classmethod
-    def tree_unflatten(cls, plan, kept):
-        return cls(kept, plan)
+    def tree_unflatten(cls, plan, groups):
+        return cls(*groups, plan)
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The vjp's own pytree; for each leaf (place, index or value): an input, an output, one of the kept arrays, a constant.
+    """The vjp's own pytree; for each leaf (place, index or value): an input, an output, a residual, a constant.
 
     `outputs` are those that the backward program wants back."""
 
@@ -107,21 +107,8 @@ class Plan:
     outputs: tuple[int, ...]
 
 
-class GradientRecorder:
-    """A real scalar: one program gives it and its gradients, and nothing is left for the backward but to scale these."""
-
-    def __init__(self, gradient: Function):
-        self.out, self._outputs = gradient.out, len(gradient.of.outputs)
-        self._program = Program(lambda xs: gradient(*xs), gradient)
-
-    def forward(self, lent):
-        """-> (outputs, gradients, no plan)."""
-        results = self._program(lent)
-        return results[: self._outputs], results[self._outputs :], None
-
-
-class PairRecorder:
-    """Anything else: the pair. `forward` and `backward` take and give lent memory, as a Program does."""
+class Recorder:
+    """The pair. `forward` and `backward` take and give lent memory, as a Program does."""
 
     def __init__(self, fn: Function, wrt: tuple[int, ...]):
         self.fn, self.wrt = fn, wrt
@@ -130,20 +117,21 @@ class PairRecorder:
         self._backward: dict[tuple, Program] = {}
 
     def forward(self, lent):
-        """-> (outputs, residuals, plan)."""
+        """-> (outputs, residuals that are lent, the others with their plan)."""
         outs, residuals = self._forward.arrays(lent)
-        return lend(outs), lend(residuals.kept), residuals.plan
+        return lend(outs), lend(residuals.kept), (residuals.own, residuals.plan)
 
-    def backward(self, plan: Plan, needed: tuple[int, ...], inputs, outputs, kept, cotangents) -> list:
+    def backward(self, own_and_plan, needed: tuple[int, ...], inputs, outputs, kept, cotangents) -> list:
         """Gradients of the inputs `needed`, by the convention of torch: the conjugate of the contract's.
 
         `outputs` are those that the plan names; `cotangents` maps an output to its cotangent."""
+        own, plan = own_and_plan
         live = tuple(o for o in self.inexact if o in cotangents)
         key = plan, needed, live
         program = self._backward.get(key)
         if program is None:
             program = self._backward.setdefault(key, Program(_Pull(self, plan, needed, live), self.fn))
-        return program(inputs, outputs, kept, [cotangents[o] for o in live])
+        return program(inputs, outputs, kept, own, [cotangents[o] for o in live])
 
     def _outputs_and_residuals(self, xs):
         g, moved = restrict(self.fn, xs, self.wrt)
@@ -162,34 +150,35 @@ def _residuals(pull, xs, ys) -> Residuals:
     """The leaves of a vjp, each array once."""
     leaves, structure = tree.tree_flatten(pull)
     places = {id(x): ("input", i) for i, x in enumerate(xs)} | {id(y): ("output", i) for i, y in enumerate(ys)}
-    kept, where = [], []
+    groups, where = {"kept": [], "own": []}, []
     for leaf in leaves:
         if not isinstance(leaf, jax.core.Tracer):
             where.append(("constant", leaf))
             continue
         if id(leaf) not in places:
-            places[id(leaf)] = "kept", len(kept)
-            kept.append(leaf)
+            name = "kept" if leaf.dtype in KNOWN else "own"
+            places[id(leaf)] = name, len(groups[name])
+            groups[name].append(leaf)
         where.append(places[id(leaf)])
     outputs = tuple(sorted({i for place, i in where if place == "output"}))
-    return Residuals(kept, Plan(structure, tuple(where), outputs))
+    return Residuals(*groups.values(), Plan(structure, tuple(where), outputs))
 
 
 @dataclass(frozen=True)
 class _Pull:
     """The backward program."""
 
-    recorder: PairRecorder
+    recorder: Recorder
     plan: Plan
     needed: tuple[int, ...]
     live: tuple[int, ...]
 
-    def __call__(self, inputs, outputs, kept, cotangents):
-        values = {"input": inputs, "output": dict(zip(self.plan.outputs, outputs)), "kept": kept}
+    def __call__(self, inputs, outputs, kept, own, cotangents):
+        values = {"input": inputs, "output": dict(zip(self.plan.outputs, outputs)), "kept": kept, "own": own}
         leaves = [i if place == "constant" else values[place][i] for place, i in self.plan.leaves]
         given = dict(zip(self.live, cotangents))
         specs = self.recorder.fn.outputs
-        cts = [given[o].conj() if o in given else jnp.zeros(*specs[o]) for o in self.recorder.inexact]
+        cts = [given[o].conj() if o in given else compat.no_cotangent(specs[o].shape, jnp.dtype(specs[o].dtype)) for o in self.recorder.inexact]
         gradients = dict(zip(self.recorder.wrt, self.plan.structure.unflatten(leaves)(cts)))
         return [gradients[i].conj() for i in self.needed]
 

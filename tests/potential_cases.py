@@ -37,6 +37,13 @@ def crystal(n_systems=1, dtype=torch.float64):
     }
 
 
+def lattice(cell, n=1):
+    """One atom in a cell, repeated n times along each axis."""
+    sites = torch.tensor(list(itertools.product(range(n), repeat=3)), dtype=torch.float64) @ cell
+    pbc, batch = torch.ones(1, 3, dtype=torch.bool), torch.zeros(n**3, dtype=torch.int64)
+    return {"pos": sites, "cell": n * cell[None], "pbc": pbc, "batch": batch, "atomic_numbers": torch.full((n**3,), 29)}
+
+
 def pair(params, inputs):
     """Gaussians over 27 images, any number of systems."""
     pos, cell, batch = inputs["pos"], inputs["cell"], inputs["batch"]
@@ -67,7 +74,8 @@ PARAMS = {"a": jnp.array(0.3), "e": jnp.array(1.7)}
 @cache
 def trainable(name):
     """(apply, params)"""
-    return {"pair": (pair, PARAMS), "bonds": (bonds, PARAMS)}.get(name) or NequIP([13, 29], CUTOFF, hidden="4x0e + 2x1o", radial=4, neighbors=8, dtype="float64")
+    small = dict(hidden="4x0e + 2x1o", radial=4, neighbors=8, dtype="float64")
+    return {"pair": (pair, PARAMS), "bonds": (bonds, PARAMS)}.get(name) or NequIP([13, 29], CUTOFF, **small)
 
 
 @cache

@@ -9,7 +9,7 @@ from demos import fit
 from demos.crystals import Batch, inputs_of, strained
 from tests.potential_cases import PARAMS, bonds
 
-TINY = "--repeat 1 --train 6 --test 2 --batch 2 --steps 30 --layers 1 --hidden 4x0e --md 20"
+TINY = "--repeat 1 --train 6 --test 2 --batch 2 --steps 150 --lr 0.05 --layers 1 --hidden 4x0e --md 20"
 NONSENSE = {
     "--steps 0": "argument --steps: expected a number (int) at least 1, got 0; give such a number",
     "--dt 11": "argument --dt: expected a number (float) from 0.01 to 10.0, got 11; give such a number",

@@ -15,8 +15,8 @@ import bridge
 from jax_side.engines import jax_md as engine
 from jax_side.models.nequip import NequIP
 from tests.potential_cases import (
-    CELL, CUTOFF, FRACTIONAL, MORSE, check_gradients, check_outputs, check_second_derivatives, check_training, close, crystal, in_jax, morse, plain_morse,
-    potentials, total, trainable,
+    CELL, CUTOFF, FRACTIONAL, MORSE, check_gradients, check_outputs, check_second_derivatives, check_training, close, crystal, in_jax, lattice, morse,
+    plain_morse, potentials, total, trainable,
 )
 from torch_side.neighbors import neighbor_list
 
@@ -41,7 +41,8 @@ def test_jax_md_x_second_derivatives(name, names):
 def test_what_is_wrong_in_jax_md_itself():
     """Why cell="perturbation" exists: the real-space tangents of space.transform spoil mixed and forward-over-forward second derivatives."""
     inputs = in_jax(crystal())
-    mixed = [jax.jit(jax.jacrev(jax.grad(lambda pos, h: total(e, inputs | {"pos": pos, "cell": h}), 1)))(inputs["pos"], inputs["cell"]) for e in (potentials("jax-md box")[0], plain_morse)]
+    G = [jax.grad(lambda pos, h, e=e: total(e, inputs | {"pos": pos, "cell": h}), 1) for e in (potentials("jax-md box")[0], plain_morse)]
+    mixed = [jax.jit(jax.jacrev(g))(inputs["pos"], inputs["cell"]) for g in G]
     assert abs(mixed[0] - mixed[1]).max() > 0.02 * abs(mixed[1]).max()
     R = jnp.asarray(FRACTIONAL)
     hessian, forward = jax.jit(jax.jacrev(jax.grad(morse())))(R), jax.jit(jax.jacfwd(jax.jacfwd(morse())))(R)
@@ -116,6 +117,11 @@ def test_nequip_x_invariance():
         close(out["cell_gradients"], want["cell_gradients"] @ q, 1e-9)
     order = torch.tensor([3, 1, 7, 0, 2, 5, 4, 6])
     close(module(inputs | {"pos": pos[order], "atomic_numbers": inputs["atomic_numbers"][order]})["node_energies"], want["node_energies"][order])
+
+
+def test_nequip_x_small_cells():
+    module, cell = potentials("nequip")[1], 0.43 * crystal()["cell"][0]
+    close(module(lattice(cell, 2))["energy"], 8 * module(lattice(cell))["energy"])
 
 
 def test_nequip_x_unused_slots_and_padding_atoms():

@@ -1,7 +1,6 @@
 """bridge.torch_potential: a JAX potential as a torch module of the contract, by one JAX call, differentiable as torch is."""
 
 import copy
-import itertools
 import pickle
 import sys
 
@@ -13,7 +12,8 @@ import torch
 import bridge
 from jax_side import programs
 from tests.potential_cases import (
-    CUTOFF, PARAMS, bonds, check_gradients, check_outputs, check_second_derivatives, check_training, close, crystal, pair, potentials,
+    CUTOFF, PARAMS, bonds, check_gradients, check_outputs, check_second_derivatives, check_training, close, crystal, lattice, pair,
+    potentials,
 )
 
 NAMES = pytest.mark.parametrize("name", ["pair", "bonds"])
@@ -67,7 +67,10 @@ def test_one_jax_call_x_evaluation(calls):
         assert len(calls) == 3 + 2 * n and module.compilations == 3
 
 
-@pytest.mark.parametrize("buckets, most", [(None, 6), (bridge.Buckets({"edge_index": "2 E", "cell_offsets": "E 3"}, fill={"edge_index": 99}, growth=4), 3), (False, 12)])
+WIDE = bridge.Buckets({"edge_index": "2 E", "cell_offsets": "E 3"}, fill={"edge_index": 99}, growth=4)
+
+
+@pytest.mark.parametrize("buckets, most", [(None, 6), (WIDE, 3), (False, 12)])
 def test_programs_x_numbers_of_edges(buckets, most):
     padded, plain = (bridge.torch_potential(bonds, PARAMS, gradients="autodiff", cutoff=CUTOFF, buckets=b).requires_grad_(False) for b in (buckets, False))
     inputs = crystal()
@@ -91,29 +94,31 @@ def test_a_batch_x_its_systems():
         close(out["cell_gradients"][s], single["cell_gradients"][0])
 
 
-def lattice(cell, n=1):
-    """One atom in a cell, repeated n times along each axis."""
-    sites = torch.tensor(list(itertools.product(range(n), repeat=3)), dtype=torch.float64) @ cell
-    return {"pos": sites, "cell": n * cell[None], "pbc": torch.ones(1, 3, dtype=torch.bool), "batch": torch.zeros(n**3, dtype=torch.int64), "atomic_numbers": torch.full((n**3,), 29)}
-
-
-@pytest.mark.parametrize("name", ["bonds", "nequip"])
-def test_small_cells_and_open_boundaries(name):
-    module = potentials(name)[1]
-    cell = 2.6 * torch.tensor([[1.0, 0.1, 0], [0, 1, 0.2], [0.1, 0, 1]], dtype=torch.float64)
-    one, many = module(lattice(cell)), module(lattice(cell, 3))
-    close(many["energy"], 27 * one["energy"])
+def test_small_cells_and_open_boundaries():
+    module, cell = potentials("bonds")[1], 0.43 * crystal()["cell"][0]
+    close(module(lattice(cell, 3))["energy"], 27 * module(lattice(cell))["energy"])
     slab = lattice(cell, 2) | {"pbc": torch.tensor([[True, True, False]])}
     close(module(slab | {"cell": slab["cell"] * torch.tensor([1.0, 1, 7])[:, None]})["energy"], module(slab)["energy"])
     alone = lattice(cell) | {"pbc": torch.zeros(1, 3, dtype=torch.bool), "cell": torch.zeros(1, 3, 3, dtype=torch.float64)}
     assert not module(alone)["position_gradients"].any()  # no edges at all
 
 
+def test_neighbours_x_torch_func():
+    """The list is made of the values beneath grad and jvp; under vmap over positions there are none."""
+    module, inputs = potentials("bonds")[1], crystal()
+    energy = lambda pos: module(inputs | {"pos": pos})["energy"].sum()  # noqa: E731
+    close(torch.func.grad(energy)(inputs["pos"]), module(inputs)["position_gradients"])
+    close(torch.func.hessian(energy)(inputs["pos"]), torch.autograd.functional.hessian(energy, inputs["pos"]), 1e-9)
+    with pytest.raises(ValueError, match="a batch of them under torch.func.vmap; make the edges outside"):
+        torch.func.vmap(energy)(inputs["pos"][None])
+
+
 def given(params, inputs):
     """gradients="model": an energy that JAX can't differentiate in pos, with the gradients beside it; linear in k."""
     pos, fixed = inputs["pos"], jax.lax.stop_gradient(inputs["pos"])
     energy = params["k"] * jax.ops.segment_sum((fixed**2).sum(-1), inputs["batch"], num_segments=len(inputs["cell"]))
-    return {"energy": energy, "position_gradients": 2 * params["k"] * pos, "cell_gradients": jnp.zeros_like(inputs["cell"]), "numbers": inputs["atomic_numbers"]}
+    gradients = {"position_gradients": 2 * params["k"] * pos, "cell_gradients": jnp.zeros_like(inputs["cell"])}
+    return {"energy": energy, **gradients, "numbers": inputs["atomic_numbers"]}
 
 
 def test_the_models_own_gradients_are_those_of_its_energy():
@@ -158,7 +163,8 @@ def test_inputs_outside_the_contract_are_refused(case):
 
 
 MODELS = {
-    "no gradients": (lambda x: {"energy": x["pos"].sum()[None]}, {}, "got only energy; let the model return position_gradients, cell_gradients"),
+    "no gradients": (lambda x: {"energy": x["pos"].sum()[None]}, {}, 'cell_gradients from <lambda>, got energy; pass gradients="autodiff"'),
+    "no dict": (lambda x: x["pos"].sum()[None], {}, 'Tracer; pass gradients="autodiff" for a model that gives its energy alone'),
     "a scalar": (lambda x: x["pos"].sum(), {"gradients": "autodiff"}, r"expected energy as float\[1\], got float64\[\]"),
     "no energy": (lambda x: {"e": x["pos"].sum()}, {"gradients": "autodiff"}, "expected the outputs energy, got only e"),
     "gradients": (pair, {"gradients": "autograd"}, "expected gradients as one of 'model', 'autodiff', got 'autograd'"),

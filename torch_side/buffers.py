@@ -10,6 +10,7 @@ import functools
 import sys
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from bridge.errors import message
@@ -91,25 +92,38 @@ def lent(tensors) -> list:
     """The values of tensors, to be read only, over their own memory: NumPy arrays where NumPy knows the dtype, DLPack capsules
     elsewhere on the CPU, tensors on a GPU. Only what the borrower could not read is copied: conj and neg bits, and in a
     capsule or on a GPU what is not row-major."""
-    try:
-        return [t.detach().numpy() if t.requires_grad else t.numpy() for t in tensors]
-    except (TypeError, RuntimeError):
-        return [_lent(t) for t in tensors]
+    out = []
+    for t in tensors:
+        plain = t.is_cpu and t.layout is torch.strided and t.dtype in _NUMPY and not t.is_conj() and not t.is_neg() and t.data_ptr()
+        out.append(_from_loan(_Loan(t)) if plain else _lent(t))
+    return out
+
+
+class _Loan:
+    """What NumPy takes for a DLPack exporter; Tensor.numpy() would forbid the tensor to be resized, ever."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+
+    def __dlpack__(self, **_):
+        return _to_capsule(self.tensor)
+
+    def __dlpack_device__(self):
+        return 1, 0  # kDLCPU
 
 
 def _lent(t: torch.Tensor):
-    t = t.detach().resolve_conj().resolve_neg()
-    if t.is_cpu and t.dtype not in _UNKNOWN_TO_NUMPY:
-        try:
-            return t.numpy()
-        except RuntimeError as e:
-            do = "call it under the transform that made the tensor; for is_grads_batched=True and vectorize=True use torch.func.vmap and torch.func.jacrev"
-            raise NotImplementedError(message("tensors with memory of their own", f"a traced or wrapped one ({type(t).__name__})", do)) from e
-    t = export(t, None, "JAX").contiguous()
-    return _to_capsule(t) if t.is_cpu else t
+    """The same for tensors that need a look: empty, with bits, of other dtypes, on other devices, or without memory (TypeError)."""
+    t = export(t.detach(), None, "JAX")
+    if not t.is_cpu:
+        return t.contiguous()
+    return _from_loan(_Loan(t)) if t.dtype in _NUMPY else _to_capsule(t.contiguous())
 
 
-_UNKNOWN_TO_NUMPY = {dtype for name, dtype in DTYPES.items() if name.startswith(("bfloat16", "float8"))}
+_from_loan = np.from_dlpack
+_NUMPY = frozenset(dtype for name, dtype in DTYPES.items() if not name.startswith(("bfloat16", "float8")))
 
 
 def taken(results) -> list:

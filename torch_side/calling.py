@@ -10,6 +10,14 @@ from torch_side import library, wrap
 from torch_side.arrays import dtype_name
 
 
+class Found:
+    """The Functions of a callable, in an object of their own: torch.compile hashes what it finds in the dicts of a callable."""
+
+    def __init__(self):
+        self.known: dict[tuple, Function] = {}  # by signature
+        self.flat: dict[tuple, Function] = {}  # those of positional tensors with one output, by shapes and dtypes
+
+
 class TorchCallable:
     """What bridge.to_torch returns; its docstring is the documentation. Equal, and equally hashed, for equal callables.
 
@@ -18,8 +26,7 @@ class TorchCallable:
 
     def __init__(self, exporter):
         self._exporter = exporter
-        self._known: dict[tuple, Function] = {}  # by signature
-        self._flat: dict[tuple, Function] = {}  # those of positional tensors with one output, by shapes and dtypes
+        self._found = Found()
         self._token = library.register(self)
         self.__wrapped__ = exporter.target
         self.__name__ = getattr(exporter.target, "__name__", type(exporter.target).__name__)
@@ -46,13 +53,13 @@ class TorchCallable:
 
     @property
     def compilations(self) -> int:
-        return sum(fn.compilations for fn in self._known.values())
+        return sum(fn.compilations for fn in self._found.known.values())
 
     def __call__(self, *args, **kwargs):
         if torch.compiler.is_dynamo_compiling():
             return library.traced(self._token, args, kwargs)
         try:  # positional tensors alone, as in most loops, need no pytree work
-            fn = None if kwargs else self._flat.get(tuple([(x.shape, x.dtype) for x in args]))
+            fn = None if kwargs else self._found.flat.get(tuple([(x.shape, x.dtype) for x in args]))
         except (AttributeError, TypeError):  # no tensors; a symbolic size, as torch.compile has them
             fn = None
         if fn is not None:
@@ -67,10 +74,10 @@ class TorchCallable:
         static = tuple(static_leaf(i, x, "torch tensors") for i, x in enumerate(leaves) if not isinstance(x, torch.Tensor))
         types = tuple([(torch.Size(map(int, t.shape)), t.dtype) for t in tensors])
         key = structure, static, types
-        fn = self._known.get(key)
+        fn = self._found.known.get(key)
         if fn is None:
             inputs = tuple(Spec(tuple(shape), dtype_name(dtype)) for shape, dtype in types)
-            fn = self._known.setdefault(key, self._exporter.function(structure, static, inputs))
+            fn = self._found.known.setdefault(key, self._exporter.function(structure, static, inputs))
             if structure == self.flatten(((0,) * len(tensors), {}))[1] and fn.out_tree == self.flatten(0)[1]:
-                self._flat[types] = fn
+                self._found.flat[types] = fn
         return fn, tensors

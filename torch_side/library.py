@@ -12,7 +12,7 @@ import weakref
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
+from torch.fx.experimental import symbolic_shapes
 from torch.utils import _pytree as pytree
 
 from bridge.errors import message
@@ -21,7 +21,7 @@ from torch_side import buffers, wrap
 
 _bases: weakref.WeakValueDictionary[str, Function] = weakref.WeakValueDictionary()
 _exported: dict[str, Function] = {}
-_next = map(str, itertools.count(1))
+_next = map(f"{secrets.token_urlsafe(6)}.{{}}".format, itertools.count(1))  # no other process has them: torch.compile keeps compiled graphs on disk
 
 
 def register(target) -> str:
@@ -54,10 +54,11 @@ def number(fn: Function) -> str:
 def lookup(number: str) -> Function:
     base, _, place = number.partition(":")
     found = _bases.get(base)
-    if found is None:
+    family = found.memo["family"] if found else ()
+    if not place.isdecimal() or int(place) >= len(family):
         do = "compile or export again in this process, and keep what bridge.to_torch or bridge.module returned while the program is used"
         raise RuntimeError(message("a JAX function of this process", f"bridge::call of {number}, which this process does not know (or no longer)", do))
-    return found.memo["family"][int(place)]
+    return family[int(place)]
 
 
 # Calls that torch.compile traces: what the other bank's pytree library does is done at compile time, on numbers in place of
@@ -70,7 +71,8 @@ _callables: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary(
 def traced(token: str, args, kwargs):
     """A call of a registered callable, in code that torch.compile can trace."""
     leaves, structure = pytree.tree_flatten((args, kwargs))
-    types = tuple([(tuple([int(n) for n in x.shape]), x.dtype) if isinstance(x, torch.Tensor) else x for x in leaves])
+    guard = symbolic_shapes.guard_scalar  # a size or number as it is now, in place of a symbol
+    types = tuple([(tuple([guard(n) for n in x.shape]), x.dtype) if isinstance(x, torch.Tensor) else guard(x) if isinstance(x, (int, float)) else x for x in leaves])
     number, order, result = _resolve(token, pytree.tree_unflatten(list(range(len(leaves))), structure), types)
     return _rebuilt(result, torch.ops.bridge.call([leaves[i] for i in order], number))
 
@@ -107,32 +109,44 @@ def _rebuilt(code, outs):
     return tuple(values) if kind == "tuple" else values
 
 
-@torch.library.custom_op("bridge::call", mutates_args=())
-def _op(tensors: list[torch.Tensor], function: str) -> list[torch.Tensor]:
+# The op itself. Its autograd is that of an eager call, so that both have the same rules.
+
+_lib = torch.library.Library("bridge", "DEF")
+_lib.define("call(Tensor[] tensors, str function) -> Tensor[]", tags=[torch.Tag.pt2_compliant_tag])
+
+
+def _run(tensors, function):
     return wrap.run(lookup(function), tensors)
 
 
-@_op.register_fake
-def _(tensors, function):
-    if forward_ad._current_level >= 0:
-        raise NotImplementedError(message("reverse mode, or no derivative, of a JAX function inside torch.compile and torch.export", "forward mode (jvp)", "compile without the jvp, or call it eagerly"))
-    return [torch.empty(s.shape, dtype=buffers.DTYPES[s.dtype], device=tensors[0].device) for s in lookup(function).outputs]
+def _fake(tensors, function):
+    device = tensors[0].device if tensors else "cpu"
+    return [torch.empty(s.shape, dtype=buffers.DTYPES[s.dtype], device=device) for s in lookup(function).outputs]
 
 
-def _setup_context(ctx, inputs, output):
-    tensors, ctx.function = inputs
-    ctx.save_for_backward(*tensors)
+def _above_transforms():
+    """The dispatch keys as they are where torch.func begins to treat an op. Private in torch 2.13."""
+    key = torch._C.DispatchKey
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for name in ("FuncTorchDynamicLayerFrontMode", "FuncTorchBatched", "FuncTorchVmapMode", "FuncTorchGradWrapper"):
+        if hasattr(key, name):
+            excluded = excluded.remove(getattr(key, name))
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set().add(key.FuncTorchDynamicLayerFrontMode), excluded)
 
 
-def _backward(ctx, cotangents):
-    fn, primals = lookup(ctx.function), ctx.saved_tensors
-    cotangents = [c if s.inexact else None for c, s in zip(cotangents, fn.outputs, strict=True)]
-    result = [None] * len(primals)
-    wrt = tuple(i for i, s in enumerate(fn.inputs) if s.inexact and primals[i].requires_grad)
-    if wrt and any(c is not None for c in cotangents):
-        for i, g in zip(wrt, wrap.vjp(fn, wrt, primals, cotangents, call), strict=True):
-            result[i] = g
-    return result, None
+def _differentiable(keyset, tensors, function):
+    """Backward, forward mode and torch.func of the op."""
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if recorded or torch._C._is_fwd_grad_enabled() and any(torch._VF._unpack_dual(t, 0)[1] is not None for t in tensors):
+        if torch._C._are_functorch_transforms_active():
+            if torch._C._functorch.peek_interpreter_stack().key() == torch._C._functorch.TransformType.Jvp:
+                do = "compile without the jvp, or call it eagerly"
+                raise NotImplementedError(message("reverse mode, or no derivative, of a JAX function inside torch.compile and torch.export", "forward mode (torch.func.jvp)", do))
+            with _above_transforms():
+                return list(wrap.Bridged.apply(lookup(function), None, *tensors))
+        return list(wrap.Bridged.apply(lookup(function), None, *tensors))
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.bridge.call.default.redispatch(keyset & torch._C._after_autograd_keyset, tensors, function)
 
 
 def _vmap(info, in_dims, tensors, function):
@@ -141,5 +155,7 @@ def _vmap(info, in_dims, tensors, function):
     return outs, [0] * len(outs)
 
 
-_op.register_autograd(_backward, setup_context=_setup_context)
-_op.register_vmap(_vmap)
+_lib.impl("call", _run, "CompositeExplicitAutograd")
+_lib.impl("call", _differentiable, "Autograd", with_keyset=True)
+torch.library.register_fake("bridge::call", _fake, lib=_lib)
+torch.library.register_vmap("bridge::call", _vmap, lib=_lib)

@@ -8,6 +8,7 @@ import torch
 from bridge.contract import check_inputs
 from bridge.errors import message, missing
 
+_functorch = torch._C._functorch  # private in torch 2.13, as _DisableFuncTorch: the tensors beneath the wrappers of torch.func
 
 def neighbor_list(pos, cell, pbc, cutoff, batch=None):
     """All directed edges shorter than the cutoff: (edge_index (2,E), cell_offsets (E,3)), both int64.
@@ -24,11 +25,11 @@ def neighbor_list(pos, cell, pbc, cutoff, batch=None):
 
     The list is made by vesin on the CPU in float64, with torch's number of threads; positions on another device are
     copied there to be read, and the result lies on the device of pos. Nothing is differentiated: form r_ij from pos and
-    cell, as above, to differentiate.
+    cell, as above, to differentiate. Inside torch.func.grad, jvp and so on the values themselves are read.
 
     Raises: ValueError for shapes and dtypes outside the contract, a non-finite position (naming the atom) or cell, a
-    periodic axis without a cell vector of its own, an unsorted batch, or a cutoff that is not positive; ImportError
-    without vesin.
+    periodic axis without a cell vector of its own, an unsorted batch, a cutoff that is not positive, or positions that
+    torch.func.vmap runs over; ImportError without vesin.
 
     >>> edges, offsets = neighbor_list(torch.zeros(1, 3), torch.eye(3)[None], torch.tensor([[True, False, False]]), 1.5)
     >>> edges.tolist(), sorted(offsets.tolist())
@@ -46,8 +47,14 @@ def neighbor_list(pos, cell, pbc, cutoff, batch=None):
 
 def _numpy(tensor):
     """The values for vesin: on the CPU, floats as float64."""
-    tensor = tensor.detach().cpu()
-    return tensor.double().numpy() if tensor.is_floating_point() else tensor.numpy()
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_batchedtensor(tensor):
+            expected, got = "one value of each position, cell, pbc and batch", "a batch of them under torch.func.vmap"
+            raise ValueError(message(expected, got, "make the edges outside, and pass them"))
+        tensor = _functorch.get_unwrapped(tensor)
+    with torch._C._DisableFuncTorch():
+        tensor = tensor.detach().cpu()
+        return tensor.double().numpy() if tensor.is_floating_point() else tensor.numpy()
 
 
 def _edges(x, h, periodic, cutoff, start):

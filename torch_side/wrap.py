@@ -12,14 +12,16 @@ from torch_side.buffers import lent, taken
 
 def call(fn: Function, tensors):
     """Apply a Function to tensors of exactly its input types; gives a list or tuple of tensors."""
-    if _traced() or not tensors:  # fake tensors, torch.export: they see one op of torch.library
-        return library.call(fn, tensors) if tensors else run(fn, tensors)
+    if not tensors:
+        return run(fn, tensors)
     if _transformed() or forward_ad._current_level >= 0:
         return Bridged.apply(fn, None, *tensors)
+    if _traced():  # fake tensors, torch.export: they see one op of torch.library
+        return library.call(fn, tensors)
     if _recorded():
         wrt = tuple([i for i, t in enumerate(tensors) if t.requires_grad])
         if wrt and fn.differentiable:
-            return _apply(fn, Recording(fn.base.record(fn, wrt), wrt), *tensors)
+            return _apply(fn, Recording(fn.base.record(fn, wrt)), *tensors)
     return taken(fn.program(lent(tensors)))
 
 
@@ -28,17 +30,20 @@ def run(fn: Function, tensors) -> list:
     return taken(fn.program(lent(tensors)))
 
 
-# Private in torch 2.13: is a tracer of torch at work (fake tensors, proxies), or a transform of torch.func?
+# Private in torch 2.13: is a tracer of torch at work (fake tensors, proxies), or a transform of torch.func? What is left of a
+# tensor of torch.func once its transform has ended; a batch of cotangents (is_grads_batched, vectorize=True).
 _traced = torch._C._len_torch_dispatch_stack
 _transformed = torch._C._are_functorch_transforms_active
 _recorded = torch.is_grad_enabled
+_alive = torch._C._functorch.unwrap_if_dead
+_rows = torch._C._functorch.is_legacy_batchedtensor
 
 
 class Recording:
-    """What a forward keeps for one backward: the gradients of a scalar, else residuals for the second program of a pair."""
+    """What a forward keeps for one backward through the pair of programs of its Function."""
 
-    def __init__(self, recorder, wrt):
-        self.recorder, self.wrt = recorder, wrt
+    def __init__(self, recorder):
+        self.recorder = recorder
 
     def forward(self, tensors) -> list:
         outs, kept, self.plan = self.recorder.forward(lent(tensors))
@@ -48,13 +53,10 @@ class Recording:
     def to_save(self, outputs) -> tuple:
         """Tensors for save_for_backward, beside the inputs."""
         kept, self.kept = self.kept, None
-        return (*(outputs[o] for o in self.plan.outputs), *kept) if self.plan else tuple(kept)
+        return (*(outputs[o] for o in self.plan[1].outputs), *kept)
 
     def backward(self, needed, inputs, saved, cotangents) -> list:
-        if self.plan is None:
-            gradients = dict(zip(self.wrt, saved))
-            return [gradients[i] * cotangents[self.recorder.out].to(gradients[i].dtype) for i in needed]
-        n = len(self.plan.outputs)
+        n = len(self.plan[1].outputs)
         live = [o for o, c in enumerate(cotangents) if c is not None]
         cotangents = dict(zip(live, lent([cotangents[o] for o in live])))
         return taken(self.recorder.backward(self.plan, needed, *map(lent, (inputs, saved[:n], saved[n:])), cotangents))
@@ -69,7 +71,7 @@ class Bridged(torch.autograd.Function):
 
     @staticmethod
     def forward(fn, recording, *tensors):
-        return tuple(recording.forward(tensors) if recording else run(fn, tensors))
+        return tuple(recording.forward(tensors) if recording else library.call(fn, tensors) if _traced() else run(fn, tensors))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -86,10 +88,10 @@ class Bridged(torch.autograd.Function):
         saved, result = ctx.saved_tensors, [None] * (n + 2)
         if all(c is None for c in cotangents):
             return tuple(result)
-        if ctx.recording and not _recorded() and not _transformed():
+        if ctx.recording and not _recorded() and not _transformed() and not any(c is not None and _rows(c) for c in cotangents):
             gradients = ctx.recording.backward(needed, saved[:n], saved[n:], cotangents)
         else:
-            gradients = vjp(fn, needed, saved[:n], cotangents, call)
+            gradients = vjp(fn, needed, saved[:n], cotangents)
         for i, g in zip(needed, gradients, strict=True):
             result[i + 2] = g
         return tuple(result)
@@ -99,7 +101,7 @@ class Bridged(torch.autograd.Function):
         fn = ctx.fn
         wrt = tuple(i for i, t in enumerate(tangents) if t is not None)
         inexact = tuple(o for o, s in enumerate(fn.outputs) if s.inexact)
-        dots = call(derived(fn, Jvp, wrt, inexact), (*ctx.saved_tensors[: len(fn.inputs)], *(tangents[i] for i in wrt)))
+        dots = nested(derived(fn, Jvp, wrt, inexact), (*ctx.saved_tensors[: len(fn.inputs)], *(tangents[i] for i in wrt)))
         dots = dict(zip(inexact, dots, strict=True))
         return tuple(dots.get(o) for o in range(len(fn.outputs)))
 
@@ -120,16 +122,45 @@ def derived(fn: Function, kind: type, *args) -> Function:
     return fn.memo.get(key) or fn.memo.setdefault(key, kind(fn, *args))
 
 
-def vjp(fn: Function, wrt, primals, cotangents, call) -> list:
+def vjp(fn: Function, wrt, primals, cotangents) -> list:
     """Gradients of the inputs `wrt` by torch's convention, the conjugate of the contract's."""
     outs = tuple(o for o, c in enumerate(cotangents) if c is not None)
-    values = call(derived(fn, Vjp, tuple(wrt), outs), (*primals, *(cotangents[o].conj() for o in outs)))
-    return [v.conj() for v in values]
+    values = nested(derived(fn, Vjp, tuple(wrt), outs), (*primals, *(cotangents[o].conj() for o in outs)))
+    return [v.conj_physical() for v in values]
+
+
+def nested(fn: Function, tensors):
+    """`call` by a rule, whose tensors may be what no user passes: of a transform that has ended, or a batch of cotangents."""
+    if not _transformed():
+        tensors = [*map(_alive, tensors)]
+        if any(map(_rows, tensors)):
+            return over_rows(fn, tensors)
+    return call(fn, tensors)
+
+
+def over_rows(fn: Function, tensors, level=None) -> list:
+    """A call on the tensors of torch's first vmap, which is_grads_batched and vectorize=True still use."""
+    if level is None:
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+    if not any(map(_rows, tensors)):
+        return call(fn, tensors)
+    tensors = [torch._remove_batch_dim(t, level, 1, 0) for t in tensors]  # an axis of size 1 where there was none
+    size = max(t.shape[0] for t in tensors)
+    mapped = tuple(t.shape[0] == size > 1 for t in tensors)
+    tensors = [t if m else t[0] for t, m in zip(tensors, mapped, strict=True)]
+    if size == 1:
+        return over_rows(fn, tensors, level - 1)
+    return [torch._add_batch_dim(o, 0, level) for o in over_rows(_batched(fn, mapped, size), tensors, level - 1)]
+
+
+def _batched(fn: Function, mapped, size) -> Function:
+    key = "vmap", mapped, size
+    return fn.memo.get(key) or fn.memo.setdefault(key, fn.vmap(mapped, size))
 
 
 def over_batch(fn: Function, size: int, dims, tensors):
     """(the Function over a leading batch axis, its inputs)."""
     mapped = tuple(d is not None for d in dims)
     tensors = [t.movedim(d, 0) if m else t for t, d, m in zip(tensors, dims, mapped, strict=True)]
-    key = "vmap", mapped, size
-    return fn.memo.get(key) or fn.memo.setdefault(key, fn.vmap(mapped, size)), tensors
+    return _batched(fn, mapped, size), tensors

@@ -11,7 +11,10 @@ from bridge.contract import GRAPH, check_inputs
 from bridge.errors import message, missing
 
 
-def NequIP(elements, cutoff, *, layers=2, hidden="16x0e + 8x1o", harmonics="1x0e + 1x1o", radial=16, neighbors=12.0, scale=1.0, shift=0.0, seed=0, dtype="float32"):
+def NequIP(
+    elements, cutoff, *, layers=2, hidden="16x0e + 8x1o", harmonics="1x0e + 1x1o", radial=16, neighbors=12.0,
+    scale=1.0, shift=0.0, seed=0, dtype="float32",
+):
     """A NequIP with random weights: `(apply, params)`, where apply(params, inputs) is {"energy": (B,), "node_energies": (N,)}.
 
     `elements` are the atomic numbers that it tells apart, `cutoff` is in Angstrom; `layers` interaction layers with features
@@ -28,7 +31,7 @@ def NequIP(elements, cutoff, *, layers=2, hidden="16x0e + 8x1o", harmonics="1x0e
     apply is hashable, equal for equal settings, and can be pickled.
 
     Raises: ValueError for inputs outside of the contract or without edges, for no or doubled elements, a cutoff that is not
-    above 0.5; ImportError without jax-md, flax or e3nn_jax.
+    above 0.5; ImportError without jax-md (which brings flax and e3nn_jax).
 
     >>> apply, params = NequIP([29], 4.0, layers=1, hidden="4x0e", harmonics="1x0e", radial=4)
     >>> inputs = dict(pos=jnp.zeros((2, 3)).at[1, 0].set(2.5), cell=jnp.zeros((1, 3, 3)), pbc=jnp.zeros((1, 3), bool),
@@ -42,7 +45,8 @@ def NequIP(elements, cutoff, *, layers=2, hidden="16x0e + 8x1o", harmonics="1x0e
         raise ValueError(message("atomic numbers, each once", str(elements), "pass elements=[29] for copper"))
     if not cutoff > 0.5:  # jax-md's envelope takes the last half Angstrom
         raise ValueError(message("a cutoff above 0.5 Angstrom", str(cutoff), "pass a longer one"))
-    settings = dict(graph_net_steps=layers, hidden_irreps=hidden, sh_irreps=harmonics, radial_net_n_hidden=radial, n_neighbors=float(neighbors), scale=scale, shift=shift)
+    irreps = dict(hidden_irreps=hidden, sh_irreps=harmonics)
+    settings = dict(graph_net_steps=layers, radial_net_n_hidden=radial, n_neighbors=float(neighbors), scale=scale, shift=shift, **irreps)
     apply = _NequIP(elements, cutoff, tuple(settings.items()))
     return apply, apply.init(seed, dtype)
 
@@ -101,5 +105,5 @@ def _nequip():
     try:
         from jax_md._nn import nequip
     except ImportError as error:
-        raise missing("jax-md flax e3nn-jax jraph", "NequIP") from error
+        raise missing("jax-md", "NequIP") from error
     return nequip
