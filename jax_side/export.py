@@ -99,7 +99,8 @@ class Exporter:
         leaves, out_tree = tree.tree_flatten(jax.eval_shape(lambda *xs: call.apply(xs), *types))
         for x, name in zip(leaves, output_names(out_tree), strict=True):
             if x.dtype not in arrays.KNOWN:
-                raise TypeError(message("outputs of dtypes that both sides know", f"{x.dtype} as output {name} of {call.name}", f"return one of {', '.join(arrays.DTYPES)}"))
+                do = "return jax.random.key_data(keys)" if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else f"cast it to one of {', '.join(arrays.DTYPES)}"
+                raise TypeError(message("outputs of dtypes that both sides know", f"{x.dtype} as output {name} of {call.name}", do))
         return JaxFunction(call, inputs, tuple(Spec(x.shape, x.dtype.name) for x in leaves), out_tree)
 
 

@@ -87,7 +87,7 @@ def test_gradients_x_residual_of_a_foreign_dtype(f):
 
 
 def test_errors_x_output_of_a_foreign_dtype():
-    with pytest.raises(TypeError, match="key_data"):
+    with pytest.raises(TypeError, match="got key<fry>"):
         bridge.to_torch(lambda x: jax.random.key(0))(tensor(3))
 
 
@@ -163,7 +163,7 @@ def test_gradients_x_mode(mode):
 
 def test_tensors_x_resize():
     """A call leaves no mark on its inputs: FSDP frees parameters by a resize of their storage."""
-    x = tensor(4, grad=False)
+    x = torch.rand(4)
     bridge.to_torch(sines)(x)
     assert x.resize_(100).shape == (100,)
 

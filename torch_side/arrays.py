@@ -89,6 +89,12 @@ def import_(obj, copy: bool | None = None) -> torch.Tensor:
     return tensor.clone() if copy else tensor
 
 
+def check_dense(t: torch.Tensor) -> None:
+    """TypeError, with the cure, for what has no shape and dtype as others have them: nested, sparse, quantized."""
+    if t.is_nested or t.layout is not torch.strided or t.is_quantized:
+        raise _type_error(t)
+
+
 def _address(t: torch.Tensor) -> int:
     """Where the elements lie; TypeError if there is no such place, or a dtype that no one else knows."""
     dense = isinstance(t, torch.Tensor) and t.layout is torch.strided and not t.is_nested and not t.is_meta

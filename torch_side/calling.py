@@ -7,7 +7,7 @@ import torch
 from bridge.call import static_leaf
 from bridge.function import Function, Spec
 from torch_side import library, wrap
-from torch_side.arrays import dtype_name
+from torch_side.arrays import check_dense, dtype_name
 
 
 class Found:
@@ -60,7 +60,7 @@ class TorchCallable:
             return library.traced(self._token, args, kwargs)
         try:  # positional tensors alone, as in most loops, need no pytree work
             fn = None if kwargs else self._found.flat.get(tuple([(x.shape, x.dtype) for x in args]))
-        except (AttributeError, TypeError):  # no tensors; a symbolic size, as torch.compile has them
+        except (AttributeError, TypeError, RuntimeError):  # no tensors; a symbolic size, as torch.compile has them; nested tensors
             fn = None
         if fn is not None:
             return wrap.call(fn, args)[0]
@@ -72,6 +72,8 @@ class TorchCallable:
         leaves, structure = self.flatten((args, kwargs))
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
         static = tuple(static_leaf(i, x, "torch tensors") for i, x in enumerate(leaves) if not isinstance(x, torch.Tensor))
+        for t in tensors:
+            check_dense(t)
         types = tuple([(torch.Size(map(int, t.shape)), t.dtype) for t in tensors])
         key = structure, static, types
         fn = self._found.known.get(key)
@@ -81,3 +83,8 @@ class TorchCallable:
             if structure == self.flatten(((0,) * len(tensors), {}))[1] and fn.out_tree == self.flatten(0)[1]:
                 self._found.flat[types] = fn
         return fn, tensors
+
+
+# Private in torch 2.13: what torch.compile can't trace of a call runs as it is, JAX's own frames too.
+_eval = torch._C._dynamo.eval_frame
+_eval.set_code_exec_strategy(TorchCallable.__call__.__code__, _eval._FrameExecStrategy(_eval._FrameAction.SKIP, _eval._FrameAction.SKIP))

@@ -12,7 +12,6 @@ import weakref
 from typing import Any
 
 import torch
-from torch.fx.experimental import symbolic_shapes
 from torch.utils import _pytree as pytree
 
 from bridge.errors import message
@@ -71,13 +70,12 @@ _callables: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary(
 def traced(token: str, args, kwargs):
     """A call of a registered callable, in code that torch.compile can trace."""
     leaves, structure = pytree.tree_flatten((args, kwargs))
-    guard = symbolic_shapes.guard_scalar  # a size or number as it is now, in place of a symbol
+    guard = torch.fx.experimental.symbolic_shapes.guard_scalar  # a size or number as it is now, in place of a symbol
     types = tuple([(tuple([guard(n) for n in x.shape]), x.dtype) if isinstance(x, torch.Tensor) else guard(x) if isinstance(x, (int, float)) else x for x in leaves])
     number, order, result = _resolve(token, pytree.tree_unflatten(list(range(len(leaves))), structure), types)
     return _rebuilt(result, torch.ops.bridge.call([leaves[i] for i in order], number))
 
 
-@torch.compiler.assume_constant_result
 def _resolve(token: str, call, types):
     """(number of the Function, the leaves that are its inputs, its result with positions for tensors)."""
     empty = [torch.empty(t[0], dtype=t[1], device="meta") if isinstance(t, tuple) else t for t in types]
@@ -85,6 +83,9 @@ def _resolve(token: str, call, types):
     fn, tensors = _callables[token].function(args, kwargs)
     order = tuple(next(i for i, e in enumerate(empty) if e is t) for t in tensors)
     return number(fn), order, _coded(fn.out_tree.unflatten(range(len(fn.outputs))))
+
+
+_resolve._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result does, which imports dynamo: that sets an environment variable
 
 
 def _coded(x):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch.autograd import forward_ad
 
@@ -75,15 +77,17 @@ class Bridged(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.fn, ctx.recording, *tensors = inputs
+        fn, ctx.recording, *tensors = inputs
+        ctx.fn = weakref.ref(fn) if _traced() else lambda: fn  # torch.compile keeps graphs of fake tensors, for ever
         ctx.save_for_backward(*tensors, *(ctx.recording.to_save(output) if ctx.recording else ()))
         ctx.save_for_forward(*tensors)
-        ctx.mark_non_differentiable(*(o for o, s in zip(output, ctx.fn.outputs) if not s.inexact))
+        ctx.mark_non_differentiable(*(o for o, s in zip(output, fn.outputs) if not s.inexact))
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, *cotangents):
-        fn, n = ctx.fn, len(ctx.fn.inputs)
+        fn = ctx.fn()
+        n = len(fn.inputs)
         needed = tuple([i for i in range(n) if ctx.needs_input_grad[i + 2]])
         saved, result = ctx.saved_tensors, [None] * (n + 2)
         if all(c is None for c in cotangents):
@@ -98,7 +102,7 @@ class Bridged(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, _fn, _recording, *tangents):
-        fn = ctx.fn
+        fn = ctx.fn()
         wrt = tuple(i for i, t in enumerate(tangents) if t is not None)
         inexact = tuple(o for o, s in enumerate(fn.outputs) if s.inexact)
         dots = nested(derived(fn, Jvp, wrt, inexact), (*ctx.saved_tensors[: len(fn.inputs)], *(tangents[i] for i in wrt)))
