@@ -72,7 +72,7 @@ class Padded(TorchCallable):
         self._axes: dict = {}  # by structure: {position of a leaf: (its name, its words)}
 
     def __eq__(self, other):
-        return super().__eq__(other) and isinstance(other, Padded) and self._buckets == other._buckets
+        return super().__eq__(other) and self._buckets == other._buckets
 
     __hash__ = TorchCallable.__hash__
 

@@ -32,7 +32,7 @@ class TorchCallable:
         self.__name__ = getattr(exporter.target, "__name__", type(exporter.target).__name__)
 
     def __eq__(self, other):
-        return isinstance(other, TorchCallable) and self._exporter == other._exporter
+        return type(other) is type(self) and self._exporter == other._exporter
 
     def __hash__(self):
         return hash(self._exporter)
