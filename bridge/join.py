@@ -87,7 +87,8 @@ def to_torch(x, *, copy=None, buckets=None):
     what they compose to), forward-mode AD, gradcheck, checkpoint, torch.compile(fullgraph=True), torch.export. A backward
     costs one backward: the forward keeps what it needs, as torch tensors that save_for_backward guards (an in-place change
     in between is torch's own error). Without a graph (no_grad, no input that requires grad) nothing is kept. A derivative
-    of a derivative evaluates anew. Complex gradients follow torch's convention, the conjugate of JAX's.
+    of a derivative evaluates anew. Complex gradients follow torch's convention, the conjugate of JAX's. An input that no output
+    uses has a gradient of zeros, not None.
 
     `buckets={"edge_index": "2 E", ...}` (shapes by the names of parameters or dict keys; Buckets(...) also has fill values, masks
     and the ladder) pads the named axes to a geometric ladder of sizes and cuts the results: a few programs serve every E.
@@ -121,7 +122,7 @@ def module(apply, params=None, *, buckets=None):
 
     The arrays are copied once, here; from then on the Parameters own the memory and JAX reads it at each call without a
     copy, so that what an optimizer writes is seen. state_dict, load_state_dict, to(dtype), to(device), requires_grad_,
-    deepcopy, pickle (if apply can be pickled), torch.optim, clip_grad_norm_ and torch.func.functional_call work as for
+    deepcopy, pickle (if apply and what is no array can be pickled; jitted functions can't), torch.optim, clip_grad_norm_ and torch.func.functional_call work as for
     any module. `.pytree()` gives the parameters in the shape of `params`, `.compilations` and `buckets` are those of `to_torch`.
 
     Raises: TypeError where there is no array among the parameters, or one that torch can't hold (typed PRNG keys); as

@@ -33,7 +33,7 @@ class Program:
         counted = fn.base.memo.setdefault("traces", [])
 
         def count(*groups):
-            counted.append(traced)
+            counted.append(None)
             return traced(*groups)
 
         self._jitted = jax.jit(count)
@@ -130,6 +130,8 @@ class Recorder:
         key = plan, needed, live
         program = self._backward.get(key)
         if program is None:
+            if len(self._backward) >= 64:  # each retrace (jax.clear_caches, another matmul precision) has a plan of its own
+                self._backward.clear()
             program = self._backward.setdefault(key, Program(_Pull(self, plan, needed, live), self.fn))
         return program(inputs, outputs, kept, own, [cotangents[o] for o in live])
 

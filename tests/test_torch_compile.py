@@ -1,6 +1,5 @@
 """JAX callables inside torch.compile: values and gradients of eager, no graph break, no wrong number in silence."""
 
-from collections import Counter
 from functools import partial
 
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ import torch
 
 import bridge
 from tests.cases import TWINS
-from tests.torch_cases import TOTAL, TRANSFORMS, bridged, close, equal_or_refused, inputs, leaves, REFUSALS
+from tests.torch_cases import REFUSALS, TOTAL, TRANSFORMS, bridged, close, equal_or_refused, inputs, leaves
 
 BACKENDS = ["eager", "aot_eager", "inductor"]
 X = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
@@ -134,22 +133,3 @@ def test_forward_mode_inside_says_what_to_do(transform):
     of, f = TRANSFORMS[transform], bridged("softmax")
     with pytest.raises(REFUSALS, match="expected .*forward mode.*; compile without"):
         compiled(lambda x: of(f, (x,)), backend="eager")(X)
-
-
-def test_compilations_x_calls():
-    """torch and JAX compile once."""
-    counts = Counter()
-
-    def f(x):
-        counts["traced"] += 1
-        return jnp.sin(x)
-
-    def backend(graph, _):
-        counts["graphs"] += 1
-        return graph
-
-    f = bridge.to_torch(f)
-    g = torch.compile(lambda x: f(x) * 2, backend=backend, fullgraph=True)
-    for k in range(4):
-        close(g(X * k), 2 * torch.sin(X * k))
-    assert counts == {"traced": 2, "graphs": 1} and f.compilations == 1

@@ -55,6 +55,7 @@ class TorchCallable:
     def compilations(self) -> int:
         return sum(fn.compilations for fn in self._found.known.values())
 
+    @wrap.untraced
     def __call__(self, *args, **kwargs):
         if torch.compiler.is_dynamo_compiling():
             return library.traced(self._token, args, kwargs)
@@ -83,8 +84,3 @@ class TorchCallable:
             if structure == self.flatten(((0,) * len(tensors), {}))[1] and fn.out_tree == self.flatten(0)[1]:
                 self._found.flat[types] = fn
         return fn, tensors
-
-
-# Private in torch 2.13: what torch.compile can't trace of a call runs as it is, JAX's own frames too.
-_eval = torch._C._dynamo.eval_frame
-_eval.set_code_exec_strategy(TorchCallable.__call__.__code__, _eval._FrameExecStrategy(_eval._FrameAction.SKIP, _eval._FrameAction.SKIP))

@@ -41,6 +41,13 @@ _alive = torch._C._functorch.unwrap_if_dead
 _rows = torch._C._functorch.is_legacy_batchedtensor
 
 
+def untraced(f):
+    """f, which runs as it is (JAX's own frames in it too) where torch.compile meets it between its graphs. Private in torch 2.13."""
+    strategy, skip = torch._C._dynamo.eval_frame, torch._C._dynamo.eval_frame._FrameAction.SKIP
+    strategy.set_code_exec_strategy(f.__code__, strategy._FrameExecStrategy(skip, skip))
+    return f
+
+
 class Recording:
     """What a forward keeps for one backward through the pair of programs of its Function."""
 
@@ -72,10 +79,12 @@ class Bridged(torch.autograd.Function):
     hooks (checkpoint, offloading) and its freeing of graphs hold for them."""
 
     @staticmethod
+    @untraced
     def forward(fn, recording, *tensors):
         return tuple(recording.forward(tensors) if recording else library.call(fn, tensors) if _traced() else run(fn, tensors))
 
     @staticmethod
+    @untraced
     def setup_context(ctx, inputs, output):
         fn, ctx.recording, *tensors = inputs
         ctx.fn = weakref.ref(fn) if _traced() else lambda: fn  # torch.compile keeps graphs of fake tensors, for ever
@@ -85,6 +94,7 @@ class Bridged(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @untraced
     def backward(ctx, *cotangents):
         fn = ctx.fn()
         n = len(fn.inputs)
@@ -101,6 +111,7 @@ class Bridged(torch.autograd.Function):
         return tuple(result)
 
     @staticmethod
+    @untraced
     def jvp(ctx, _fn, _recording, *tangents):
         fn = ctx.fn()
         wrt = tuple(i for i, t in enumerate(tangents) if t is not None)
@@ -110,6 +121,7 @@ class Bridged(torch.autograd.Function):
         return tuple(dots.get(o) for o in range(len(fn.outputs)))
 
     @staticmethod
+    @untraced
     def vmap(info, in_dims, fn, _recording, *tensors):
         batched, tensors = over_batch(fn, info.batch_size, in_dims[2:], tensors)
         return tuple(call(batched, tensors)), (0,) * len(fn.outputs)
