@@ -152,3 +152,19 @@ def test_compilations_x_calls(scalar):
             step(X * k)
             assert f.compilations == want
     assert bridge.to_torch(f.__wrapped__).compilations == 0
+
+
+@pytest.mark.parametrize("order", [(False, True), (True, False)], ids=["off_on", "on_off"])
+@pytest.mark.parametrize("way", ["call", "jvp", "hessian", "compile"])
+def test_value_x_x64_switched(way, order):
+    """What a function gives may depend on x64: types found under one setting are not believed under the other."""
+    f, x = bridge.to_torch(lambda x: jnp.stack([x.astype(float) * 2, x.astype(float)])), X.float()
+    g = torch.compile(lambda x: f(x) + 1, fullgraph=True)
+    ways = {"call": f, "jvp": lambda x: torch.func.jvp(f, (x,), (x,))[1], "hessian": torch.func.hessian(lambda x: (f(x) ** 2).sum()), "compile": g}
+    for wide in order:
+        torch._dynamo.reset()
+        dtype = torch.float64 if wide else torch.float32
+        twin = lambda x: torch.stack([x.to(dtype) * 2, x.to(dtype)])  # noqa: B023, E731
+        wants = {"call": twin, "compile": lambda x: twin(x) + 1, "jvp": twin, "hessian": torch.func.hessian(lambda x: (twin(x) ** 2).sum())}  # noqa: B023
+        with jax.enable_x64(wide):
+            close(ways[way](x), wants[way](x), rtol=1e-6, atol=1e-6)
