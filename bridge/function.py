@@ -89,11 +89,6 @@ class Function:
         return self.base.program_of(self)
 
     @cached_property
-    def wide(self) -> bool:
-        """True where an input has 64-bit parts."""
-        return any(s.dtype in WIDE for s in self.inputs)
-
-    @cached_property
     def differentiable(self) -> bool:
         """True where some output has a derivative."""
         return any(s.inexact for s in self.outputs)

@@ -53,6 +53,7 @@ class JaxFunction(Function):
     inputs: tuple[Spec, ...]
     outputs: tuple[Spec, ...] = field(compare=False)
     out_tree: Any = field(compare=False)
+    x64: bool  # the setting under which the output types were found, and no other
     engine = _TRANSFORMS
     program_of = staticmethod(programs.program)
     record = staticmethod(programs.record)
@@ -79,6 +80,7 @@ class Exporter:
 
     target: Callable
     flatten = staticmethod(tree.tree_flatten)
+    setting = staticmethod(lambda: jax.config.jax_enable_x64)  # what types depend on beside those of the inputs
 
     def leaf_names(self, structure) -> tuple[str, ...]:
         """The name of each leaf of a call: its own key where it lies in a dict, else that of its parameter."""
@@ -101,7 +103,7 @@ class Exporter:
             if x.dtype not in arrays.KNOWN:
                 do = "return jax.random.key_data(keys)" if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else f"cast it to one of {', '.join(arrays.DTYPES)}"
                 raise TypeError(message("outputs of dtypes that both sides know", f"{x.dtype} as output {name} of {call.name}", do))
-        return JaxFunction(call, inputs, tuple(Spec(x.shape, x.dtype.name) for x in leaves), out_tree)
+        return JaxFunction(call, inputs, tuple(Spec(x.shape, x.dtype.name) for x in leaves), out_tree, self.setting())
 
 
 def _name(path, parameters: list[str]) -> str:

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from bridge.function import Function
 from jax_side import compat
 from jax_side.arrays import KNOWN, borrow, lend
-from jax_side.signature import check_width
 
 tree = jax.tree_util
 
@@ -29,7 +28,7 @@ class Program:
     trace is counted with the base."""
 
     def __init__(self, traced, fn: Function):
-        self._first, self._ready, self._wide = threading.RLock(), False, fn.wide and fn
+        self._first, self._ready, self._x64 = threading.RLock(), False, fn.base.x64
         counted = fn.base.memo.setdefault("traces", [])
 
         def count(*groups):
@@ -38,15 +37,18 @@ class Program:
 
         self._jitted = jax.jit(count)
 
-    def __call__(self, lent, *groups) -> list:
-        if groups or self._wide or not self._ready:
-            return lend(self.arrays(lent, *groups))
-        return lend(self._jitted(borrow(lent)))
+    def __call__(self, *groups) -> list:
+        return lend(self.arrays(*groups))
 
     def arrays(self, *groups):
-        """The same, with results as the traced function gives them."""
-        if self._wide:
-            _check_width(self._wide)
+        """The same, with results as the traced function gives them. It runs under the x64 setting that its types were found
+        under: a backward may come after the `with` block of its forward, and a callback in another thread."""
+        if jax.config.jax_enable_x64 is not self._x64:
+            with jax.enable_x64(self._x64):
+                return self._run(groups)
+        return self._jitted(*map(borrow, groups)) if self._ready else self._run(groups)
+
+    def _run(self, groups):
         if self._ready:
             return self._jitted(*map(borrow, groups))
         with self._first:
@@ -69,13 +71,6 @@ def record(fn: Function, wrt: tuple[int, ...]) -> Recorder:
     """The pair of programs of `fn`, differentiable in its inputs `wrt`."""
     key = "pair", wrt
     return fn.memo.get(key) or fn.memo.setdefault(key, Recorder(fn, wrt))
-
-
-def _check_width(fn: Function) -> None:
-    """x64 may have been switched off since the output types were inferred."""
-    if not jax.config.jax_enable_x64:
-        for s in fn.inputs:
-            check_width(s, f"input of {fn.base}")
 
 
 @tree.register_pytree_node_class

@@ -21,7 +21,7 @@ class Found:
 class TorchCallable:
     """What bridge.to_torch returns; its docstring is the documentation. Equal, and equally hashed, for equal callables.
 
-    `exporter` is the other bank's: `target`, `flatten` and `function(structure, static, inputs)`, which gives a base Function
+    `exporter` is the other bank's: `target`, `flatten`, `setting()` and `function(structure, static, inputs)`, which gives a base Function
     with `out_tree` and `compilations`."""
 
     def __init__(self, exporter):
@@ -60,7 +60,7 @@ class TorchCallable:
         if torch.compiler.is_dynamo_compiling():
             return library.traced(self._token, args, kwargs)
         try:  # positional tensors alone, as in most loops, need no pytree work
-            fn = None if kwargs else self._found.flat.get(tuple([(x.shape, x.dtype) for x in args]))
+            fn = None if kwargs else self._found.flat.get((self._exporter.setting(), *[(x.shape, x.dtype) for x in args]))
         except (AttributeError, TypeError, RuntimeError):  # no tensors; a symbolic size, as torch.compile has them; nested tensors
             fn = None
         if fn is not None:
@@ -76,11 +76,12 @@ class TorchCallable:
         for t in tensors:
             check_dense(t)
         types = tuple([(torch.Size(map(int, t.shape)), t.dtype) for t in tensors])
-        key = structure, static, types
+        setting = self._exporter.setting()
+        key = structure, static, types, setting
         fn = self._found.known.get(key)
         if fn is None:
             inputs = tuple(Spec(tuple(shape), dtype_name(dtype)) for shape, dtype in types)
             fn = self._found.known.setdefault(key, self._exporter.function(structure, static, inputs))
             if structure == self.flatten(((0,) * len(tensors), {}))[1] and fn.out_tree == self.flatten(0)[1]:
-                self._found.flat[types] = fn
+                self._found.flat[setting, *types] = fn
         return fn, tensors
