@@ -250,12 +250,9 @@ def torch_potential(model, params=None, *, gradients="model", cutoff=None, bucke
 def diagnosis() -> list[tuple[str, bool, str]]:
     """What `python -m bridge doctor` prints: (what, whether all is well, what was found or what to do)."""
     triple = lambda x: 2 * x + x  # noqa: E731  the same code in both frameworks
-    nested = (
-        ("JAX in torch in JAX", lambda lane: to_jax(to_torch(triple), lane=lane)),
-        ("torch in JAX", lambda lane: to_jax(triple, lane=lane)),
-    )
+    into_jax = {"torch in JAX": lambda lane: to_jax(triple, lane=lane), "JAX in torch in JAX": lambda lane: to_jax(to_torch(triple), lane=lane)}
     rows = [*jax_doctor.facts(), *torch_doctor.facts()]
-    for where, bridged in reversed(nested):
+    for where, bridged in into_jax.items():
         rows += [(what.replace("torch in jit", where), *rest) for what, *rest in jax_doctor.checks(bridged)]
     rows += torch_doctor.checks(to_torch(triple))
     return rows + [(what.replace("JAX in torch", "torch in JAX in torch"), *rest) for what, *rest in torch_doctor.checks(to_torch(to_jax(triple)))]

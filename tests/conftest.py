@@ -1,8 +1,11 @@
 """One session: x64 on, two CPU devices for shard_map, hypothesis without a deadline (a first call compiles)."""
 
+import gc
+
 import hypothesis
 import jax
 import pytest
+import torch
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_num_cpu_devices", 2)
@@ -18,3 +21,20 @@ def lane(request):
 @pytest.fixture(params=[False, True], ids=["eager", "jit"])
 def maybe_jit(request):
     return jax.jit if request.param else lambda f: f
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    """gc.collect() looks only at what a file makes, or it would take 0.2 s each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """torch.compile remembers nothing of other tests."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -45,13 +45,7 @@ def sizes():
     return np.array([len(getattr(registry, name)) for name in ("functions", "_numbers", "_owners", "_retired")])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def frozen():
-    """gc.collect() looks only at what this file makes, or it would take 0.2 s each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("frozen")
 
 
 @pytest.fixture(autouse=True)

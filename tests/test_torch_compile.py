@@ -15,11 +15,7 @@ X = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
 compiled = partial(torch.compile, fullgraph=True)
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def energy(inputs, scale=1.0, mode="plain", extra=None):

@@ -22,13 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
 
 
-@pytest.fixture(autouse=True, scope="module")
-def frozen():
-    """gc.collect() looks only at what this file makes, or it would take 0.2 s each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("frozen")
 
 
 def grown(before, want=0):

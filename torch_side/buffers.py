@@ -13,7 +13,6 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from bridge.errors import message
 from bridge.function import Spec
 from torch_side.arrays import DTYPES, dtype_name, export
 
