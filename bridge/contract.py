@@ -25,7 +25,17 @@ OUTPUTS = {
     "position_gradients": (("N", 3), "float", "g = dE/dr at fixed cell, eV/Angstrom; forces are -g"),
     "cell_gradients": (("B", 3, 3), "float", "G = dE/dh at fixed Cartesian positions, eV/Angstrom"),
     "node_energies": (("N",), "float", "eV, atom by atom"),
+    "charges": (("N",), "float", "partial charges in e"),
+    "magmoms": (("N",), "float", "magnetic moments in Bohr magnetons"),
+    "dipole": (("B", 3), "float", "e Angstrom"),
+    "embeddings": (("N", "F"), "float", "features of each atom"),
+    "hessian": (("N", 3, "N", 3), "float", "d2E/dr dr at fixed cell, eV/Angstrom^2; zero between systems"),
+    "energy_std": (("B",), "float", "eV, spread of a committee of M models (standard deviation)"),
+    "position_gradients_std": (("N", 3), "float", "eV/Angstrom, spread of a committee"),
+    "member_energies": (("M", "B"), "float", "eV, each of a committee"),
+    "member_position_gradients": (("M", "N", 3), "float", "eV/Angstrom, each of a committee"),
 }
+ADDITIVE = ("energy", "position_gradients", "cell_gradients", "node_energies", "hessian", "dipole")  # outputs that add where potentials do
 STRUCTURE = ("pos", "atomic_numbers", "cell", "pbc", "batch")  # what a structure model takes
 GRAPH = (*STRUCTURE, "edge_index", "cell_offsets")  # what a graph model takes
 GRADIENTS = {"pos": "position_gradients", "cell": "cell_gradients"}  # input -> the output that is its gradient
@@ -37,14 +47,14 @@ DTYPES = {
 }
 
 
-def output_shapes(n_atoms: int, n_systems: int) -> dict[str, tuple[int, ...]]:
-    """Shape of each output of the contract for N atoms in B systems.
+def output_shapes(n_atoms: int, n_systems: int, names=(*ENERGY_AND_GRADIENTS, "node_energies"), **sizes) -> dict[str, tuple[int, ...]]:
+    """Shape of the outputs named, for N atoms in B systems; `sizes` are those of other symbols (F features, M models).
 
-    >>> output_shapes(5, 2)["cell_gradients"]
-    (2, 3, 3)
+    >>> output_shapes(5, 2)["cell_gradients"], output_shapes(5, 2, ["embeddings"], F=64)["embeddings"]
+    ((2, 3, 3), (5, 64))
     """
-    sizes = {"N": n_atoms, "B": n_systems}
-    return {name: tuple(sizes.get(d, d) for d in shape) for name, (shape, _, _) in OUTPUTS.items()}
+    sizes |= {"N": n_atoms, "B": n_systems}
+    return {name: tuple(sizes.get(d, d) for d in OUTPUTS[name][0]) for name in names}
 
 
 def check_inputs(inputs: dict, required=STRUCTURE) -> tuple[int, int]:

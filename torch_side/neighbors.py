@@ -37,16 +37,18 @@ def neighbor_list(pos, cell, pbc, cutoff, batch=None):
     """
     inputs = {"pos": pos, "cell": cell, "pbc": pbc} | ({} if batch is None else {"batch": batch})
     n_atoms, n_systems = check_inputs(inputs, ("pos", "cell", "pbc"))
-    x, h, periodic = (_numpy(a) for a in (pos, cell, pbc))
-    bounds = _bounds(batch, n_atoms, n_systems)
-    _check_values(x, h, periodic, cutoff)
+    x, h, periodic = (values(a) for a in (pos, cell, pbc))
+    bounds = bounds_of(batch, n_atoms, n_systems)
+    if not 0 < cutoff < np.inf:
+        raise ValueError(message("a positive cutoff in Angstrom", f"{cutoff}", "pass the model's cutoff"))
+    check_values(x, h, periodic, bounds)
     parts = [_edges(x[a:b], h[s], periodic[s], cutoff, a) for s, (a, b) in enumerate(zip(bounds, bounds[1:])) if b > a]
     ij, offsets = zip(*parts) if parts else ([np.empty((2, 0), int)], [np.empty((0, 3), int)])
     return tuple(torch.from_numpy(np.concatenate(a, axis)).to(pos.device) for a, axis in ((ij, 1), (offsets, 0)))
 
 
-def _numpy(tensor):
-    """The values for vesin: on the CPU, floats as float64."""
+def values(tensor):
+    """The values of a tensor as NumPy: on the CPU, floats as float64, beneath the wrappers of torch.func."""
     while _functorch.is_functorch_wrapped_tensor(tensor):
         if _functorch.is_batchedtensor(tensor):
             expected, got = "one value of each position, cell, pbc and batch", "a batch of them under torch.func.vmap"
@@ -77,25 +79,24 @@ def _complete(h, periodic):
     return full
 
 
-def _bounds(batch, n_atoms, n_systems):
+def bounds_of(batch, n_atoms, n_systems):
     """Where each system starts and the last one ends: B + 1 numbers."""
     if batch is None:
         if n_systems != 1:
             raise ValueError(message("batch for several systems", f"None for {n_systems} cells", "pass batch (N,)"))
         return [0, n_atoms]
-    batch = _numpy(batch)
+    batch = values(batch)
     if (np.diff(batch) < 0).any() or (n_atoms and not 0 <= batch[0] <= batch[-1] < n_systems):
         raise ValueError(message(f"batch sorted, within 0..{n_systems - 1}", f"{batch}", "sort the atoms by system"))
     return np.searchsorted(batch, np.arange(n_systems + 1)).tolist()
 
 
-def _check_values(x, h, periodic, cutoff):
+def check_values(x, h, periodic, bounds):
     """ValueError for values that have no neighbour list (vesin kills the process over some of them)."""
-    if not 0 < cutoff < np.inf:
-        raise ValueError(message("a positive cutoff in Angstrom", f"{cutoff}", "pass the model's cutoff"))
     if not np.isfinite(x).all():
         atom = int(np.argmax(~np.isfinite(x).all(-1)))
-        raise ValueError(message("finite positions", f"{x[atom]} for atom {atom}", "look at the step before"))
+        system = int(np.searchsorted(bounds, atom, "right")) - 1
+        raise ValueError(message("finite positions", f"{x[atom]} for atom {atom} of system {system}", "look at the step before"))
     for s, (cell, axes) in enumerate(zip(h, periodic)):
         if axes.any() and not _independent(cell[axes]):
             raise ValueError(message("independent cell vectors on periodic axes", f"{cell[axes].tolist()} in system {s}",

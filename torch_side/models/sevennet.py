@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from bridge.contract import check_inputs, dtype_name
+from bridge.card import Card
+from bridge.contract import ENERGY_AND_GRADIENTS
 from bridge.errors import message, missing
-from torch_side.neighbors import neighbor_list
-from torch_side.strain import with_gradients
+from torch_side.graph import edge_vectors
+from torch_side.model import Model
 
 
-class SevenNet(nn.Module):
+class SevenNet(Model):
     """A pretrained or own SevenNet: positions and cells in, energy and its exact gradients out.
 
     `model` is a name that the package sevenn knows ("7net-0", "7net-l3i5" and "7net-mf-0" lie in its wheel, others it
@@ -44,30 +45,26 @@ class SevenNet(nn.Module):
     def __init__(self, model="7net-0", *, dtype=torch.float32, device="cpu", modal=None):
         super().__init__()
         network, elements, modals = _load(model)
-        self.cutoff = float(network.cutoff)
         self.network = network.to(device=device, dtype=dtype).requires_grad_(False).eval()
-        species = torch.full((max(elements) + 2,), -1)  # the last one stands for all heavier elements
+        species = torch.full((max(elements) + 1,), -1)
         species[list(elements)] = torch.tensor(list(elements.values()))
         self.register_buffer("species", species.to(device), persistent=False)
         self.n_species, self.modal, self.n_modals = len(elements), _modal(modal, modals), len(modals)
+        self.card = Card(
+            outputs={*ENERGY_AND_GRADIENTS, "node_energies", "hessian"}, cutoff=float(network.cutoff), neighbor_list="own", elements=elements,
+            receptive_field=float(network.cutoff) * sum("convolution" in name for name, _ in network.named_children()),
+            dtype=str(dtype).removeprefix("torch."), device=str(device),
+        )
         self.eval()
 
-    def forward(self, inputs: dict) -> dict:
-        check_inputs(inputs)
-        self._check_home(inputs["pos"])
-        species = self._species(inputs["atomic_numbers"])
-        edges, offsets = neighbor_list(*(inputs[k] for k in ("pos", "cell", "pbc")), self.cutoff, inputs["batch"])
-        trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        evaluate = with_gradients(lambda x: self._energies(x, species, edges, offsets))
-        return evaluate(inputs, create_graph=trained or None)
+    @property
+    def cutoff(self) -> float:
+        return self.card.cutoff
 
-    def _energies(self, inputs, species, edges, offsets):
-        """energy (B,) and node_energies (N,), differentiable in pos and cell through the edge vectors."""
-        pos, cell, batch = inputs["pos"], inputs["cell"], inputs["batch"]
-        i, j = edges
-        shift = torch.einsum("ea,eab->eb", offsets.to(cell.dtype), cell[batch[i]])
-        nodes = self.network(self._graph(species, edges, pos[j] - pos[i] + shift))["atomic_energy"].squeeze(-1)
-        return {"energy": cell.new_zeros(len(cell)).index_add(0, batch, nodes), "node_energies": nodes}
+    def energies(self, inputs):
+        species, batch = self.species[inputs["atomic_numbers"].long()], inputs["batch"]
+        nodes = self.network(self._graph(species, inputs["edge_index"], edge_vectors(inputs)))["atomic_energy"].squeeze(-1)
+        return {"energy": nodes.new_zeros(len(inputs["cell"])).index_add(0, batch, nodes), "node_energies": nodes}
 
     def _graph(self, species, edges, vectors):
         """The dict that sevenn's layers pass on; one-hot encodings are ours, for sevenn's are always float32."""
@@ -77,33 +74,6 @@ class SevenNet(nn.Module):
             modal = torch.tensor(self.modal, device=vectors.device)
             graph |= {"modal_type": modal, "modal_attr": nn.functional.one_hot(modal, self.n_modals).to(vectors.dtype)}
         return graph
-
-    def _check_home(self, pos):
-        """ValueError where the dtype or the device is not the model's."""
-        home = next(self.network.parameters())
-        if pos.dtype != home.dtype:
-            do = f"cast pos and cell, or load SevenNet(dtype=torch.{dtype_name(pos)})"
-            raise ValueError(message(f"pos as {dtype_name(home)}, the model's dtype", dtype_name(pos), do))
-        if pos.device != home.device:
-            do = f"move the inputs, or load SevenNet(device={str(pos.device)!r})"
-            raise ValueError(message(f"pos on {home.device}, the model's device", str(pos.device), do))
-
-    def _species(self, numbers):
-        """Index of each atom's element among those that the model knows."""
-        species = self.species[numbers.long().clamp(0, len(self.species) - 1)]
-        if (species < 0).any():
-            atom = int((species < 0).nonzero()[0])
-            known = f"one of the {self.n_species} elements of this model"
-            raise ValueError(message(known, f"{_symbol(int(numbers[atom]))} for atom {atom}", "take another model"))
-        return species
-
-
-def _symbol(number):
-    """Pu (Z = 94); ase is there, since sevenn needs it."""
-    from ase.data import chemical_symbols
-
-    name = chemical_symbols[number] if 0 < number < len(chemical_symbols) else "no element"
-    return f"{name} (Z = {number})"
 
 
 def _load(model):

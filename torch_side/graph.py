@@ -1,0 +1,177 @@
+"""Graphs of the contract on the torch side: values checked, padding taken out before a model sees it, results put back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from bridge.card import Card, symbol
+from bridge.contract import INPUTS, OUTPUTS, check_inputs, output_shapes
+from bridge.errors import message
+from torch_side.neighbors import bounds_of, check_values, neighbor_list, values
+
+TOUCHING = 1e-4  # Angstrom: atoms closer than this are one on top of the other
+
+
+def evaluate(model: Callable, inputs: dict, card: Card, name: str) -> dict:
+    """`model(inputs)` as the contract has it, for a model that knows nothing of padding and checks nothing.
+
+    `inputs` is the dict of the contract: N atoms in B systems, E edges. The model is given what is real: atoms of atomic number 0,
+    edges with an index >= N or to such an atom, and systems without atoms (unless card.empty_systems) are taken out and
+    their outputs are zeros; edges are made if card.cutoff is set and none are given, and those not shorter than it are left
+    out (a list may have a skin). What model returns, with the shapes of the contract, is restored to N and B.
+
+    Raises: ValueError for inputs outside of the contract, and, naming system and atom: positions that are not finite, an
+    element that the card does not have, atoms on top of one another, an unsorted batch, edges that point nowhere or from
+    one system to another, a periodic axis without a cell vector; also for an energy or a gradient that is not finite."""
+    inputs = {key: x for key, x in inputs.items() if x is not None}
+    n_atoms, n_systems = check_inputs(inputs)
+    card.check_bound(inputs, name)
+    card.check_home(inputs["pos"], str(inputs["pos"].device))
+    bounds = _check(inputs, card, name, n_atoms, n_systems)
+    inner, restore = _real(inputs, card, bounds)
+    if not len(inner["pos"]):
+        return _nothing(inputs, card)
+    out = restore(model(_with_edges(inner, card)))
+    _check_finite(out, inputs, name)
+    return out
+
+
+def edge_vectors(inputs: dict) -> torch.Tensor:
+    """r_ij = r_j - r_i + cell_offsets @ cell (E,3), differentiable in pos and cell."""
+    pos, cell, (i, j) = inputs["pos"], inputs["cell"], inputs["edge_index"]
+    shift = torch.einsum("ea,eab->eb", inputs["cell_offsets"].to(cell.dtype), cell[inputs["batch"][i]])
+    return pos[j] - pos[i] + shift
+
+
+def _check(inputs, card, name, n_atoms, n_systems) -> list:
+    """Values of all inputs but the edges; gives where each system starts and the last one ends."""
+    periodic = values(inputs["pbc"])
+    card.check_pbc(periodic.tolist(), name)
+    bounds = bounds_of(inputs["batch"], n_atoms, n_systems)
+    check_values(values(inputs["pos"]), values(inputs["cell"]), periodic, bounds)
+    numbers = values(inputs["atomic_numbers"])
+    known = numbers >= 0 if card.elements is None else np.isin(numbers, [0, *card.elements])
+    if not known.all():
+        atom = int(np.argmin(known))
+        expected = f"one of the {len(card.elements)} elements of {name}" if card.elements else "atomic numbers of at least 0"
+        got = f"{symbol(int(numbers[atom]))} for atom {atom} of system {_system(bounds, atom)}"
+        raise ValueError(message(expected, got, "take another model" if card.elements else "0 marks a padding atom"))
+    return bounds
+
+
+def _system(bounds, atom) -> int:
+    return int(np.searchsorted(bounds, atom, "right")) - 1
+
+
+def _real(inputs, card, bounds):
+    """The inputs without padding, and a function that puts the outputs back."""
+    n_atoms, n_systems = len(inputs["pos"]), len(inputs["cell"])
+    numbers = values(inputs["atomic_numbers"])
+    atoms, batch = np.flatnonzero(numbers), values(inputs["batch"])
+    systems = np.arange(n_systems) if card.empty_systems else np.unique(batch[atoms])
+    kept = {"N": atoms if len(atoms) < n_atoms else None, "B": systems if len(systems) < n_systems else None}
+    if "edge_index" in inputs:
+        kept["E"] = _used(values(inputs["edge_index"]), numbers, batch)
+    if all(index is None for index in kept.values()):
+        return inputs, lambda out: out
+    index = {axis: None if i is None else torch.from_numpy(i).to(inputs["pos"].device) for axis, i in kept.items()}
+    inner = {key: _take(key, x, index) for key, x in inputs.items()}
+    _renumber(inner, "batch", kept["B"], n_systems)
+    _renumber(inner, "edge_index", kept["N"], n_atoms)
+    sizes = {"N": n_atoms, "B": n_systems}
+    return inner, lambda out: {key: _put(key, x, index, sizes) for key, x in out.items()}
+
+
+def _used(edges, numbers, batch):
+    """Which edge slots are used, None if all are."""
+    if (edges < 0).any():
+        slot = int(np.argmax((edges < 0).any(0)))
+        raise ValueError(message("edges between atoms, or slots marked unused by an index >= N", f"{edges[:, slot].tolist()} in slot {slot}", "mark unused slots by N"))
+    inside = (edges < len(numbers)).all(0)
+    i, j = edges[:, inside]
+    if (apart := batch[i] != batch[j]).any():
+        slot = int(np.flatnonzero(inside)[np.argmax(apart)])
+        a, b = edges[:, slot]
+        raise ValueError(message("edges within one system", f"atoms {a} of system {batch[a]} and {b} of system {batch[b]} in slot {slot}", "look at how the edges were made"))
+    inside[inside] = (numbers[i] != 0) & (numbers[j] != 0)
+    return None if inside.all() else np.flatnonzero(inside)
+
+
+def _take(key, x, index):
+    """Rows of what is kept, along each axis that has another size."""
+    if key not in INPUTS:
+        if isinstance(x, torch.Tensor):
+            raise ValueError(message("inputs of the contract where there is padding", f"{key}", f"pass no padding, or one of {', '.join(INPUTS)}"))
+        return x
+    for axis, size in enumerate(INPUTS[key][0]):
+        if index.get(size) is not None:
+            x = x.index_select(axis, index[size])
+    return x
+
+
+def _renumber(inputs, key, kept, size):
+    """Indices among what is kept."""
+    if kept is not None and key in inputs:
+        x = inputs[key]
+        place = np.zeros(size, np.int64)
+        place[kept] = np.arange(len(kept))
+        inputs[key] = torch.from_numpy(place).to(x.device)[x.long()].to(x.dtype)
+
+
+def _put(key, x, index, sizes):
+    """An output at its full size, zeros where nothing was computed."""
+    if key not in OUTPUTS:
+        raise ValueError(message("outputs of the contract where there is padding", key, f"return {', '.join(OUTPUTS)}, or pass no padding"))
+    for axis, size in enumerate(OUTPUTS[key][0]):
+        if index.get(size) is not None:
+            shape = [*x.shape]
+            shape[axis] = sizes[size]
+            x = x.new_zeros(shape).index_copy(axis, index[size], x)
+    return x
+
+
+def _with_edges(inputs, card) -> dict:
+    """The inputs with edges shorter than the cutoff, if there is one."""
+    if card.cutoff is None:
+        return inputs
+    given = "edge_index" in inputs
+    if not given:
+        edges = neighbor_list(*(inputs[k] for k in ("pos", "cell", "pbc")), card.cutoff, inputs["batch"])
+        inputs = inputs | dict(zip(("edge_index", "cell_offsets"), edges))
+    elif "cell_offsets" not in inputs:
+        raise ValueError(message("cell_offsets with edge_index", "edge_index alone", "pass both: r_ij = r_j - r_i + cell_offsets @ cell"))
+    with torch.no_grad():
+        length = torch.linalg.vector_norm(edge_vectors(inputs), dim=-1)
+    _check_apart(inputs, length)
+    if given and not (near := length < card.cutoff).all():
+        near = near.nonzero()[:, 0]
+        inputs = inputs | {key: _take(key, inputs[key], {"E": near}) for key in ("edge_index", "cell_offsets")}
+    return inputs
+
+
+def _check_apart(inputs, length):
+    """ValueError naming two atoms that lie one on top of the other."""
+    if len(length) and length.min() < TOUCHING:
+        slot = int(length.argmin())
+        i, j = inputs["edge_index"][:, slot].tolist()
+        got = f"atoms {i} and {j} of system {int(inputs['batch'][i])} {float(length[slot]):.1g} Angstrom apart"
+        raise ValueError(message("atoms apart from one another", got, "take one of them out, or look at the step before"))
+
+
+def _check_finite(out, inputs, name):
+    """ValueError naming the system whose energy, or the atom whose gradient, is not a number."""
+    for key, what in (("energy", "system"), ("position_gradients", "atom"), ("cell_gradients", "system")):
+        if key in out and not (fine := torch.isfinite(out[key])).all():
+            first = int((~fine.flatten(1).all(1) if fine.ndim > 1 else ~fine).nonzero()[0])
+            where = f"{what} {first}" + (f" of system {int(inputs['batch'][first])}" if what == "atom" else "")
+            raise ValueError(message(f"a finite {key} from {name}", f"{out[key][first].tolist()} for {where}", "look at its structure: atoms may be too close"))
+
+
+def _nothing(inputs, card) -> dict:
+    """Zeros for inputs without any atom."""
+    pos = inputs["pos"]
+    shapes = output_shapes(len(pos), len(inputs["cell"]), sorted(card.active_outputs), **dict(card.sizes))
+    return {key: pos.new_zeros(shape) for key, shape in shapes.items()}
