@@ -10,8 +10,10 @@ _HOMES = {
     "functional": "bridge.join",
     "module": "bridge.join",
     "potential": "bridge.join",
+    "edges": "bridge.join",
     "torch_potential": "bridge.join",
     "Buckets": "torch_side.buckets",
+    "Card": "bridge.card",
     "raising": "jax_side.lanes",
 }
 __all__ = [*_HOMES]

@@ -120,9 +120,14 @@ class Card:
                 known = f"one of the {len(self.elements)} elements of {who}"
                 raise ValueError(message(known, f"{symbol(int(number))} {where}", "take another model"))
 
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The active outputs in the order of the contract."""
+        return tuple(name for name in OUTPUTS if name in self.active_outputs)
+
     def shapes(self, n_atoms: int, n_systems: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the active outputs."""
-        return output_shapes(n_atoms, n_systems, sorted(self.active_outputs), **dict(self.sizes))
+        return output_shapes(n_atoms, n_systems, self.active, **dict(self.sizes))
 
     def __add__(self, other: Card) -> Card:
         """The card of a sum: what both have and what adds, the needs of both, the longer cutoff.

@@ -87,6 +87,14 @@ def check_outputs(outputs: dict, n_atoms: int, n_systems: int, required=("energy
     _check(outputs, OUTPUTS, {"N": n_atoms, "B": n_systems})
 
 
+def added(outputs: list[dict]) -> dict:
+    """The outputs of a sum of potentials: what adds, where all have it; of what does not add, the one that there is."""
+    names = dict.fromkeys(name for out in outputs for name in out)
+    kept = [n for n in names if n not in ADDITIVE or all(n in out for out in outputs)]
+    terms = {n: [out[n] for out in outputs if n in out] for n in kept}
+    return {n: sum(xs[1:], xs[0]) for n, xs in terms.items() if n in ADDITIVE or len(xs) == 1}
+
+
 def same_dtype(arrays: dict, names=("pos", "cell")) -> None:
     """ValueError where the arrays named differ in dtype: nothing is cast silently."""
     dtypes = {name: dtype_name(arrays[name]) for name in names if arrays.get(name) is not None}

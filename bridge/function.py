@@ -41,8 +41,8 @@ class Spec(NamedTuple):
     def real(self) -> bool:
         return self.inexact and not self.dtype.startswith("complex")
 
-    def stacked(self, size: int) -> Spec:
-        return Spec((size, *self.shape), self.dtype)
+    def stacked(self, size: int, axis: int = 0) -> Spec:
+        return Spec((*self.shape[:axis], size, *self.shape[axis:]), self.dtype)
 
 
 class Engine(Protocol):
@@ -56,8 +56,10 @@ class Engine(Protocol):
 
     def vmap(self, f, mapped, size, arrays) -> tuple: ...
 
-    def check_vmap(self, f) -> None:
+    def check_vmap(self, f, mapped) -> None:
         """Raises NotImplementedError, naming the alternative, where `vmap` can't serve f."""
+
+    shares: bool  # True where vmap over tangents or cotangents alone evaluates the function once for all of them
 
 
 class Function:
@@ -166,10 +168,15 @@ class Linearised(Derived):
 
     def must_map(self, mapped):
         inputs, linear = self._split(mapped)
-        return self.of.must_map(inputs) + (True,) * len(linear)
+        return (inputs if self._shared(inputs) else self.of.must_map(inputs)) + (True,) * len(linear)
+
+    def _shared(self, inputs) -> bool:
+        """Many tangents or cotangents at one point, which the engine serves by one evaluation."""
+        return self.engine.shares and not any(inputs)
 
     def vmap(self, mapped, size):
-        batched = _natively(self.of, self._split(mapped)[0], size, self.wrt)
+        inputs = self._split(mapped)[0]
+        batched = None if self._shared(inputs) else _natively(self.of, inputs, size, self.wrt)
         return type(self)(batched, self.wrt, self.outs) if batched else Vmap(self, mapped, size)
 
 
@@ -234,26 +241,42 @@ class Gradient(Derived):
 
 @dataclass(frozen=True)
 class Vmap(Derived):
-    """The call over a leading axis, served by the engine."""
+    """The call over a leading axis, served by the engine; the axis lies behind others where these are batched natively."""
 
     mapped: tuple[bool, ...]
     size: int
+    axis: int = 0
 
     def __post_init__(self):
-        self.engine.check_vmap(self.of)
+        self.engine.check_vmap(self.of, self.mapped)
 
     inputs = cached_property(
-        lambda self: tuple(s.stacked(self.size) if m else s for s, m in zip(self.of.inputs, self.mapped, strict=True))
+        lambda self: tuple(s.stacked(self.size, self.axis) if m else s for s, m in zip(self.of.inputs, self.mapped, strict=True))
     )
-    outputs = cached_property(lambda self: tuple(s.stacked(self.size) for s in self.of.outputs))
+    outputs = cached_property(lambda self: tuple(s.stacked(self.size, self.axis) for s in self.of.outputs))
     linear = cached_property(lambda self: self.of.linear)
 
     def __call__(self, *arrays):
-        return self.engine.vmap(self.of, self.mapped, self.size, arrays)
+        there = range(self.axis, 0, -1)
+        arrays = tuple(_moved(a, there) if m else a for a, m in zip(arrays, self.mapped, strict=True))
+        return tuple(_moved(y, reversed(there)) for y in self.engine.vmap(self.of, self.mapped, self.size, arrays))
+
+    def _around_native(self, mapped) -> bool:
+        """Many tangents at one point of a model that batches natively, of which there now are several."""
+        points = len(self.of.of.inputs) if isinstance(self.of, Linearised) else 0
+        return self.base.native and any(mapped[:points]) and not any(self.mapped[:points])
+
+    def must_map(self, mapped):
+        return self.of.must_map(mapped) if self._around_native(mapped) else super().must_map(mapped)
+
+    def vmap(self, mapped, size):
+        if self._around_native(mapped):
+            return Vmap(self.of.vmap(mapped, size), self.mapped, self.size, self.axis + 1)
+        return Vmap(self, mapped, size)
 
     def gradient(self, wrt):
         """Per-example gradients, where each example has its own input; a shared input is served by vjp, which sums."""
-        inner = self.of.gradient(wrt) if all(self.mapped[i] for i in wrt) else None
+        inner = self.of.gradient(wrt) if not self.axis and all(self.mapped[i] for i in wrt) else None
         return Vmap(inner, self.mapped, self.size) if inner else None
 
     def along(self, keep):
@@ -264,7 +287,14 @@ class Vmap(Derived):
 
     def _linear(self, inner: Function, linear: int) -> Function:
         """Linear inputs always carry the batch axis (must_map), so the transpose needs no sum over it."""
-        return Vmap(inner, self.mapped[: len(self.mapped) - self.linear] + (True,) * linear, self.size)
+        return Vmap(inner, self.mapped[: len(self.mapped) - self.linear] + (True,) * linear, self.size, self.axis)
+
+
+def _moved(array, steps):
+    """One axis moved by swaps with its neighbours."""
+    for k in steps:
+        array = array.swapaxes(k, k - 1)
+    return array
 
 
 def _natively(of, mapped, size, wrt) -> Function | None:

@@ -1,29 +1,34 @@
-"""The one file that imports both sides: to_jax, to_torch, functional, module, potential, torch_potential."""
+"""The one file that imports both sides: to_jax, to_torch, functional, module, potential, edges, torch_potential."""
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import jax
 import torch
 
 from bridge import contract
 from bridge.call import one_of
+from bridge.card import Card
 from bridge.errors import message
 from jax_side import arrays as jax_arrays
 from jax_side import doctor as jax_doctor
 from jax_side import export as jax_export
 from jax_side import potential as jax_potential
 from jax_side.calling import JaxCallable
+from jax_side.edges import Edges
 from jax_side.outputs import Outputs
 from torch_side import arrays as torch_arrays
 from torch_side import doctor as torch_doctor
 from torch_side import export as torch_export
-from torch_side import buffers, strain
+from torch_side import buffers
 from torch_side.adapted import Applied, Contracted
 from torch_side.buckets import Buckets, Padded
 from torch_side.calling import TorchCallable
+from torch_side.model import Model, Wrapped
 from torch_side.module import JaxModule
+from torch_side.neighbors import Padded as PaddedEdges
 from torch_side.potential import JaxPotential
 
 tree = jax.tree_util
@@ -175,7 +180,9 @@ def functional(module: torch.nn.Module, *, gradients="trainable", copy=True, **o
     return apply, params
 
 
-def potential(model, *, atomic_numbers, pbc=None, batch=None, n_systems=1, gradients="model", lane="auto", **extras):
+def potential(
+    model, *, atomic_numbers, pbc=None, batch=None, n_systems=1, gradients="model", outputs=(), cutoff=None, card=None, batched="graph", lane="auto", **extras
+):
     """A torch potential as a differentiable JAX energy: `energy(positions, cell)`, in eV and Angstrom.
 
     `model` is a torch callable of the potential contract (bridge.contract): it takes one dict of tensors (pos (N,3),
@@ -184,10 +191,19 @@ def potential(model, *, atomic_numbers, pbc=None, batch=None, n_systems=1, gradi
     fixed Cartesian positions (B,3,3); with `gradients="autograd"` it holds energy alone, and torch.autograd makes g and G
     in the same pass. What the returned object can do, and its other arguments: see jax_side.potential.potential.
 
-    Value and gradient cost one call into torch: one forward, one backward. Higher orders go by double backward, vmap by
-    one call after another; for another choice make the JAX model yourself (to_jax) and bind it with jax_side.potential.
+    `outputs` names further outputs of bridge.contract.OUTPUTS that `energy.outputs(positions, cell)` is to have
+    (node_energies, charges, magmoms, dipole, embeddings, hessian, ...). A model that is given edges takes edge_index (2,E) and
+    cell_offsets (E,3), bound or in the call, with unused slots of index >= N (`bridge.edges` makes them); `cutoff` (Angstrom) makes
+    them on the torch side instead, at each call, without padding or capacity. The model never sees padding: unused slots, atoms of
+    number 0, systems without atoms; and edges beyond the cutoff are left out. `card` (bridge.Card) says what a model of your
+    own has and needs; the models of this package carry theirs.
 
-    Raises: as `to_jax` and jax_side.potential.potential do.
+    Value and gradient cost one call into torch: one forward, one backward. Higher orders go by double backward; Hessians
+    record the forward once for all rows. `batched` is how vmap is served: "graph", all structures as the systems of
+    one batched call (the model must keep systems apart); or "sequential", one call after another.
+
+    Raises: ValueError where card, or an output that is asked for, and model don't fit; as `to_jax`, jax_side.potential.potential
+    and torch_side.graph.evaluate do.
 
     >>> import jax, torch, bridge
     >>> spring = lambda x: {"energy": (x["pos"] ** 2).sum()[None]}
@@ -195,10 +211,29 @@ def potential(model, *, atomic_numbers, pbc=None, batch=None, n_systems=1, gradi
     >>> jax.jit(jax.grad(energy))(jax.numpy.ones((2, 3))).tolist()
     [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]
     """
-    if one_of("gradients", gradients, ("model", "autograd")) == "autograd":
-        model = strain.with_gradients(model)
-    bridged = to_jax(Contracted(model), outputs=_contract_outputs, batched="sequential", derivatives="autograd", lane=lane)
-    return jax_potential.potential(bridged, atomic_numbers=atomic_numbers, pbc=pbc, batch=batch, n_systems=n_systems, **extras)
+    model = _model(model, one_of("gradients", gradients, ("model", "autograd")), tuple(outputs), cutoff, card)
+    one_of("batched", batched, ("graph", "sequential"))
+    bridged = to_jax(Contracted(model), outputs=_Declared(model.card), batched=batched, derivatives="autograd", lane=lane)
+    return jax_potential.potential(bridged, atomic_numbers=atomic_numbers, pbc=pbc, batch=batch, n_systems=n_systems, card=model.card, **extras)
+
+
+def edges(cutoff, capacity, *, lane="auto"):
+    """Neighbour lists in a fixed number of slots, for graph models in JAX: `find(positions, cell=None, pbc=None, batch=None)`.
+
+    `find` takes positions (N,3) in Angstrom and cell (3,3) by rows, or (B,3,3) with batch (N,) int, sorted; pbc as in `potential`
+    (None: all axes if there is a cell). It returns {"edge_index": (2,capacity), "cell_offsets": (capacity,3)}, int32, of all
+    directed edges shorter than `cutoff` (Angstrom), periodic images included, made by vesin; unused slots have the index N.
+    jit, scan and vmap compose with it; derivatives are zero. With a cutoff longer than the model's (a skin) the list serves several
+    steps: energy(positions, cell, **edges), for a potential's models leave out what is beyond their own cutoff.
+
+    Raises: ValueError for a capacity that is too small, saying how many slots are needed; as torch_side.neighbors.neighbor_list.
+
+    >>> import bridge, jax.numpy as jnp
+    >>> bridge.edges(1.5, 3)(jnp.array([[0.0, 0, 0], [1, 0, 0]]))["edge_index"].tolist()
+    [[0, 1, 2], [1, 0, 2]]
+    """
+    slots = _Slots(one_of("capacity", capacity, [capacity] if isinstance(capacity, int) and capacity > 0 else (), "a positive int"))
+    return Edges(to_jax(PaddedEdges(cutoff, capacity), outputs=slots, batched="sequential", lane=lane))
 
 
 def torch_potential(model, params=None, *, gradients="model", cutoff=None, buckets=None):
@@ -263,9 +298,40 @@ def _buckets(buckets) -> Buckets:
     return buckets if isinstance(buckets, Buckets) else Buckets(buckets)
 
 
-def _contract_outputs(inputs):
-    shapes = contract.output_shapes(inputs["pos"].shape[0], inputs["cell"].shape[0])
-    return {k: jax.ShapeDtypeStruct(shapes[k], inputs["pos"].dtype) for k in contract.ENERGY_AND_GRADIENTS}
+def _model(model, gradients, outputs, cutoff, card) -> Model:
+    """The torch model with a card, its outputs active."""
+    if isinstance(model, Model):
+        if cutoff is not None or card is not None:
+            raise ValueError(message(f"no cutoff and no card for {type(model).__name__}", "one of them", "it carries its own card: model.card"))
+        return model.asking(*outputs) if set(outputs) - model.card.active_outputs else model
+    neighbors = None if cutoff is None else "own"
+    if card is None:
+        card = Card(outputs={*contract.ENERGY_AND_GRADIENTS, *outputs}, cutoff=cutoff, neighbor_list=neighbors)
+    elif cutoff not in (None, card.cutoff):
+        raise ValueError(message("one cutoff", f"{cutoff}, and {card.cutoff} on the card", "pass it with one of them"))
+    return Wrapped(model, card.asking(*outputs), gradients)
+
+
+@dataclass(frozen=True)
+class _Declared:
+    """Types of a model's outputs."""
+
+    card: Card
+
+    def __call__(self, inputs):
+        shapes = self.card.shapes(inputs["pos"].shape[0], inputs["cell"].shape[0])
+        return {k: jax.ShapeDtypeStruct(shape, inputs["pos"].dtype) for k, shape in shapes.items()}
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """Types of a padded neighbour list."""
+
+    capacity: int
+
+    def __call__(self, inputs):
+        shapes = {"edge_index": (2, self.capacity), "cell_offsets": (self.capacity, 3)}
+        return {k: jax.ShapeDtypeStruct(shape, "int32") for k, shape in shapes.items()}
 
 
 def _tensor_to_jax(copy, path, x):

@@ -38,7 +38,9 @@ class Transforms(Engine):
     def vmap(self, f, mapped, size, arrays):
         return jax.vmap(f, in_axes=tuple(0 if m else None for m in mapped), out_axes=0, axis_size=size)(*arrays)
 
-    def check_vmap(self, f):
+    shares = False  # JAX's own vmap does
+
+    def check_vmap(self, f, mapped):
         pass
 
 

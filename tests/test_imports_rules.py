@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BANKS = ("bridge", "jax_side", "torch_side")
-FLOOR = {"bridge.errors", "bridge.function", "bridge.failures", "bridge.contract", "bridge.call"}
+FLOOR = {"bridge.errors", "bridge.function", "bridge.failures", "bridge.contract", "bridge.call", "bridge.card"}
 JAX = {"jax", "jaxlib", "jax_side"}
 TORCH = {"torch", "torch_side"}
 SCIENCE = {"numpy", "ml_dtypes"}
@@ -18,7 +18,7 @@ OWN = {  # what a file may import beyond its bank; an adapter of an engine or a 
     "jax_side/lanes.py": {"jax_tvm_ffi", "tvm_ffi"},
     "jax_side/models/nequip.py": {"jax_md", "jraph"},  # jax-md depends on jraph
     "torch_side/neighbors.py": {"vesin"},
-    "torch_side/models/sevennet.py": {"sevenn", "ase"},  # sevenn depends on ase
+    "torch_side/models/sevennet.py": {"sevenn"},
 }
 ADAPTED = set().union(*OWN.values(), {"jax_md"})
 DYNAMIC = ("import_module", "__import__", "find_spec", "LazyLoader")

@@ -35,10 +35,11 @@ class Applied(Adapted):
 
 
 class Contracted(Adapted):
-    """A model of the potential contract, its outputs reduced to energy and gradients."""
+    """A torch_side.model.Model, its outputs reduced to those that its card has active; its parameters are constants."""
 
     def __call__(self, inputs):
-        found = self.__self__(inputs)
-        if missing := [k for k in ENERGY_AND_GRADIENTS if k not in found]:
-            raise ValueError(message(f"{', '.join(ENERGY_AND_GRADIENTS)} from {self.__qualname__}", f"no {', '.join(missing)}", 'pass gradients="autograd" for a model that gives its energy alone'))
-        return {k: found[k] for k in ENERGY_AND_GRADIENTS}
+        found, active = self.__self__(inputs, trained=False), self.__self__.card.active
+        if missing := [k for k in active if k not in found]:
+            do = 'pass gradients="autograd" for a model that gives its energy alone' if set(missing) & set(ENERGY_AND_GRADIENTS) else "return it, or don't ask for it"
+            raise ValueError(message(f"{', '.join(active)} from {self.__qualname__}", f"no {', '.join(missing)}", do))
+        return {k: found[k] for k in active}

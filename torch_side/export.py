@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,13 +11,14 @@ import torch
 
 from bridge.call import Call, one_of, parameter_names
 from bridge.errors import message
-from bridge.function import Derived, Engine, Function, Gradient, Spec
+from bridge.function import Engine, Function, Spec
 from torch_side import buffers, inference, running, transforms
 from torch_side.adapted import Applied
+from torch_side.batching import Axes, Graphs, NativeBatch
 from torch_side.inference import check_output
 
 
-BATCHED = ("vmap", "sequential")
+BATCHED = ("vmap", "sequential", "graph")
 
 
 class Exporter:
@@ -29,7 +30,7 @@ class Exporter:
             one_of("batched", batched, BATCHED, "an axis (int), {argument: axis}")
         one_of("derivatives", derivatives, transforms.DERIVATIVES)
         self.target, self._batched = target, tuple(sorted(batched.items())) if isinstance(batched, dict) else batched
-        self._engine = transforms.engine(derivatives, batched == "sequential")
+        self._engine = transforms.engine(derivatives, batched in ("sequential", "graph"))
         self._key = target, self._batched, derivatives
 
     def __eq__(self, other):
@@ -46,35 +47,36 @@ class Exporter:
 
     def function(self, call: Call, inputs, outputs, out_tree, names, owners) -> TorchFunction:
         """`owners` gives the parameter that each input belongs to, from the names of the callable's parameters."""
-        return TorchFunction(call, inputs, outputs, self._engine, self._axes(inputs, owners), out_tree, names)
+        fn = TorchFunction(call, inputs, outputs, self._engine, self._axes(inputs, owners), out_tree, names)
+        return replace(fn, batching=Graphs.of(fn)) if self._batched == "graph" else fn
 
     def _axes(self, inputs, owners):
-        """(batch axis of each input or None, that of the outputs) for a model that batches natively."""
+        """Batch axes for a model that batches natively along an axis."""
         if self._batched in BATCHED:
             return None
         if isinstance(self._batched, int):
-            return (self._batched,) * len(inputs), self._batched
+            return Axes((self._batched,) * len(inputs), self._batched)
         axes = dict(self._batched)
         out = axes.pop("return", 0)
         names = owners(self.target.parameters if isinstance(self.target, Applied) else parameter_names(getattr(self.target, "forward", self.target)))
         if unknown := sorted(set(axes) - set(names)):
             raise ValueError(message(f"names of array arguments in batched= ({', '.join(sorted(set(names)))})", ", ".join(unknown), "name an argument that holds arrays"))
-        return tuple(axes.get(n) for n in names), out
+        return Axes(tuple(axes.get(n) for n in names), out)
 
 
 @dataclass(frozen=True)
 class TorchFunction(Function):
-    """The base Function of this bank. `axes` is None, or for a model that batches natively (input axes, output axis)."""
+    """The base Function of this bank. `batching` is how a model that batches natively does, else None."""
 
     call: Call
     inputs: tuple[Spec, ...]
     outputs: tuple[Spec, ...]
     engine: Engine
-    axes: tuple[tuple[int | None, ...], int] | None
+    batching: Axes | Graphs | None
     out_tree: Any = field(compare=False)
     names: tuple[tuple[str, ...], tuple[str, ...]] = field(compare=False)
 
-    native = property(lambda self: self.axes is not None)
+    native = property(lambda self: self.batching is not None)
 
     def __str__(self):
         return self.call.name
@@ -123,60 +125,10 @@ class TorchFunction(Function):
                 raise ValueError(message(f"output {name} of {self} as {want}", str(got), _SHAPES_ONCE))
 
     def must_map(self, mapped):
-        if not self.native:
-            return mapped
-        for i, (m, axis) in enumerate(zip(mapped, self.axes[0], strict=True)):
-            if m and axis is None:
-                raise NotImplementedError(
-                    message(f"vmap over the inputs named in batched= of {self} only", f"input {self.names[0][i]}", "name its axis in batched={...}")
-                )
-        return tuple(axis is not None for axis in self.axes[0])
+        return self.batching.needed(mapped, self) if self.native else mapped
 
     def vmap(self, mapped, size):
         return NativeBatch(self, mapped, (size,)) if self.native else super().vmap(mapped, size)
 
 
 _SHAPES_ONCE = "shapes and dtypes are fixed when JAX traces: return the same kind for the same input shapes, or declare outputs="
-
-
-@dataclass(frozen=True)
-class NativeBatch(Derived):
-    """A model that takes a batch itself: several vmapped axes travel as one, at the axis that the user named."""
-
-    mapped: tuple[bool, ...]
-    sizes: tuple[int, ...]
-
-    @property
-    def inputs(self):
-        lead = self.sizes
-        return tuple(Spec((*lead, *s.shape), s.dtype) if m else s for s, m in zip(self.of.inputs, self.mapped, strict=True))
-
-    @property
-    def outputs(self):
-        return tuple(Spec((*self.sizes, *s.shape), s.dtype) for s in self.of.outputs)
-
-    def __call__(self, *tensors):
-        axes, out_axis = self.of.axes
-        n = len(self.sizes)
-        flat = [t.flatten(0, n - 1).movedim(0, a) if m else t for t, m, a in zip(tensors, self.mapped, axes, strict=True)]
-        size = torch.Size(self.sizes).numel()
-        specs = tuple(_at(s, size, out_axis) for s in self.of.outputs)
-        outs = self.of.checked(flat, specs, buffers.kinds(specs))
-        return tuple(t.movedim(out_axis, 0).unflatten(0, self.sizes) for t in outs)
-
-    def must_map(self, mapped):
-        return self.of.must_map(mapped)
-
-    def vmap(self, mapped, size):
-        return NativeBatch(self.of, mapped, (size, *self.sizes))
-
-    def gradient(self, wrt):
-        """One backward of the sum: row b of a native batch depends on example b alone (the user's word)."""
-        single = self.of.gradient(wrt)
-        return single and Gradient(self, wrt, single.out)
-
-
-def _at(s: Spec, size: int, axis: int) -> Spec:
-    shape = list(s.shape)
-    shape.insert(axis if axis >= 0 else len(shape) + 1 + axis, size)
-    return Spec(tuple(shape), s.dtype)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from bridge.card import Card, symbol
-from bridge.contract import INPUTS, OUTPUTS, check_inputs, output_shapes
+from bridge.contract import INPUTS, OUTPUTS, check_inputs
 from bridge.errors import message
 from torch_side.neighbors import bounds_of, check_values, neighbor_list, values
 
@@ -173,5 +173,4 @@ def _check_finite(out, inputs, name):
 def _nothing(inputs, card) -> dict:
     """Zeros for inputs without any atom."""
     pos = inputs["pos"]
-    shapes = output_shapes(len(pos), len(inputs["cell"]), sorted(card.active_outputs), **dict(card.sizes))
-    return {key: pos.new_zeros(shape) for key, shape in shapes.items()}
+    return {key: pos.new_zeros(shape) for key, shape in card.shapes(len(pos), len(inputs["cell"])).items()}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
 
 from bridge.card import Card
-from bridge.contract import ADDITIVE
+from bridge.contract import added
 from bridge.errors import message
 from torch_side import graph
 from torch_side.hessian import hessian
@@ -44,8 +45,9 @@ class Model(nn.Module):
     def energies(self, inputs: dict) -> dict:
         raise NotImplementedError(message(f"energies(inputs) of {type(self).__name__}", "none", "define it: a dict with energy (B,)"))
 
-    def forward(self, inputs: dict) -> dict:
-        return graph.evaluate(self._with_gradients, inputs, self.card, type(self).__name__)
+    def forward(self, inputs: dict, trained: bool | None = None) -> dict:
+        """`trained` says whether someone differentiates in the parameters; None: if one of them requires grad."""
+        return graph.evaluate(partial(self._with_gradients, trained=trained), inputs, self.card, type(self).__name__)
 
     def asking(self, *outputs: str):
         """This model, weights shared, with more outputs active. ValueError for one that its card does not have."""
@@ -63,8 +65,9 @@ class Model(nn.Module):
     def __add__(self, other):
         return Sum([self, other]) if isinstance(other, Model) else NotImplemented
 
-    def _with_gradients(self, inputs):
-        trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+    def _with_gradients(self, inputs, trained=None):
+        if trained is None:
+            trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         evaluate = with_gradients(self.energies)
         if "hessian" not in self.card.active_outputs:
             return evaluate(inputs, create_graph=trained or None)
@@ -95,11 +98,8 @@ class Sum(Model):
         other.card = self.card.asking(*outputs)
         return other
 
-    def forward(self, inputs):
-        found = [term(inputs) for term in self.terms]
-        names = {n for out in found for n in out}
-        kept = [n for n in names if n not in ADDITIVE or all(n in out for out in found)]
-        return {n: _sum([out[n] for out in found if n in out]) for n in kept}
+    def forward(self, inputs, trained=None):
+        return added([term(inputs, trained=trained) for term in self.terms])
 
 
 class Wrapped(Model):
@@ -116,21 +116,18 @@ class Wrapped(Model):
     def __init__(self, model, card: Card, gradients: str):
         super().__init__()
         self.model, self.card, self.gradients = model, card, gradients
+        self.__qualname__ = getattr(model, "__qualname__", type(model).__name__)
 
     def energies(self, inputs):
         out = self.model(inputs)
         return dict(out) if isinstance(out, dict) else {"energy": out}
 
-    def forward(self, inputs):
-        own = self.energies if self.gradients == "model" else self._with_gradients
-        return graph.evaluate(own, inputs, self.card, getattr(self.model, "__name__", type(self.model).__name__))
+    def forward(self, inputs, trained=None):
+        own = self.energies if self.gradients == "model" else partial(self._with_gradients, trained=trained)
+        return graph.evaluate(own, inputs, self.card, self.__qualname__)
 
     def __eq__(self, other):
         return type(self) is type(other) and (self.model, self.card, self.gradients) == (other.model, other.card, other.gradients)
 
     def __hash__(self):
         return hash((self.model, self.card, self.gradients))
-
-
-def _sum(tensors):
-    return sum(tensors[1:], tensors[0])

@@ -47,6 +47,32 @@ def neighbor_list(pos, cell, pbc, cutoff, batch=None):
     return tuple(torch.from_numpy(np.concatenate(a, axis)).to(pos.device) for a, axis in ((ij, 1), (offsets, 0)))
 
 
+class Padded:
+    """neighbor_list of a dict of inputs, in a fixed number of slots: edge_index (2,capacity) and cell_offsets (capacity,3), int32.
+
+    Unused slots have the index N and offsets 0. Equal for equal settings.
+
+    Raises: as neighbor_list; ValueError saying how many slots are needed, where there are too few."""
+
+    def __init__(self, cutoff: float, capacity: int):
+        self.cutoff, self.capacity = cutoff, capacity
+
+    def __call__(self, inputs: dict) -> dict:
+        edges, offsets = neighbor_list(*(inputs[k] for k in ("pos", "cell", "pbc")), self.cutoff, inputs["batch"])
+        n, spare = len(inputs["pos"]), self.capacity - len(offsets)
+        if spare < 0:
+            got = f"{len(offsets)} edges shorter than {self.cutoff} Angstrom"
+            raise ValueError(message(f"at most {self.capacity} edges, the capacity", got, f"pass capacity={len(offsets)} or more, with some room to spare"))
+        pad = torch.nn.functional.pad
+        return {"edge_index": pad(edges, (0, spare), value=n).int(), "cell_offsets": pad(offsets, (0, 0, 0, spare)).int()}
+
+    def __eq__(self, other):
+        return isinstance(other, Padded) and (self.cutoff, self.capacity) == (other.cutoff, other.capacity)
+
+    def __hash__(self):
+        return hash((self.cutoff, self.capacity))
+
+
 def values(tensor):
     """The values of a tensor as NumPy: on the CPU, floats as float64, beneath the wrappers of torch.func."""
     while _functorch.is_functorch_wrapped_tensor(tensor):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from bridge.errors import message
-from bridge.function import Derived, Engine
+from bridge.function import Derived, Engine, Jvp, Linearised
 
 DERIVATIVES = ("func", "autograd")
 
@@ -38,6 +38,7 @@ class Func(Batching):
     """By torch.func, but a first vjp or gradient by torch.autograd, which is the same and faster; the forward call builds no graph."""
 
     differentiates_inside = False
+    shares = False
     alternative = 'pass derivatives="autograd" (torch.autograd), and batched="sequential" or an axis where vmap is meant'
 
     def jvp(self, f, primals, wrt, tangents, outs):
@@ -59,7 +60,7 @@ class Func(Batching):
         y, pull, outputs = torch.func.vjp(lambda *xs: ((ys := g(*xs))[out], ys), *xs, has_aux=True)
         return (*outputs, *pull(torch.ones_like(y)))
 
-    def check_vmap(self, f):
+    def check_vmap(self, f, mapped):
         pass
 
 
@@ -67,21 +68,22 @@ class Autograd(Batching):
     """vjp by torch.autograd, jvp by differentiating the vjp in its cotangent; a graph is kept only where a caller differentiates further."""
 
     differentiates_inside = True
+    shares = True
     alternative = 'pass batched="sequential", or an axis that the model batches natively'
 
     def jvp(self, f, primals, wrt, tangents, outs):
-        keep = _requires_grad(*primals, *tangents)
-        with torch.enable_grad():
-            xs, ys = _record(f, primals, wrt)
-            us = tuple(torch.zeros_like(ys[o], requires_grad=True) for o in outs)
-            pulled = _grad(tuple(ys[o] for o in outs), xs, us, True)
-            return _grad(pulled, us, tangents, keep)
+        return _push(f, primals, wrt, [tangents], outs)[0]
 
     def vjp(self, f, primals, wrt, cotangents, outs):
-        keep = _requires_grad(*primals, *cotangents)
-        with torch.enable_grad():
-            xs, ys = _record(f, primals, wrt)
-            return _conj(_grad(tuple(ys[o] for o in outs), xs, _conj(cotangents), keep))
+        return _pull(f, primals, wrt, [cotangents], outs)[0]
+
+    def vmap(self, f, mapped, size, arrays):
+        if not size or not _shared(f, mapped):
+            return super().vmap(f, mapped, size, arrays)
+        primals, linear = arrays[: len(f.of.inputs)], arrays[len(f.of.inputs) :]
+        serve = _push if isinstance(f, Jvp) else _pull
+        rows = serve(f.of, primals, f.wrt, [tuple(t[i] for t in linear) for i in range(size)], f.outs)
+        return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 
     def gradient(self, f, primals, wrt, out):
         keep = _requires_grad(*primals)
@@ -90,8 +92,8 @@ class Autograd(Batching):
             grads = _grad((ys[out],), xs, (torch.ones_like(ys[out]),), keep)
         return (*(ys if keep else [y.detach() for y in ys]), *grads)
 
-    def check_vmap(self, f):
-        if isinstance(f, Derived) and not self.sequential:
+    def check_vmap(self, f, mapped):
+        if isinstance(f, Derived) and not self.sequential and not _shared(f, mapped):
             raise NotImplementedError(
                 message(
                     "a way to batch a derivative that goes by torch.autograd",
@@ -99,6 +101,30 @@ class Autograd(Batching):
                     'pass batched="sequential" (one call after another), an axis that the model batches natively, or derivatives="func"',
                 )
             )
+
+
+def _shared(f, mapped) -> bool:
+    """Many tangents or cotangents at one point."""
+    return isinstance(f, Linearised) and not any(mapped[: len(f.of.inputs)])
+
+
+def _push(f, primals, wrt, rows, outs):
+    """A jvp for each row of tangents, f evaluated once."""
+    keep = _requires_grad(*primals, *(t for row in rows for t in row))
+    with torch.enable_grad():
+        xs, ys = _record(f, primals, wrt)
+        us = tuple(torch.zeros_like(ys[o], requires_grad=True) for o in outs)
+        pulled = _grad(tuple(ys[o] for o in outs), xs, us, True)
+        return [_grad(pulled, us, row, keep, more=row is not rows[-1]) for row in rows]
+
+
+def _pull(f, primals, wrt, rows, outs):
+    """A vjp for each row of cotangents, f evaluated once."""
+    keep = _requires_grad(*primals, *(t for row in rows for t in row))
+    with torch.enable_grad():
+        xs, ys = _record(f, primals, wrt)
+        ys = tuple(ys[o] for o in outs)
+        return [_conj(_grad(ys, xs, _conj(row), keep, more=row is not rows[-1])) for row in rows]
 
 
 def _restrict(f: Callable, primals, wrt, outs=None):
@@ -124,13 +150,13 @@ def _record(f, primals, wrt):
     return xs, tuple(f(*_replaced(primals, wrt, xs)))
 
 
-def _grad(ys, xs, cotangents, create_graph: bool) -> tuple:
-    """torch.autograd.grad with zeros for what is not reached; each x carries a graph or is a leaf."""
+def _grad(ys, xs, cotangents, create_graph: bool, more: bool = False) -> tuple:
+    """torch.autograd.grad with zeros for what is not reached; each x carries a graph or is a leaf. `more` will follow."""
     reached = [(y, c) for y, c in zip(ys, cotangents, strict=True) if y.requires_grad]
     if not reached:
         return tuple(torch.zeros_like(x) for x in xs)
     ys, cotangents = zip(*reached)
-    return torch.autograd.grad(ys, xs, cotangents, create_graph=create_graph, allow_unused=True, materialize_grads=True)
+    return torch.autograd.grad(ys, xs, cotangents, create_graph=create_graph, retain_graph=create_graph or more, allow_unused=True, materialize_grads=True)
 
 
 def _outermost(f, *tensors) -> bool:
