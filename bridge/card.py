@@ -89,9 +89,10 @@ class Card:
 
     def check_bound(self, given, who: str) -> None:
         """ValueError where an input is missing; `given` are the names of what the caller passes."""
-        if absent := sorted(self.required_inputs - set(given)):
+        edges = {"edge_index", "cell_offsets"} if self.neighbor_list == "given" else set()
+        if absent := sorted((self.required_inputs | edges) - set(given)):
             do = " and ".join(f"pass {name}=... ({INPUTS[name][2]})" for name in absent)
-            raise ValueError(message(f"the inputs that {who} needs ({', '.join(sorted(self.required_inputs))})", f"no {', '.join(absent)}", do))
+            raise ValueError(message(f"the inputs that {who} needs ({', '.join(sorted(self.required_inputs | edges))})", f"no {', '.join(absent)}", do))
 
     def check_home(self, pos, device=None) -> None:
         """ValueError where positions are not in the model's dtype or on its device (a name, None if it is not known)."""
@@ -132,8 +133,9 @@ class Card:
     def __add__(self, other: Card) -> Card:
         """The card of a sum: what both have and what adds, the needs of both, the longer cutoff.
 
-        What only one of them has is kept if it does not add (charges, embeddings); what both have and does not add is
-        an error if it is active in both, for the sum of it means nothing. Raises ValueError for unlike units, dtypes or
+        What only one of them has is kept if it does not add (charges, embeddings). What is active in both and does not add is
+        an error, for the sum of it means nothing; so is an active output that adds and that one of them does not have (but
+        for gradients: these the sum has if both do). Raises ValueError for unlike units, dtypes or
         devices, and where one needs what the other can't have."""
         for name in ("units", "dtype", "device"):
             mine, yours = getattr(self, name), getattr(other, name)
@@ -143,6 +145,8 @@ class Card:
         own = (self.outputs ^ other.outputs) - set(ADDITIVE)
         if both := sorted(self.active_outputs & other.active_outputs - set(ADDITIVE)):
             raise ValueError(message("outputs that add, where both terms of a sum give them", ", ".join(both), "ask one term for it, not both"))
+        if alone := sorted((self.active_outputs ^ other.active_outputs) & set(ADDITIVE) - adds - set(ENERGY_AND_GRADIENTS)):
+            raise ValueError(message("outputs that all terms of a sum have, since they add", f"{', '.join(alone)} active in one that the other lacks", "don't ask for it"))
         if (self.needs_pbc and not other.supports_pbc) or (other.needs_pbc and not self.supports_pbc):
             raise ValueError(message("terms of a sum that can have the same boundaries", "one that needs pbc and one that has none", "take another model"))
         lists = {self.neighbor_list, other.neighbor_list} - {None}

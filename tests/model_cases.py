@@ -68,7 +68,93 @@ def sevennet_calculator():
     return SevenNetCalculator("7net-0", device="cpu")
 
 
-MODELS = {"sevennet": Case(sevennet, sevennet_calculator)}
+@quiet
+def chgnet(dtype):
+    from torch_side.models.chgnet import CHGNet
+
+    return CHGNet("0.3.0", dtype=dtype)
+
+
+@quiet
+def chgnet_calculator():
+    from chgnet.model.dynamics import CHGNetCalculator
+
+    return CHGNetCalculator(use_device="cpu", return_site_energies=True)
+
+
+def boxed(atoms, size=15.0):
+    """The same with a cell but open, as pymatgen wants it."""
+    atoms = atoms.copy()
+    atoms.set_cell([size] * 3)
+    return atoms
+
+
+def mace_network(kind="ScaleShiftMACE", seed=0, heads=None, **options):
+    """A MACE with seeded random weights, E0s and, from ScaleShiftMACE, forces of about 1 eV/Angstrom, in float32."""
+    from e3nn import o3
+    from mace import modules
+
+    each = (lambda x: x) if heads is None else lambda x: np.array([x * (1 + 0.2 * i) for i in range(len(heads))])
+    settings = dict(
+        r_max=4.0, num_bessel=6, num_polynomial_cutoff=5, max_ell=2, correlation=2, num_interactions=2, avg_num_neighbors=8.0,
+        interaction_cls_first=modules.RealAgnosticInteractionBlock, interaction_cls=modules.RealAgnosticResidualInteractionBlock,
+        hidden_irreps=o3.Irreps("4x0e+4x1o"), MLP_irreps=o3.Irreps("4x0e+4x1o" if "Dipole" in kind else "4x0e"), radial_MLP=[16, 16],
+        gate=torch.nn.functional.silu, num_elements=6, atomic_numbers=[1, 6, 8, 11, 14, 17], atomic_energies=each(-3.3 * np.arange(1.0, 7.0)),
+    )
+    if kind == "ScaleShiftMACE":
+        settings |= {"atomic_inter_scale": each(200.0), "atomic_inter_shift": each(0.2)}
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return getattr(modules, kind)(**settings | options | ({"heads": heads} if heads else {}))
+
+
+@quiet
+def mace(dtype):
+    from torch_side.models.mace import MACE
+
+    return MACE(mace_network(), dtype=dtype)
+
+
+@quiet
+def mace_calculator():
+    from mace.calculators import MACECalculator
+
+    return MACECalculator(models=mace_network(), device="cpu", default_dtype="float32")
+
+
+@functools.cache
+def ani(kind="simple_ani", **options):
+    """A model of torchani of random weights, large enough to be felt, in float64."""
+    from torchani import arch
+
+    energies = {"H": -0.5, "C": -37.8, "O": -75.0, "Na": -162.1, "Si": -289.2, "Cl": -459.9}
+    options = {"strategy": "pyaev", "radial_shifts": 8, "angular_shifts": 2, "sections": 2, "bias": True, **options}
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        network = getattr(arch, kind)(tuple(energies), "wb97x-631gd", self_energies=energies, **options)
+    for name, p in network.named_parameters():
+        p.data *= 4 if "final_layer" not in name else 1
+    return network.double()
+
+
+@quiet
+def torchani(dtype):
+    from torch_side.models.torchani import TorchANI
+
+    return TorchANI(ani(), dtype=dtype)
+
+
+@quiet
+def torchani_calculator():
+    return ani().ase(stress_kind="fdotr")  # "scaling" shears an open axis of a slab away from its atoms: xz is not zx there
+
+
+MODELS = {
+    "sevennet": Case(sevennet, sevennet_calculator),
+    "chgnet": Case(chgnet, chgnet_calculator, CRYSTALS | {name: boxed(a) for name, a in MOLECULES.items()}),
+    "torchani": Case(torchani, torchani_calculator, dtype=torch.float64),
+    "mace": Case(mace, mace_calculator, {k: a for k, a in (CRYSTALS | MOLECULES).items() if k != "slab"}),  # slabs: tests/test_mace_values.py
+}
 
 
 def inputs(*systems, dtype=torch.float32):

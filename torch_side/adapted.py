@@ -14,7 +14,7 @@ class Adapted:
 
     def __init__(self, model):
         self.__self__ = model
-        self.__qualname__ = getattr(model, "__qualname__", type(model).__name__)
+        self.__name__ = self.__qualname__ = getattr(model, "__qualname__", type(model).__name__)
 
     def __eq__(self, other):
         return type(self) is type(other) and self.__self__ == other.__self__
