@@ -1,17 +1,38 @@
-"""`python -m bridge doctor`: what this machine, these versions and these settings will do."""
+"""`python -m bridge doctor`: what this machine, these versions and these settings will do. `python -m bridge check`: is a potential right?"""
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import inspect
+import os
 import sys
 
-USAGE = "usage: python -m bridge doctor"
+from bridge.card import symbol
+from bridge.errors import message
+
+USAGE = """usage: python -m bridge doctor
+       python -m bridge check module:factory [--kind torch|jax] [--gradients model|autograd] [--cutoff X] [--elements Si,O]
+                              [--dtype float64|float32] [--examples N]"""
 
 
 def main(arguments: list[str]) -> int:
-    """Print the diagnosis; 0 if all is well, 1 if not, 2 for what is no command."""
-    if arguments != ["doctor"]:
+    """Print the diagnosis, or what was checked; 0 if all is well, 1 if not, 2 for what is no command."""
+    if arguments == ["doctor"]:
+        return doctor()
+    if arguments[:1] != ["check"]:
         print(USAGE, file=sys.stderr)
         return 2
+    try:
+        return check(_parsed(arguments[1:]))
+    except SystemExit as end:  # of argparse, after its own message
+        return end.code
+    except (ImportError, TypeError, ValueError) as error:
+        print(f"python -m bridge check: {error}", file=sys.stderr)
+        return 2
+
+
+def doctor() -> int:
     from bridge.join import diagnosis
 
     rows = diagnosis()
@@ -19,6 +40,68 @@ def main(arguments: list[str]) -> int:
     for what, well, found in rows:
         print(f"{'ok' if well else '!!'}  {what:{width}}  {found}")
     return 0 if all(well for _, well, _ in rows) else 1
+
+
+def check(options) -> int:
+    """A line for each property as it is done, the text of each failure."""
+    from bridge.testing import run_checks
+
+    given = {"kind": options.kind, "gradients": options.gradients, "cutoff": options.cutoff, "dtype": options.dtype, "elements": options.elements}
+    failed = 0
+    for found in run_checks(model_of(options.model), max_examples=options.examples, **given):
+        print("FAILED" if found.failure else "--    " if found.skipped else "ok    ", found.name + (f" ({found.skipped})" if found.skipped else ""), flush=True)
+        if found.failure:
+            failed += 1
+            print("\n".join("       " + line for line in found.failure.splitlines()[1:]), flush=True)
+    return 1 if failed else 0
+
+
+def model_of(spec: str):
+    """The object that "module:name" names; called, if it is a class or a function of no arguments."""
+    module, colon, name = spec.partition(":")
+    if not (module and colon and name):
+        raise ValueError(message("module:factory", repr(spec), "write the module, a colon, and the name of the model in it"))
+    sys.path[:0] = [] if os.getcwd() in sys.path else [os.getcwd()]
+    found = importlib.import_module(module)
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise ValueError(message(f"{part!r} in {module}", f"only {', '.join(n for n in dir(found) if not n.startswith('_'))}", "name what is there"))
+        found = getattr(found, part)
+    return found() if _without_arguments(found) else found
+
+
+def _without_arguments(x) -> bool:
+    """True for a class or a function that is called with nothing."""
+    if not (inspect.isclass(x) or inspect.isroutine(x)):
+        return False
+    try:
+        inspect.signature(x).bind()
+    except TypeError as error:
+        if inspect.isclass(x):
+            raise ValueError(message("a class of no arguments", f"{x.__name__}: {error}", "write a function that makes the model")) from error
+        return False
+    return True
+
+
+def _parsed(arguments):
+    parser = argparse.ArgumentParser("python -m bridge check", description="Check a potential of the contract: bridge.testing.check_potential.")
+    parser.add_argument("model", help="module:factory, where the module can be imported from here; or module:model")
+    parser.add_argument("--kind", choices=("torch", "jax"))
+    parser.add_argument("--gradients", choices=("model", "autograd", "autodiff"), help="autograd: the model returns its energy alone")
+    parser.add_argument("--cutoff", type=float, help="Angstrom, for a model that takes edges")
+    parser.add_argument("--elements", type=_elements, help="symbols or atomic numbers, as Si,O")
+    parser.add_argument("--dtype", choices=("float64", "float32"))
+    parser.add_argument("--examples", type=int, default=20, help="structures for each property")
+    return parser.parse_args(arguments)
+
+
+def _elements(text: str) -> tuple[int, ...]:
+    """Atomic numbers of Si,O or 14,8."""
+    known = {symbol(z).split()[0]: z for z in range(1, 119)}
+    words = text.split(",")
+    if strange := [w for w in words if w not in known and not w.isdigit()]:
+        raise argparse.ArgumentTypeError(message("symbols of elements", ", ".join(strange), "write them as Si,O"))
+    return tuple(known.get(w) or int(w) for w in words)
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ def extensive(model, s, rng):
         copies = f"repeated along axis {axis} of its cell" if periodic else f"with a copy {shift[0]:.0f} Angstrom away"
         out = model(one)
         twice = {"energy": 2 * out["energy"], "position_gradients": np.concatenate([out["position_gradients"]] * 2)}
-        same(model, model(one | double), twice, f"from the structure alone, got for it {copies}")
+        same(model, model(one | double), twice, f"from the structure alone, its energy twice; got for it {copies}")
 
 
 @holds("batched equals single", "systems")

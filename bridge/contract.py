@@ -6,6 +6,9 @@ Nothing here imports a framework: an array is anything with `.shape` and `.dtype
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import NamedTuple
+
 from bridge.errors import message, spec
 
 # name: (shape, kind of dtype, meaning)
@@ -70,12 +73,24 @@ def check_inputs(inputs: dict, required=STRUCTURE) -> tuple[int, int]:
     >>> check_inputs({"pos": A(shape=(2, 3), dtype="float32"), "cell": A(shape=(1, 3, 3), dtype="float32")}, ("pos",))
     (2, 1)
     """
-    absent = [name for name in required if inputs.get(name) is None]
+    return _check_inputs(tuple((name, tuple(x.shape), dtype_name(x)) for name, x in inputs.items() if x is not None and name in INPUTS), tuple(required))
+
+
+@lru_cache(maxsize=256)
+def _check_inputs(arrays, required):
+    """Once for each set of shapes and dtypes."""
+    inputs = {name: _Type(shape, dtype) for name, shape, dtype in arrays}
+    absent = [name for name in required if name not in inputs]
     if absent:
         raise ValueError(message(f"the inputs {', '.join(required)}", f"no {', '.join(absent)}", "add what is missing"))
     sizes = _check(inputs, INPUTS, {})
     same_dtype(inputs)
     return sizes.get("N", 0), sizes.get("B", 0)
+
+
+class _Type(NamedTuple):
+    shape: tuple
+    dtype: str
 
 
 def check_outputs(outputs: dict, n_atoms: int, n_systems: int, required=("energy",)) -> None:

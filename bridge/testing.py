@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import time
 from dataclasses import dataclass, field
 
+import hypothesis as h
 import numpy as np
+from hypothesis.errors import Flaky
 
 from bridge import checks as properties
 from bridge.call import one_of
-from bridge.checks import PROPERTIES, TOLERANCES, Mismatch
+from bridge.checks import PROPERTIES, Mismatch
 from bridge.comparing import check_function
 from bridge.errors import message
-from bridge.strategies import arrays, batches, crystals, graphs, molecules, of_ase, st, with_edges
+from bridge.strategies import arrays, batches, crystals, graphs, molecules, of_ase, st
+from bridge.subject import Subject
 
 __all__ = ["ALL", "arrays", "batches", "check_function", "check_potential", "crystals", "graphs", "molecules", "run_checks"]
 ALL = tuple(PROPERTIES)
 PREFERRED = (8, 14, 1, 6, 7, 29)  # elements to draw, where the model knows them
 SECONDS = 20.0  # of looking for a smaller structure, for each property that fails
-_SIDES = {"torch": "torch_side.testing", "jax": "jax_side.testing"}
 
 
 def check_potential(model, structures=None, *, checks=ALL, kind=None, gradients=None, cutoff=None, elements=None, dtype=None, pbc=None, extras=None,
@@ -45,7 +45,7 @@ def check_potential(model, structures=None, *, checks=ALL, kind=None, gradients=
     pbc           False: the model has no periodic boundaries. True: it has no others
     extras        other inputs, one number for each system, as {"charge": 0.0}
     tolerance     factor on all that is allowed (float64: 1e-5 of the largest entry for finite differences, else 1e-8)
-    max_examples  structures for each property; a seventh of it for those that go through the bridge
+    max_examples  structures for each property; few of them where each is compiled anew (transforms)
 
     cutoff, elements, dtype and boundaries are the model's own where it has a card (torch_side.model.Model). Structures are drawn
     the same way each time, and nothing is stored. A failure names the property, both numbers, where, and the structure as ase.Atoms(...).
@@ -64,18 +64,20 @@ def check_potential(model, structures=None, *, checks=ALL, kind=None, gradients=
     options = dict(kind=kind, gradients=gradients, cutoff=cutoff, elements=elements, dtype=dtype, pbc=pbc, extras=extras, tolerance=tolerance,
                    max_examples=max_examples, min_distance=min_distance, n_atoms=n_atoms)
     found = list(run_checks(model, structures, checks=checks, **options))
-    failures = [f for f in found if isinstance(f.failure, str)]
-    if failures:
+    if checks is not ALL and (skipped := [f for f in found if f.skipped]):
+        raise ValueError(message("checks that apply to this model", f"{skipped[0].name}, but {skipped[0].skipped}", "leave it out"))
+    if failures := [f for f in found if f.failure]:
         names = ", ".join(f.name for f in failures)
         raise AssertionError("\n\n".join([f"{len(failures)} of {len(found)} properties failed: {names}", *(f.failure for f in failures)])) from failures[0].error
 
 
 @dataclass(frozen=True)
 class Found:
-    """What became of one property: `failure` is None, a text, or NotImplemented where it does not apply."""
+    """What became of one property: the text of its failure, or why it does not apply to this model; neither where it holds."""
 
     name: str
-    failure: object = None
+    failure: str = ""
+    skipped: str = ""
     error: BaseException | None = field(default=None, compare=False)
 
 
@@ -88,109 +90,13 @@ def run_checks(model, structures=None, *, checks=ALL, max_examples=20, elements=
     (single, periodic), (several, _) = draw(1), draw(2)
     for name in checks:
         needs = PROPERTIES[name].needs
-        if not subject.serves(needs) or "pbc" in needs and periodic is None:
-            yield Found(name, NotImplemented)
+        if why := subject.refuses(needs) or ("pbc" in needs and periodic is None and "no structure is periodic"):
+            yield Found(name, skipped=why)
             continue
         through = needs & {"lanes", "transforms"}
         drawn = several if through else periodic if "pbc" in needs else batches(single, (2, 2 if subject.kind == "jax" else 3)) if "systems" in needs else single
-        yield Found(name, *_failure(name, subject, drawn, subject.few(max_examples) if through else max_examples))
-
-
-class Subject:
-    """The model under test: NumPy in, NumPy out."""
-
-    def __init__(self, model, *, kind=None, gradients=None, cutoff=None, dtype=None, extras=None, tolerance=1.0):
-        one_of("gradients", gradients, ("model", "autograd", "autodiff", None))
-        self.raw, self.card, self.kind = model, getattr(model, "card", None), one_of("kind", kind or _kind(model), ("torch", "jax"))
-        self.torch, self.gradients = _side("torch"), gradients or "model"
-        self.cutoff = cutoff if self.card is None else self.card.cutoff
-        self.extras, self.factor = _extras(extras, self.card), tolerance
-        natural = _side("jax").precision() if self.kind == "jax" else "float64"
-        self.dtype = one_of("dtype", dtype or (self.card and self.card.dtype) or natural, tuple(TOLERANCES))
-        self.limits, self.device = TOLERANCES[self.dtype], self.card and self.card.device
-        self.model = self._in_torch()
-
-    def _in_torch(self):
-        if self.kind == "torch":
-            return self.torch.of_the_contract(self.raw, "model" if self.gradients == "model" else "autograd", self.cutoff)
-        from bridge.join import torch_potential
-        from torch_side.buckets import Buckets
-
-        few = {"buckets": Buckets({"edge_index": "2 E", "cell_offsets": "E 3"}, fill={"edge_index": 2**31 - 1}, start=512, growth=8)} if self.cutoff else {}
-        return torch_potential(self.raw, gradients="model" if self.gradients == "model" else "autodiff", cutoff=self.cutoff, **few)
-
-    def serves(self, needs):
-        """Whether a property that needs these can be checked."""
-        graph = self.cutoff is not None and (self.kind == "jax" or hasattr(self.model, "card"))
-        return not ("edges" in needs and not graph or "lanes" in needs and self.kind == "jax")
-
-    def few(self, max_examples):
-        """How many examples for what compiles anew for each of them."""
-        return max(1, max_examples // (20 if self.kind == "jax" else 8))
-
-    def inputs(self, s):
-        """The structure as the model gets it."""
-        extras = {k: np.full(len(s["cell"]), x, self.dtype) for k, x in self.extras.items()}
-        return {**s, **{k: np.asarray(s[k], self.dtype) for k in ("pos", "cell")}, **extras}
-
-    def __call__(self, s):
-        return self.torch.call(self.model, self.inputs(s), self.device)
-
-    def room(self, relative, *found, noise=None):
-        """How far numbers may be apart: relative to the largest of `found`; with `noise`, also for digits lost in finite differences of its energy."""
-        limits, scale = self.limits, max((abs(np.asarray(x)).max(initial=0) for x in found), default=0)
-        lost = 0 if noise is None else 30 * limits.eps * (1 + abs(noise["energy"]).max()) / limits.strain
-        return self.factor * (relative * scale + limits.floor + lost)
-
-    def transformed(self, s, other, lane, second):
-        """[(label, what, arrays)] of the energy in the other framework, by the transforms there."""
-        inputs, other = self.inputs(s), np.asarray(other, self.dtype)
-        if self.kind == "jax":
-            return self.torch.potential_transforms(self.model, self._graph(inputs), other, second)
-        from bridge.join import potential
-
-        fixed = {k: x for k, x in inputs.items() if k not in ("pos", "cell")}
-        with _side("jax").wide(True) if self.dtype == "float64" else contextlib.nullcontext():
-            energy = potential(self.model, n_systems=len(s["cell"]), lane=lane, **fixed)
-            return _side("jax").potential_transforms(energy, inputs["pos"], inputs["cell"], other, second)
-
-    def expected(self, s, other):
-        """{what: arrays} that `transformed` must give, by the model's own framework; no Hessian where it has none."""
-        inputs, jax = self.inputs(s), _side("jax")
-        if self.kind == "jax":
-            energies = jax.bound(self.raw, self._graph(inputs), self.gradients)
-            return {what: x for _, what, x in jax.potential_transforms(energies, inputs["pos"], inputs["cell"], np.asarray(other, self.dtype), True)}
-        out = self(s)
-        batch = np.stack([out["energy"], self(s | {"pos": other})["energy"]])
-        twice = getattr(self.card, "derivative_order", None) in (None, 2) and self.torch.differentiable(self.model, inputs, self.device)
-        second = {"hessian": [properties.hessian(self, s)]} if twice else {}
-        return {"gradients": [out[k] for k in properties.ENERGY_AND_GRADIENTS], "batch": [batch], **second}
-
-    def _graph(self, inputs):
-        """With edges, if the model takes them: they stay as they are where positions change under a transform."""
-        if self.cutoff is None:
-            return inputs
-        return {k: x.astype(np.int32) if x.dtype == np.int64 else x for k, x in with_edges(inputs, self.cutoff).items()}
-
-
-def _side(kind):
-    """The bank's own half of this file."""
-    return importlib.import_module(_SIDES[kind])
-
-
-def _kind(model):
-    """torch for nn.Modules and models with a card."""
-    if getattr(model, "card", None) is not None or any(c.__module__.startswith("torch.nn.") for c in type(model).__mro__):
-        return "torch"
-    raise TypeError(message('kind="torch" or kind="jax"', f"a {type(model).__name__}, which may be either", "say what its tensors are"))
-
-
-def _extras(extras, card):
-    """The inputs besides the structure, none of them guessed."""
-    extras = dict(extras or {})
-    if absent := sorted((card.required_inputs if card else frozenset()) & {"charge", "spin"} - set(extras)):
-        raise ValueError(message(f"the inputs {', '.join(absent)}", "none", f"pass extras={{{absent[0]!r}: 0.0, ...}}"))
-    return extras
+        text, error = _failure(name, subject, drawn, subject.few(max_examples) if through else max_examples)
+        yield Found(name, text, error=error)
 
 
 def _drawn(structures, card, elements, pbc, min_distance, n_atoms):
@@ -209,7 +115,7 @@ def _drawn(structures, card, elements, pbc, min_distance, n_atoms):
 
 
 def _failure(name, subject, structures, max_examples):
-    """(text of the smallest failure that hypothesis finds or None, the exception of the model or None)."""
+    """(text of the smallest failure that hypothesis finds or "", the exception of the model or None)."""
     last, failed, since = [None], set(), []
 
     def run(s, seed):
@@ -224,22 +130,22 @@ def _failure(name, subject, structures, max_examples):
             last[0] = s, error
             raise
 
+    again = ""
     try:
         _given(run, structures, max_examples)
-    except Exception:
+    except Exception as end:
         if last[0] is None:
             raise
+        again = "\n  (the next time it was otherwise: the model is not deterministic)" if isinstance(end, Flaky) else ""
     if last[0] is None:
-        return None, None
+        return "", None
     s, error = last[0]
     what = str(error) if isinstance(error, Mismatch) else f"the check raised {type(error).__name__}: {error}"
-    return f"FAILED {name}\n  {what}\n  smallest structure found:\n{pasted(s)}", None if isinstance(error, Mismatch) else error
+    return f"FAILED {name}\n  {what}{again}\n  smallest structure found:\n{pasted(s)}", None if isinstance(error, Mismatch) else error
 
 
 def _given(run, structures, max_examples):
     """`run` on what hypothesis draws, the same each time."""
-    import hypothesis as h
-
     quiet = dict(deadline=None, database=None, derandomize=True, print_blob=False, report_multiple_bugs=False, verbosity=h.Verbosity.quiet)
     phases, checks = (h.Phase.generate, h.Phase.shrink), list(h.HealthCheck)
     h.settings(max_examples=max_examples, phases=phases, suppress_health_check=checks, **quiet)(h.given(structures, st.integers(0, 99))(run))()

@@ -189,7 +189,7 @@ def test_weights_are_frozen_and_can_be_trained(capsys):
 
 def test_card():
     card = CHGNet().card
-    assert card.active_outputs == {"energy", "position_gradients", "cell_gradients", "node_energies"}
+    assert card.active_outputs == {"energy", "position_gradients", "cell_gradients"}
     assert (card.cutoff, card.receptive_field, len(card.elements), card.dtype, card.device) == (6.0, 24.0, 94, "float32", "cpu")
     assert CHGNet("0.2.0").card.cutoff == 5.0
 

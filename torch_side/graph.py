@@ -27,15 +27,16 @@ def evaluate(model: Callable, inputs: dict, card: Card, name: str) -> dict:
     element that the card does not have, atoms on top of one another, an unsorted batch, edges that point nowhere or from
     one system to another, a periodic axis without a cell vector; also for an energy or a gradient that is not finite."""
     inputs = {key: x for key, x in inputs.items() if x is not None}
-    n_atoms, n_systems = check_inputs(inputs)
+    sizes = check_inputs(inputs)
     card.check_bound(inputs, name)
     card.check_home(inputs["pos"], str(inputs["pos"].device))
-    bounds = _check(inputs, card, name, n_atoms, n_systems)
-    inner, restore = _real(inputs, card, bounds)
+    numbers, batch = values(inputs["atomic_numbers"]), values(inputs["batch"])
+    bounds = _check(inputs, card, name, numbers, *sizes)
+    inner, restore = _real(inputs, card, numbers, batch, *sizes)
     if not len(inner["pos"]):
         return _nothing(inputs, card)
     out = restore(model(_with_edges(inner, card)))
-    _check_finite(out, inputs, name)
+    _check_finite(out, bounds, name)
     return out
 
 
@@ -46,13 +47,13 @@ def edge_vectors(inputs: dict) -> torch.Tensor:
     return pos[j] - pos[i] + shift
 
 
-def _check(inputs, card, name, n_atoms, n_systems) -> list:
+def _check(inputs, card, name, numbers, n_atoms, n_systems) -> list:
     """Values of all inputs but the edges; gives where each system starts and the last one ends."""
     periodic = values(inputs["pbc"])
-    card.check_pbc(periodic.tolist(), name)
+    if card.needs_pbc or not card.supports_pbc:
+        card.check_pbc(periodic.tolist(), name)
     bounds = bounds_of(inputs["batch"], n_atoms, n_systems)
     check_values(values(inputs["pos"]), values(inputs["cell"]), periodic, bounds)
-    numbers = values(inputs["atomic_numbers"])
     known = numbers >= 0 if card.elements is None else np.isin(numbers, [0, *card.elements])
     if not known.all():
         atom = int(np.argmin(known))
@@ -66,13 +67,11 @@ def _system(bounds, atom) -> int:
     return int(np.searchsorted(bounds, atom, "right")) - 1
 
 
-def _real(inputs, card, bounds):
+def _real(inputs, card, numbers, batch, n_atoms, n_systems):
     """The inputs without padding, and a function that puts the outputs back."""
-    n_atoms, n_systems = len(inputs["pos"]), len(inputs["cell"])
-    numbers = values(inputs["atomic_numbers"])
-    atoms, batch = np.flatnonzero(numbers), values(inputs["batch"])
-    systems = np.arange(n_systems) if card.empty_systems else np.unique(batch[atoms])
-    kept = {"N": atoms if len(atoms) < n_atoms else None, "B": systems if len(systems) < n_systems else None}
+    atoms = None if numbers.all() else np.flatnonzero(numbers)
+    systems = None if card.empty_systems else np.unique(batch if atoms is None else batch[atoms])
+    kept = {"N": atoms, "B": systems if systems is not None and len(systems) < n_systems else None}
     if "edge_index" in inputs:
         kept["E"] = _used(values(inputs["edge_index"]), numbers, batch)
     if all(index is None for index in kept.values()):
@@ -161,12 +160,12 @@ def _check_apart(inputs, length):
         raise ValueError(message("atoms apart from one another", got, "take one of them out, or look at the step before"))
 
 
-def _check_finite(out, inputs, name):
+def _check_finite(out, bounds, name):
     """ValueError naming the system whose energy, or the atom whose gradient, is not a number."""
     for key, what in (("energy", "system"), ("position_gradients", "atom"), ("cell_gradients", "system")):
         if key in out and not (fine := torch.isfinite(out[key])).all():
             first = int((~fine.flatten(1).all(1) if fine.ndim > 1 else ~fine).nonzero()[0])
-            where = f"{what} {first}" + (f" of system {int(inputs['batch'][first])}" if what == "atom" else "")
+            where = f"{what} {first}" + (f" of system {_system(bounds, first)}" if what == "atom" else "")
             raise ValueError(message(f"a finite {key} from {name}", f"{out[key][first].tolist()} for {where}", "look at its structure: atoms may be too close"))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -112,6 +114,8 @@ def bounds_of(batch, n_atoms, n_systems):
             raise ValueError(message("batch for several systems", f"None for {n_systems} cells", "pass batch (N,)"))
         return [0, n_atoms]
     batch = values(batch)
+    if n_systems == 1 and not batch.any():
+        return [0, n_atoms]
     if (np.diff(batch) < 0).any() or (n_atoms and not 0 <= batch[0] <= batch[-1] < n_systems):
         raise ValueError(message(f"batch sorted, within 0..{n_systems - 1}", f"{batch}", "sort the atoms by system"))
     return np.searchsorted(batch, np.arange(n_systems + 1)).tolist()
@@ -131,5 +135,10 @@ def check_values(x, h, periodic, bounds):
 
 def _independent(vectors):
     """True where the vectors span as many dimensions as they are, with room to spare for rounding."""
-    scale = np.linalg.norm(vectors, axis=-1).prod()
-    return np.isfinite(scale) and np.linalg.svd(vectors, compute_uv=False).prod() > 1e-6 * scale
+    scale = math.prod(math.hypot(*v) for v in vectors.tolist())
+    if len(vectors) == 3:
+        (a, b, c), (d, e, f), (g, h, i) = vectors.tolist()
+        volume = abs(a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g))
+    else:
+        volume = np.linalg.svd(vectors, compute_uv=False).prod() if math.isfinite(scale) else 0.0
+    return volume > 1e-6 * scale and math.isfinite(volume)

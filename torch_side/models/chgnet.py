@@ -55,7 +55,7 @@ class CHGNet(Model):
         cutoff, self.bond_cutoff = float(converter.atom_graph_cutoff), float(converter.bond_graph_cutoff)
         outputs = {*ENERGY_AND_GRADIENTS, *(["node_energies"] if self.network.mlp_first else [])}
         self.card = Card(
-            outputs=outputs | {"magmoms", "embeddings", "hessian"}, active_outputs=outputs, cutoff=cutoff, neighbor_list="own",
+            outputs=outputs | {"magmoms", "embeddings", "hessian"}, cutoff=cutoff, neighbor_list="own",
             receptive_field=cutoff * self.network.n_conv, elements=range(1, self.network.atom_embedding.embedding.num_embeddings + 1),
             dtype=str(dtype).removeprefix("torch."), device=str(device), sizes=(("F", self.network.atom_fea_dim),),
         )
@@ -65,7 +65,7 @@ class CHGNet(Model):
         active, batch = self.card.active_outputs, inputs["batch"]
         graph = self._graph(inputs)
         found = self.network._compute(
-            graph, compute_magmom="magmoms" in active, return_site_energies="node_energies" in active, return_atom_feas="embeddings" in active
+            graph, compute_magmom="magmoms" in active, return_site_energies="node_energies" in self.card.outputs, return_atom_feas="embeddings" in active
         )
         out = {name: torch.cat(found[key]) for key, name in _NODES.items() if key in found}
         energy, n_atoms, composition = found["e"], found["atoms_per_graph"], self.network.composition_model
