@@ -236,7 +236,7 @@ def edges(cutoff, capacity, *, lane="auto"):
     return Edges(to_jax(PaddedEdges(cutoff, capacity), outputs=slots, batched="sequential", lane=lane))
 
 
-def torch_potential(model, params=None, *, gradients="model", cutoff=None, buckets=None):
+def torch_potential(model, params=None, *, gradients="model", cutoff=None, buckets=None, card=None):
     """A JAX potential as an nn.Module of the potential contract: `module(inputs)` is a dict of tensors, by one JAX call.
 
     `model` is a JAX callable of one dict, or of (params, dict) with `params` given, whose arrays then are Parameters as in
@@ -263,6 +263,8 @@ def torch_potential(model, params=None, *, gradients="model", cutoff=None, bucke
     and dtypes, as JAX traces), and as neighbor_list does; otherwise as `to_torch`, with params as `module`. ValueError for
     buckets with a mask: it is the index that marks an unused slot.
 
+    The module has a `card` (bridge.Card; by default: energy and gradients, this cutoff) and adds to other models: `a + b`.
+
     >>> import bridge, jax, torch
     >>> spring = lambda p, x: p["k"] * jax.ops.segment_sum((x["pos"] ** 2).sum(-1), x["batch"], num_segments=len(x["cell"]))
     >>> model = bridge.torch_potential(spring, {"k": jax.numpy.ones(())}, gradients="autodiff")
@@ -279,7 +281,8 @@ def torch_potential(model, params=None, *, gradients="model", cutoff=None, bucke
     buckets = EDGES if buckets is None and cutoff is not None else buckets and _buckets(buckets)
     if buckets and buckets.mask:
         raise ValueError(message("buckets without a mask", f"mask={buckets.mask}", "an index >= N marks an unused slot: fill edge_index with one"))
-    return JaxPotential(to_torch(outputs, buckets=buckets) if params is None else module(outputs, params, buckets=buckets), cutoff)
+    card = card or Card(cutoff=cutoff, neighbor_list=None if cutoff is None else "own")
+    return JaxPotential(to_torch(outputs, buckets=buckets) if params is None else module(outputs, params, buckets=buckets), cutoff, card)
 
 
 def diagnosis() -> list[tuple[str, bool, str]]:

@@ -169,6 +169,16 @@ def test_a_sum_of_energies_in_jax():
         a + 1.0
 
 
+def test_a_sum_in_torch_of_torch_and_jax():
+    pure = lambda x: jax.ops.segment_sum((x["pos"] ** 2).sum(-1), x["batch"], num_segments=len(x["cell"]))  # noqa: E731
+    a, b, x = MODEL, bridge.torch_potential(pure, gradients="autodiff"), system()
+    total = a + b
+    assert total.card.cutoff == CUTOFF and b.card == Card()
+    for name, y in total(x).items():
+        close(y, a(x)[name] + b(x)[name])
+    assert abs(b(x)["position_gradients"]).max() > 0.1
+
+
 def test_cards_of_models_and_what_contradicts_them():
     refused("no cutoff and no card for Embedded, got one of them; it carries", bridge.potential, Embedded(), atomic_numbers=NUMBERS, cutoff=3.0)
     refused("expected one cutoff, got 2.0, and 3.0 on the card", bridge.potential, embedded, atomic_numbers=NUMBERS, cutoff=2.0, card=CARD)

@@ -10,7 +10,8 @@ import torch
 
 import bridge
 from bridge.contract import GRADIENTS, OUTPUTS, output_shapes
-from tests.model_cases import MODELS, inputs
+from tests.adapters import MODELS
+from tests.model_cases import inputs
 from torch_side import strain
 from torch_side.neighbors import neighbor_list
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import bridge
-from tests.model_cases import MODELS, skewed
+from tests.adapters import MODELS
+from tests.model_cases import skewed
 
 
 def replicas(atoms, n=3):

@@ -5,20 +5,22 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from bridge.card import Card
 from bridge.contract import INPUTS
+from torch_side.model import Model
 from torch_side.neighbors import neighbor_list
 
 
-class JaxPotential(nn.Module):
+class JaxPotential(Model):
     """What bridge.torch_potential returns; its docstring is the documentation.
 
     `model` takes the dict of the contract and gives one: a TorchCallable, or a JaxModule that holds parameters."""
 
-    def __init__(self, model, cutoff: float | None):
+    def __init__(self, model, cutoff: float | None, card: Card):
         super().__init__()
-        self.model, self.cutoff = model, cutoff
+        self.model, self.cutoff, self.card = model, cutoff, card
 
-    def forward(self, inputs: dict) -> dict:
+    def forward(self, inputs: dict, trained: bool | None = None) -> dict:
         inputs = {name: x for name, x in inputs.items() if x is not None}
         if self.cutoff is not None and "edge_index" not in inputs:
             edges = neighbor_list(*(inputs.get(k) for k in ("pos", "cell", "pbc")), self.cutoff, inputs.get("batch"))
