@@ -35,7 +35,7 @@ class Card:
 
     Raises: ValueError for names outside of the contract and settings that contradict one another.
 
-    >>> Card(outputs={"energy", "position_gradients"}, cutoff=5.0).check_outputs(("hessian",), "LJ")
+    >>> Card(outputs={"energy", "position_gradients"}).check_outputs(("hessian",), "LJ")
     Traceback (most recent call last):
     ...
     ValueError: expected outputs that LJ has (energy, position_gradients), got hessian; ask for these, or take another model

@@ -23,8 +23,8 @@ def energy(potential, box=None, fractional=True):
     jax-md energy (space.transform sees to it), and shift_fn of periodic_general expects that. With fractional=False, R
     are real positions. R and box have one dtype.
 
-    Two keywords are read when it is called, the others that jax-md passes on (kT, t, ...) are not: `box` in place of the
-    box given here (NPT), and `perturbation` P, a number or a matrix: r -> P r for atoms and cell alike. With P = I + e
+    Some keywords are read when it is called, the others that jax-md passes on (kT, t, ...) are not: `neighbor`, a jax-md neighbour list
+    of format Sparse, whose edges the potential is given (see `edges`; without it torch finds the neighbours); `box` in place of the box given here (NPT); and `perturbation` P, a number or a matrix: r -> P r for atoms and cell alike. With P = I + e
     is dE/de at e = 0 the virial W, whence quantity.stress = -W / V and quantity.pressure; jax-md counts compression
     positive. No minimum image is taken here: which images count is the potential's concern, and small boxes are fine.
 
@@ -50,9 +50,37 @@ def energy(potential, box=None, fractional=True):
         if perturbation is not None:
             r = space.raw_transform(perturbation, r)
             cell = None if cell is None else space.raw_transform(perturbation, cell)
-        return potential(r, cell)
+        listed = edges(kwargs["neighbor"], R, box, fractional=fractional) if kwargs.get("neighbor") is not None else {}
+        return potential(r, cell, **listed)
 
     return energy_fn
+
+
+def edges(neighbor, R, box=None, *, fractional=True):
+    """A jax-md neighbour list as the edges of the contract: {"edge_index": (2,capacity), "cell_offsets": (capacity,3)}, int32.
+
+    `neighbor` is what jax-md's neighbor_fn.allocate or update gave, in the format Sparse (both directions; its unused slots are
+    the contract's too); R (N,3) and box as in `energy`, of the moment: it takes the minimum image, as jax-md's displacements do, so the
+    list's cutoff, skin included, must be below half the width of the cell. Without a box all offsets are 0. The energy functions
+    of `energy` do this themselves, as `energy_fn(R, neighbor=neighbor)`, so that a step whose positions wrap has the right images.
+    A potential's models leave out edges in the skin. A list that overflowed (neighbor.did_buffer_overflow) lacks edges:
+    allocate it anew, as always in jax-md.
+
+    Raises: ValueError for another format.
+
+    >>> from jax_md import partition, space
+    >>> find = partition.neighbor_list(space.free()[0], jnp.array(10.0), 1.5, format=partition.Sparse)
+    >>> R = jnp.array([[0.0, 0, 0], [1, 0, 0]])
+    >>> sorted(edges(find.allocate(R), R)["edge_index"].T.tolist())[:2]
+    [[0, 1], [1, 0]]
+    """
+    partition = _jax_md().partition
+    if neighbor.format is not partition.Sparse:
+        raise ValueError(message("a neighbour list of format partition.Sparse", str(neighbor.format), "pass format=partition.Sparse to partition.neighbor_list"))
+    index, s = neighbor.idx.astype(jnp.int32), jax.lax.stop_gradient(R)
+    i, j = jnp.minimum(index, len(R) - 1)
+    s = jnp.zeros_like(s) if box is None else s if fractional else s @ jnp.linalg.inv(_matrix(box, R)).T
+    return {"edge_index": index, "cell_offsets": -jnp.round(s[j] - s[i]).astype(jnp.int32)}
 
 
 def model(energy_fn, cell="box"):
