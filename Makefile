@@ -6,8 +6,9 @@ RUN := $(VENV)/bin/python
 # torch is named with the others in one pip command, so that a CPU build at hand is taken instead of several GB of CUDA.
 PINS := torch==2.13.0 jax==0.10.2 jax-tvm-ffi==0.1.3 apache-tvm-ffi==0.1.15.post2 sevenn==0.13.0 jax-md==0.2.29 vesin==0.6.2 \
 	chgnet==0.4.2 torchani==2.9.0 franken==0.7.0
-# mace-torch pins e3nn 0.4.4, but runs with the e3nn of the others: it and what only it needs come without dependencies.
-MACE := mace-torch==0.3.16 torch-ema==0.3 torchmetrics==1.9.0 lightning-utilities==0.15.3 lmdb==3.0.0
+# mace-torch pins e3nn 0.4.4, but runs with the e3nn of the others: it and what only it needs come without dependencies; so does
+# nvalchemi-toolkit, whose strain functions a test of conventions calls.
+BARE := nvalchemi-toolkit==0.2.0 mace-torch==0.3.16 torch-ema==0.3 torchmetrics==1.9.0 lightning-utilities==0.15.3 lmdb==3.0.0
 # What `make bench` measures beside the bridge, and chex, which torch-jax-interop imports without requiring it.
 RIVALS := torch-jax-interop==0.0.8 jax2torch==0.0.7 chex==0.1.92
 WORKERS ?= 2
@@ -23,7 +24,7 @@ setup: $(VENV)/installed  ## .venv with the package, the demo and the tests
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(PINS) -e '.[test]'
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps $(MACE)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps $(BARE)
 	touch $@
 
 demo: setup  ## SevenNet-0 on a crystal in a jitted jax-md run: table, picture, trajectory in demos/out (ARGS="--help")
