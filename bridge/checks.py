@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bridge.contract import ENERGY_AND_GRADIENTS, check_outputs
-from bridge.strategies import concatenate, pad, with_edges
+from bridge.strategies import pad, systems_of, with_edges
 
 UNITS = {"energy": "eV", "node_energies": "eV", "virial": "eV", "hessian": "eV/Angstrom^2"}
 PROPERTIES = {}  # name: Property
@@ -45,11 +45,7 @@ class Property:
 
 
 def holds(name, *needs):
-    def register(check):
-        PROPERTIES[name] = Property(check, frozenset(needs))
-        return check
-
-    return register
+    return lambda check: PROPERTIES.setdefault(name, Property(check, frozenset(needs))).check
 
 
 def agree(got, want, allowed, what, why):
@@ -210,18 +206,11 @@ def extensive(model, s, rng):
 
 @holds("batched equals single", "systems")
 def batched(model, s, rng):
-    whole = model(s)
+    whole, names = model(s), (*ENERGY_AND_GRADIENTS, "node_energies")
     for b, one in enumerate(systems_of(s)):
         own = s["batch"] == b
-        found = {k: whole[k][own] if k in ("position_gradients", "node_energies") else whole[k][b : b + 1] for k in (*ENERGY_AND_GRADIENTS, "node_energies") if k in whole}
+        found = {k: whole[k][own] if k in ("position_gradients", "node_energies") else whole[k][b : b + 1] for k in names if k in whole}
         same(model, found, model(one), f"system {b} alone, got in the batch")
-
-
-def systems_of(s):
-    """The systems of a dict, each a dict of its own."""
-    for b in range(len(s["cell"])):
-        own = s["batch"] == b
-        yield {"pos": s["pos"][own], "atomic_numbers": s["atomic_numbers"][own], "cell": s["cell"][[b]], "pbc": s["pbc"][[b]], "batch": np.zeros(own.sum(), np.int64)}
 
 
 @holds("padding changes nothing", "edges", "systems")

@@ -85,7 +85,8 @@ def _compare(found, want, allowed, where):
             if a.size and not off.max() <= room:
                 at = np.unravel_index(np.argmax(np.where(np.isnan(off), np.inf, off)), off.shape)
                 entry = name + (f" at [{', '.join(map(str, at))}]" if at else "")
-                raise AssertionError(f"{entry}: expected {b[at]:.10g} (the callable's own, by {own}), got {a[at]:.10g} {where} by {label}; off by {off[at]:.3g}, allowed {room:.3g}")
+                numbers = f"expected {b[at]:.10g} (the callable's own, by {own}), got {a[at]:.10g} {where} by {label}"
+                raise AssertionError(f"{entry}: {numbers}; off by {off[at]:.3g}, allowed {room:.3g}")
 
 
 def _kind(fn, args):

@@ -44,10 +44,10 @@ def crystals(elements=(8, 14), n_atoms=(1, 4), *, min_distance=1.6, lengths=None
         raise ValueError(message(f"lengths (least, most) from min_distance={min_distance} up", f"{low, high}", "give longer cells, or a smaller min_distance"))
     mixed = [p for p in itertools.product((True, False), repeat=3) if 0 < sum(p) < 3]
     axes = st.just((True,) * 3) | st.sampled_from(mixed) if pbc is None else st.just(tuple(map(bool, pbc)))
-    ints = lambda a, b, n: st.lists(st.integers(a, b), min_size=n, max_size=n)  # noqa: E731
+    three = st.integers(0, 21**3 - 1)
     return st.builds(
         lambda *drawn: _structure(*drawn, least, min_distance, low, high, dtype),
-        axes, ints(0, 20, 3), ints(-10, 10, 3), st.integers(0, 2), st.booleans(), st.integers(0, 3), _atoms(elements, least, most),
+        axes, three, three, st.integers(0, 2), st.booleans(), st.integers(0, 3), _atoms(elements, least, most),
     )
 
 
@@ -110,9 +110,17 @@ def laid_out(x, layout):
 
 def concatenate(structures):
     """Several structures as one dict, batch made anew. Edges are not taken along."""
-    sizes = [len(s["pos"]) for s in structures]
-    batch = np.repeat(np.arange(sum(len(s["cell"]) for s in structures)), np.concatenate([np.bincount(s["batch"], minlength=len(s["cell"])) for s in structures]))
-    return {k: np.concatenate([s[k] for s in structures]) for k in structures[0] if k not in ("batch", "edge_index", "cell_offsets")} | {"batch": batch[: sum(sizes)]}
+    sizes = np.concatenate([np.bincount(s["batch"], minlength=len(s["cell"])) for s in structures])
+    kept = [k for k in structures[0] if k not in ("batch", "edge_index", "cell_offsets")]
+    return {k: np.concatenate([s[k] for s in structures]) for k in kept} | {"batch": np.repeat(np.arange(len(sizes)), sizes)}
+
+
+def systems_of(s):
+    """The systems of a dict, each a dict of its own."""
+    for b in range(len(s["cell"])):
+        own = s["batch"] == b
+        atoms, cells = {k: s[k][own] for k in ("pos", "atomic_numbers")}, {k: s[k][[b]] for k in ("cell", "pbc")}
+        yield atoms | cells | {"batch": np.zeros(own.sum(), np.int64)}
 
 
 def with_edges(structure, cutoff):
@@ -156,17 +164,17 @@ def of_ase(atoms):
 
 
 def _atoms(elements, least, most):
-    """Lists of (index of the element, three displacements in hundredths of the cell)."""
-    atom = st.tuples(st.sampled_from(list(elements)), *[st.integers(-25, 25)] * 3)
+    """Lists of (element, its displacement in one number)."""
+    atom = st.tuples(st.sampled_from(list(elements)), st.integers(0, 51**3 - 1))
     return st.integers(least, most).flatmap(lambda n: st.lists(atom, min_size=n, max_size=n))
 
 
 def _structure(pbc, sizes, shears, turn, left, narrow, atoms, least, min_distance, low, high, dtype):
     """The dict of what was drawn: the cell grows until all fit, or atoms that come too close are left out."""
-    a, b, c = (low + (high - low) * k / 20 for k in sizes)
-    xy, xz, yz = (k / 20 for k in shears)
+    a, b, c = (low + (high - low) * k / 20 for k in _digits(sizes, 21))
+    xy, xz, yz = (k / 20 for k in _signed(shears, 21))
     cell = np.round(np.roll([[a, 0, 0], [xy * a, b, 0], [xz * a, yz * b, -c if left else c]], turn, axis=1), 2)
-    sites, moves, pbc = np.arange(len(atoms))[:, None] * SPREAD % 1, np.array([m for _, *m in atoms]).reshape(-1, 3) / 100, np.array(pbc)
+    sites, moves, pbc = np.arange(len(atoms))[:, None] * SPREAD % 1, np.array([_signed(m, 51) for _, m in atoms]).reshape(-1, 3) / 100, np.array(pbc)
     kept = _fitting(cell, pbc, sites + moves, min_distance)
     while len(kept) < (least if narrow > 2 else len(atoms)):
         cell, moves = np.round(1.2 * cell, 2), moves / 2
@@ -178,6 +186,16 @@ def _structure(pbc, sizes, shears, turn, left, narrow, atoms, least, min_distanc
     }
 
 
+def _digits(number, base):
+    """Three numbers from one, which hypothesis draws and shrinks sooner than three."""
+    return [number // base**k % base for k in range(3)]
+
+
+def _signed(number, base):
+    """As _digits, from -base/2 to base/2."""
+    return [d - base * (d > base // 2) for d in _digits(number, base)]
+
+
 def _fitting(cell, pbc, sites, min_distance):
     """Which sites stay at a distance from all before them."""
     pos = np.round(sites @ cell, 3)
@@ -187,7 +205,8 @@ def _fitting(cell, pbc, sites, min_distance):
 
 def _choice(elements, n_atoms, min_distance):
     if not len(elements) or not min_distance > 0:
-        raise ValueError(message("at least one element and a positive min_distance", f"elements {tuple(elements)}, min_distance={min_distance}", "pass atomic numbers and Angstrom"))
+        got = f"elements {tuple(elements)}, min_distance={min_distance}"
+        raise ValueError(message("at least one element and a positive min_distance", got, "pass atomic numbers and Angstrom"))
     least, most = _range(n_atoms)
     if least < 1:
         raise ValueError(message("at least one atom", f"n_atoms={n_atoms}", "pass a number or (least, most)"))

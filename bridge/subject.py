@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+from functools import partial
 
 import numpy as np
 
@@ -28,6 +29,7 @@ class Subject:
         natural = side("jax").precision() if self.kind == "jax" else "float64"
         self.dtype = one_of("dtype", dtype or (self.card and self.card.dtype) or natural, tuple(TOLERANCES))
         self.limits, self.device = TOLERANCES[self.dtype], self.card and self.card.device
+        self.model = self.unpadded = None
         self.model = self._in_torch()
 
     def _in_torch(self):
@@ -36,8 +38,10 @@ class Subject:
         from bridge.join import torch_potential
         from torch_side.buckets import Buckets
 
+        module = partial(torch_potential, self.raw, gradients="model" if self.gradients == "model" else "autodiff", cutoff=self.cutoff)
+        self.unpadded = module(buckets=False)
         few = {"buckets": Buckets({"edge_index": "2 E", "cell_offsets": "E 3"}, fill={"edge_index": 2**31 - 1}, start=512, growth=8)} if self.cutoff else {}
-        return torch_potential(self.raw, gradients="model" if self.gradients == "model" else "autodiff", cutoff=self.cutoff, **few)
+        return module(**few)
 
     def refuses(self, needs) -> str:
         """Why a property that needs these can't be checked."""
@@ -55,7 +59,8 @@ class Subject:
         return {**s, **{k: np.asarray(s[k], self.dtype) for k in ("pos", "cell")}, **extras}
 
     def __call__(self, s):
-        return self.torch.call(self.model, self.inputs(s), self.device)
+        model = self.unpadded if self.unpadded and "edge_index" in s else self.model  # edges that are given come as they are
+        return self.torch.call(model, self.inputs(s), self.device)
 
     def room(self, relative, *found, noise=None):
         """How far numbers may be apart: relative to the largest of `found`; with `noise`, also for digits lost in finite differences of its energy."""
@@ -67,7 +72,7 @@ class Subject:
         """[(label, what, arrays)] of the energy in the other framework, by the transforms there."""
         inputs, other = self.inputs(s), np.asarray(other, self.dtype)
         if self.kind == "jax":
-            return self.torch.potential_transforms(self.model, self._graph(inputs), other, second)
+            return self.torch.potential_transforms(self.unpadded, self._graph(inputs), other, second)
         from bridge.join import potential
 
         fixed = {k: x for k, x in inputs.items() if k not in ("pos", "cell")}
@@ -101,7 +106,8 @@ def side(kind):
 
 def _kind(model):
     """torch for nn.Modules and models with a card."""
-    if getattr(model, "card", None) is not None and not type(model).__module__.startswith("jax_side") or any(c.__module__.startswith("torch.nn.") for c in type(model).__mro__):
+    torch_module = any(c.__module__.startswith("torch.nn.") for c in type(model).__mro__)
+    if torch_module or getattr(model, "card", None) is not None and not type(model).__module__.startswith("jax_side"):
         return "torch"
     raise TypeError(message('kind="torch" or kind="jax"', f"a {type(model).__name__}, which may be either", "say what its tensors are"))
 

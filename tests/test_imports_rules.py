@@ -20,7 +20,8 @@ OWN = {  # what a file may import beyond its bank; an adapter of an engine or a 
     "torch_side/neighbors.py": {"vesin"},
     "torch_side/models/sevennet.py": {"sevenn"},
 }
-ADAPTED = set().union(*OWN.values(), {"jax_md"})
+AT_TOP = {f"bridge/{name}.py": {"hypothesis"} for name in ("testing", "strategies")}  # what a file may import at module level
+ADAPTED = set().union(*OWN.values(), {"jax_md", "chgnet", "torchani", "mace", "franken"})
 DYNAMIC = ("import_module", "__import__", "find_spec", "LazyLoader")
 
 
@@ -85,7 +86,7 @@ def floor_imports_third_parties(root):
 def third_parties_outside_their_adapter(root):
     base = JAX | TORCH | SCIENCE | {"bridge"} | set(sys.stdlib_module_names)
     own = {f: OWN.get(f, {p.stem} if p.parent.name in ("engines", "models") else set()) for f, p in files(root).items()}
-    allowed = lambda f, m, inside: top(m) in base or inside and top(m) in own[f]  # noqa: E731
+    allowed = lambda f, m, inside: top(m) in base | AT_TOP.get(f, set()) or inside and top(m) in own[f]  # noqa: E731
     return [f for f, p in files(root).items() if not all(allowed(f, m, inside) for m, inside in imports(p, f))]
 
 
@@ -113,6 +114,8 @@ RULES = {  # rule: (file, source) pairs, each of which breaks it
         ("torch_side/models/chgnet.py", "def f():\n    import mace"),
         ("jax_side/potential.py", "def f():\n    import jax_md"),
         ("bridge/join.py", "class A:\n    import tvm_ffi"),
+        ("bridge/checks.py", "import hypothesis"),
+        ("torch_side/testing.py", "def f():\n    from hypothesis import given"),
     ],
 }
 PLANTED = [pytest.param(rule, f, s, id=f"{rule.__name__}-{i}") for rule, twins in RULES.items() for i, (f, s) in enumerate(twins)]
@@ -152,7 +155,7 @@ LOADED = "import sys, json, importlib\nfor m in {}: importlib.import_module(m)\n
 @pytest.mark.parametrize(
     "names, forbidden",
     [
-        (["bridge", *sorted(FLOOR)], JAX | TORCH | SCIENCE),
+        (["bridge", *sorted(FLOOR)], JAX | TORCH | SCIENCE | {"hypothesis"}),
         (modules("jax_side"), TORCH | ADAPTED),
         (modules("torch_side"), JAX | ADAPTED),
         (modules(*BANKS), ADAPTED),
