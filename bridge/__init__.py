@@ -10,6 +10,7 @@ _HOMES = {
     "functional": "bridge.join",
     "module": "bridge.join",
     "potential": "bridge.join",
+    "jax_potential": "bridge.join",
     "edges": "bridge.join",
     "torch_potential": "bridge.join",
     "Buckets": "torch_side.buckets",

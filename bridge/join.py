@@ -1,4 +1,4 @@
-"""The one file that imports both sides: to_jax, to_torch, functional, module, potential, edges, torch_potential."""
+"""The one file that imports both sides: to_jax, to_torch, functional, module, potential, jax_potential, edges, torch_potential."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bridge.errors import message
 from jax_side import arrays as jax_arrays
 from jax_side import doctor as jax_doctor
 from jax_side import export as jax_export
-from jax_side import potential as jax_potential
+from jax_side import potential as jax_side_potential
 from jax_side.calling import JaxCallable
 from jax_side.edges import Edges
 from jax_side.outputs import Outputs
@@ -180,30 +180,17 @@ def functional(module: torch.nn.Module, *, gradients="trainable", copy=True, **o
     return apply, params
 
 
-def potential(
-    model, *, atomic_numbers, pbc=None, batch=None, n_systems=1, gradients="model", outputs=(), cutoff=None, card=None, batched="graph", lane="auto", **extras
-):
+def potential(model, *, atomic_numbers, pbc=None, batch=None, n_systems=1, gradients="model", outputs=(), cutoff=None, card=None, batched="graph", lane="auto", **extras):
     """A torch potential as a differentiable JAX energy: `energy(positions, cell)`, in eV and Angstrom.
 
-    `model` is a torch callable of the potential contract (bridge.contract): it takes one dict of tensors (pos (N,3),
-    cell (B,3,3) by rows, pbc (B,3), batch (N,), atomic_numbers (N,) and the `extras`), and returns one. With
-    `gradients="model"` that dict holds energy (B,), position_gradients g = dE/dr (N,3) and cell_gradients G = dE/dh at
-    fixed Cartesian positions (B,3,3); with `gradients="autograd"` it holds energy alone, and torch.autograd makes g and G
-    in the same pass. What the returned object can do, and its other arguments: see jax_side.potential.potential.
-
-    `outputs` names further outputs of bridge.contract.OUTPUTS that `energy.outputs(positions, cell)` is to have
-    (node_energies, charges, magmoms, dipole, embeddings, hessian, ...). A model that is given edges takes edge_index (2,E) and
-    cell_offsets (E,3), bound or in the call, with unused slots of index >= N (`bridge.edges` makes them); `cutoff` (Angstrom) makes
-    them on the torch side instead, at each call, without padding or capacity. The model never sees padding: unused slots, atoms of
-    number 0, systems without atoms; and edges beyond the cutoff are left out. `card` (bridge.Card) says what a model of your
-    own has and needs; the models of this package carry theirs.
+    `model` is a torch callable of the potential contract and what makes it a JAX model is said in `jax_potential`: gradients=,
+    outputs=, cutoff=, card=, batched=, lane=. What the returned object can do, and its other arguments (the atoms, their boundaries,
+    systems, and `extras` such as charge or edge_index): see jax_side.potential.potential.
 
     Value and gradient cost one call into torch: one forward, one backward. Higher orders go by double backward; Hessians
-    record the forward once for all rows. `batched` is how vmap is served: "graph", all structures as the systems of
-    one batched call (the model must keep systems apart); or "sequential", one call after another.
+    record the forward once for all rows.
 
-    Raises: ValueError where card, or an output that is asked for, and model don't fit; as `to_jax`, jax_side.potential.potential
-    and torch_side.graph.evaluate do.
+    Raises: as `jax_potential`, and as jax_side.potential.potential does.
 
     >>> import jax, torch, bridge
     >>> spring = lambda x: {"energy": (x["pos"] ** 2).sum()[None]}
@@ -211,10 +198,44 @@ def potential(
     >>> jax.jit(jax.grad(energy))(jax.numpy.ones((2, 3))).tolist()
     [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]
     """
+    bridged = jax_potential(model, gradients=gradients, outputs=outputs, cutoff=cutoff, card=card, batched=batched, lane=lane)
+    return jax_side_potential.potential(bridged, atomic_numbers=atomic_numbers, pbc=pbc, batch=batch, n_systems=n_systems, card=bridged.card, **extras)
+
+
+def jax_potential(model, *, gradients="model", outputs=(), cutoff=None, card=None, batched="graph", lane="auto"):
+    """A torch potential as a JAX model of the contract: a dict of arrays in, a dict of arrays out, for jax_side.direct and engines.
+
+    `model` is a torch callable of the potential contract (bridge.contract): it takes one dict of tensors (pos (N,3),
+    cell (B,3,3) by rows, pbc (B,3), batch (N,), atomic_numbers (N,) and what else the caller gives), and returns one. With
+    `gradients="model"` that dict holds energy (B,), position_gradients g = dE/dr (N,3) and cell_gradients G = dE/dh at
+    fixed Cartesian positions (B,3,3); with `gradients="autograd"` it holds energy alone, and torch.autograd makes g and G
+    in the same pass.
+
+    `outputs` names further outputs of bridge.contract.OUTPUTS that the result is to have (node_energies, charges, magmoms,
+    dipole, embeddings, hessian, ...). A model that is given edges takes edge_index (2,E) and cell_offsets (E,3), with unused
+    slots of index >= N (`bridge.edges` makes them); `cutoff` (Angstrom) makes them on the torch side instead, at each call, without
+    padding or capacity. The model never sees padding: unused slots, atoms of number 0, systems without atoms; and edges
+    beyond the cutoff are left out. `card` (bridge.Card) says what a model of your own has and needs; the models of this package
+    carry theirs. `batched` is how vmap is served: "graph", all structures as the systems of one batched call (the model
+    must keep systems apart); or "sequential", one call after another. `lane` is that of `to_jax`.
+
+    The result has the model's `.card`, its active outputs among it, and is equal for equal arguments. Its energy differentiates by
+    torch, not by the gradients beside it: jax_side.potential and jax_side.direct make energies that do.
+
+    Raises: ValueError where card, or an output that is asked for, and model don't fit; as `to_jax` and torch_side.graph.evaluate.
+
+    >>> import bridge, jax.numpy as jnp
+    >>> model = bridge.jax_potential(lambda x: (x["pos"] ** 2).sum()[None], gradients="autograd")
+    >>> inputs = {"pos": jnp.ones((2, 3)), "cell": jnp.zeros((1, 3, 3)), "pbc": jnp.zeros((1, 3), bool),
+    ...           "batch": jnp.zeros(2, int), "atomic_numbers": jnp.ones(2, int)}
+    >>> model(inputs)["position_gradients"][0].tolist()
+    [2.0, 2.0, 2.0]
+    """
     model = _model(model, one_of("gradients", gradients, ("model", "autograd")), tuple(outputs), cutoff, card)
     one_of("batched", batched, ("graph", "sequential"))
     bridged = to_jax(Contracted(model), outputs=_Declared(model.card), batched=batched, derivatives="autograd", lane=lane)
-    return jax_potential.potential(bridged, atomic_numbers=atomic_numbers, pbc=pbc, batch=batch, n_systems=n_systems, card=model.card, **extras)
+    bridged.card = model.card
+    return bridged
 
 
 def edges(cutoff, capacity, *, lane="auto"):

@@ -43,7 +43,7 @@ def potential(model, *, atomic_numbers, pbc=None, batch=None, n_systems=1, card=
     `energy.stress(positions, cell)` is W / V, tension positive, (3,3) or (B,3,3): one evaluation each. `a + b` is the sum of two
     energies of the same atoms: what adds is added, what only one gives is kept.
 
-    `card` (bridge.Card) says what the model has and needs; elements, boundaries, inputs, the dtype and the order of derivatives
+    `card` (bridge.Card; None: the model's own, if it has one) says what the model has and needs; elements, boundaries, inputs, the dtype and the order of derivatives
     are checked against it before anything runs.
 
     Raises: ValueError for what the card does not have, for shapes, dtypes or outputs outside the contract, for positions and cell of unlike dtype, for
@@ -55,7 +55,7 @@ def potential(model, *, atomic_numbers, pbc=None, batch=None, n_systems=1, card=
     >>> jax.grad(energy)(jnp.ones((2, 3))).tolist()
     [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]
     """
-    return Potential(model, atomic_numbers, pbc, batch, n_systems, extras, card or Card())
+    return Potential(model, atomic_numbers, pbc, batch, n_systems, extras, card or getattr(model, "card", None) or Card())
 
 
 class Potential:

@@ -13,6 +13,7 @@ import bridge
 from bridge.card import Card
 from bridge.contract import OUTPUTS, output_shapes
 from jax_side import strain
+from jax_side.direct import direct
 from jax_side.potential import potential
 from tests.graph_cases import CARD, CUTOFF, H, MODEL, NUMBERS, R, Embedded, brute, close, embedded, seen, system
 from torch_side.model import Model, Sum, Wrapped
@@ -177,6 +178,21 @@ def test_a_sum_in_torch_of_torch_and_jax():
     for name, y in total(x).items():
         close(y, a(x)[name] + b(x)[name])
     assert abs(b(x)["position_gradients"]).max() > 0.1
+
+
+def test_a_torch_model_as_a_jax_model_of_the_contract():
+    """By its card jax_side.direct and jax_side.potential know what it has; equal for equal models, so that jit caches hit."""
+    model = bridge.jax_potential(MODEL, outputs=("node_energies",))
+    assert model == bridge.jax_potential(MODEL, outputs=("node_energies",)) != bridge.jax_potential(MODEL) and hash(model)
+    assert model.card.active_outputs == {"energy", "position_gradients", "cell_gradients", "node_energies"}
+    inputs = {"pos": R, "cell": H[None], "pbc": jnp.ones((1, 3), bool), "batch": jnp.zeros(4, int), "atomic_numbers": jnp.asarray(NUMBERS)}
+    seen.clear()
+    out = jax.block_until_ready(jax.jit(direct(model))(inputs))
+    assert len(seen) == 1
+    e, (g, G) = jax.value_and_grad(lambda r, h: brute(r, h, NUMBERS), (0, 1))(R, H)
+    close([out.total_energies[0], out.gradients.positions, out.gradients.cell[0]], [e, g, G])
+    assert potential(model, atomic_numbers=NUMBERS).card is model.card
+    refused("got hessian|hessian among the active outputs", direct, model, hessians="positions")
 
 
 def test_cards_of_models_and_what_contradicts_them():
