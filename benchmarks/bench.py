@@ -1,6 +1,7 @@
 """What a bridged call costs on the CPU, beside its controls and the native ways, in one process: `python -m benchmarks.bench`.
 
-Here torch in JAX; JAX in torch, with the packages that offer the same, is in benchmarks/jax_in_torch.py.
+Here torch in JAX; JAX in torch, with the packages that offer the same, is in benchmarks/jax_in_torch.py, potentials in
+benchmarks/potentials.py.
 
 Prints one JSON line for each case, then a table. The variants of a group take turns, round by round, so that the drift of a
 busy machine hits them all: `us` is the quickest round, a ratio is the median over rounds of this / that in the same round.
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 import bridge
 from benchmarks.harness import GROUPS, bare, group, in_loop, one_by_one, ratio, rows_of, table
+import benchmarks.potentials  # noqa: F401  its groups
 from benchmarks.jax_in_torch import ATOMS, soft_spheres  # and its groups
 
 ADDED_US, OF_HOST = 5.0, 0.1

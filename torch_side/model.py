@@ -50,7 +50,9 @@ class Model(nn.Module):
         return graph.evaluate(partial(self._with_gradients, trained=trained), inputs, self.card, type(self).__name__)
 
     def asking(self, *outputs: str):
-        """This model, weights shared, with more outputs active. ValueError for one that its card does not have."""
+        """This model, weights shared, with more outputs active (to() moves the weights of both: cast first, ask then).
+
+        Raises: ValueError for an output that the card does not have."""
         other = copy.copy(self)
         other.card = self.card.asking(*outputs)
         return other
