@@ -99,7 +99,7 @@ class Card:
         if self.dtype not in (None, dtype_name(pos)):
             do = f"cast pos and cell, or load the model with dtype={dtype_name(pos)}"
             raise ValueError(message(f"pos as {self.dtype}, the model's dtype", dtype_name(pos), do))
-        if device is not None and self.device not in (None, device):
+        if device is not None and self.device not in (None, device, device.partition(":")[0]):  # cuda is any of cuda:0, cuda:1
             do = f"move the inputs, or load the model with device={device!r}"
             raise ValueError(message(f"pos on {self.device}, the model's device", device, do))
 

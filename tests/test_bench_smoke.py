@@ -39,7 +39,11 @@ CASES = {
         *("jitted value_and_grad", "jitted value_and_grad, waited for", "pure torch", "bridge.module", "bridge.module, loss in JAX"),
         *(*RIVALS, f"{SCALAR}, loss in JAX"),
     ],
+    "potential_step": ["bare torch", "ffi", "host"],
+    "potential_hessian": ["torch.autograd, forward once", "jax.hessian", "jacrev of grad", "row by row in lax.map"],
+    "potential_replicas": ["vmap, one graph", 'vmap, batched="sequential"'],
     "acceptance": [
+        *("potential_hessian: jax.hessian / torch.autograd, forward once", 'potential_replicas: vmap, one graph / vmap, batched="sequential"'),
         *("empty: us that ffi adds to bare torch", "empty: ffi / host", "to_torch_forward: bridge / bare jit dispatch"),
         *(f"to_torch_forward: bridge / {rival}" for rival in ("torch_jax_interop.jax_to_torch", "jax2torch")),
         *(f"to_torch_forward: bridge, requires_grad / {rival}, requires_grad" for rival in RIVALS),

@@ -59,6 +59,14 @@ def test_elements_boundaries_inputs_and_dtypes(under):
     refused("expected pos as float32, the model's dtype, got float64; cast pos and cell", under(narrow), R, H)
 
 
+def test_a_device_without_a_number_is_any_of_its_kind():
+    for mine, given in (("cuda", "cuda:1"), ("cuda:1", "cuda:1"), (None, "cuda:0")):
+        Card(device=mine).check_home(R, given)
+    for mine, given in (("cuda:0", "cuda:1"), ("cpu", "cuda:0")):
+        with pytest.raises(ValueError, match=f"expected pos on {mine}, the model's device, got {given}"):
+            Card(device=mine).check_home(R, given)
+
+
 def test_second_derivatives_of_a_first_order_model():
     energy = bridge.potential(Wrapped(embedded, dataclasses.replace(CARD, derivative_order=1), "autograd"), atomic_numbers=NUMBERS)
     close(jax.jit(jax.value_and_grad(energy, (0, 1)))(R, H), jax.value_and_grad(lambda r, h: brute(r, h, NUMBERS), (0, 1))(R, H))
