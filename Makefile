@@ -5,15 +5,19 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # torch is named with the others in one pip command, so that a CPU build at hand is taken instead of several GB of CUDA.
 PINS := torch==2.13.0 jax==0.10.2 jax-tvm-ffi==0.1.3 apache-tvm-ffi==0.1.15.post2 sevenn==0.13.0 jax-md==0.2.29 vesin==0.6.2 \
-	chgnet==0.4.2 torchani==2.9.0 franken==0.7.0
-# mace-torch pins e3nn 0.4.4, but runs with the e3nn of the others: it and what only it needs come without dependencies; so does
-# nvalchemi-toolkit, whose strain functions a test of conventions calls.
-BARE := nvalchemi-toolkit==0.2.0 mace-torch==0.3.16 torch-ema==0.3 torchmetrics==1.9.0 lightning-utilities==0.15.3 lmdb==3.0.0
+	chgnet==0.4.2 torchani==2.9.0 franken==0.7.0 torch-sim-atomistic==0.3.0
+# mace-torch pins e3nn 0.4.4 and nvalchemi-toolkit numpy < 2.4, but both run with the versions of the others: they and what only
+# they need come without dependencies. nvalchemi also wants zarr 3, where torchani has zarr 2: that and what comes with it
+# goes into a folder of its own, which only its tests look into.
+BARE := nvalchemi-toolkit==0.2.0 nvalchemi-toolkit-ops==0.5.0 warp-lang==1.19.0 mace-torch==0.3.16 torch-ema==0.3 torchmetrics==1.9.0 lightning-utilities==0.15.3 lmdb==3.0.0
+APART := zarr==3.1.6 donfig==0.8.1.post1 google-crc32c==1.9.0 plum-dispatch==2.10.1 beartype==0.23.1 tensordict==0.11.0 \
+	pyvers==0.2.3 dm-tree==0.1.10 loguru==0.7.3 periodictable==2.0.2 plotext==6.1.0 nvidia-physicsnemo==2.2.2 s3fs==2026.9.0 \
+	aiobotocore==3.10.0 botocore==1.44.5 jmespath==1.1.0 aioitertools==0.13.0 treelib==1.8.0 six==1.17.0 termcolor==3.3.0
 # What `make bench` measures beside the bridge, and chex, which torch-jax-interop imports without requiring it.
 RIVALS := torch-jax-interop==0.0.8 jax2torch==0.0.7 chex==0.1.92
 WORKERS ?= 2
 
-.PHONY: help setup demo demo-jax-in-torch test bench gpu-check clean
+.PHONY: help setup demo demo-jax-in-torch demo-npt demo-torch-sim demo-relax test bench bench-engines gpu-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -25,6 +29,7 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(PINS) -e '.[test]'
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps $(BARE)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/nvalchemi $(APART)
 	touch $@
 
 demo: setup  ## SevenNet-0 on a crystal in a jitted jax-md run: table, picture, trajectory in demos/out (ARGS="--help")
@@ -32,6 +37,15 @@ demo: setup  ## SevenNet-0 on a crystal in a jitted jax-md run: table, picture, 
 
 demo-jax-in-torch: setup  ## jax-md's NequIP trained by torch on EMT energies and forces, then run by ASE: table and picture in demos/out (ARGS="--help")
 	$(RUN) -m demos.fit $(ARGS)
+
+demo-npt: setup  ## thermal expansion of a salt: SevenNet-0 in jax-md's NPT, all temperatures in one torch call (ARGS="--help")
+	$(RUN) -m demos.npt $(ARGS)
+
+demo-torch-sim: setup  ## one JAX potential of copper in torch-sim and in jax-md: the same trajectory; table and picture in demos/out (ARGS="--help")
+	$(RUN) -m demos.torch_sim $(ARGS)
+
+demo-relax: setup  ## SevenNet-0 relaxes a crystal and its cell in one jitted jax-md program, beside ASE: table and picture in demos/out (ARGS="--help")
+	$(RUN) -m demos.relax $(ARGS)
 
 test: setup  ## all tests on the CPU
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
@@ -42,6 +56,9 @@ bench: $(VENV)/bench-installed  ## costs of a call beside their controls, JSON l
 $(VENV)/bench-installed: $(VENV)/installed
 	@$(VENV)/bin/pip install --quiet --disable-pip-version-check $(PINS) $(RIVALS) -e '.[test,bench]' && touch $@ \
 		|| echo "the other packages could not be installed; the benchmarks go on without them"
+
+bench-engines: setup  ## ms a step of one model in jitted jax-md, under ASE and under torch-sim: table, picture in benchmarks/out (a quiet machine, please)
+	$(RUN) -m benchmarks.engines $(ARGS)
 
 gpu-check: setup  ## checks on a CUDA GPU, report in benchmarks/gpu/<date>.json; says plainly when there is none
 	$(RUN) -m benchmarks.gpu_check $(ARGS)

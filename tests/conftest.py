@@ -13,6 +13,13 @@ hypothesis.settings.register_profile("bridge", deadline=None, max_examples=25, d
 hypothesis.settings.load_profile("bridge")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_end_with_their_file():
+    """Some thousand of them would take gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(params=["ffi", "host"])
 def lane(request):
     return request.param

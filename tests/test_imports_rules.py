@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BANKS = ("bridge", "jax_side", "torch_side")
-FLOOR = {"bridge.errors", "bridge.function", "bridge.failures", "bridge.contract", "bridge.call", "bridge.card"}
+FLOOR = {"bridge.errors", "bridge.function", "bridge.failures", "bridge.contract", "bridge.call", "bridge.card", "bridge.conventions", "bridge.atoms"}
 JAX = {"jax", "jaxlib", "jax_side"}
 TORCH = {"torch", "torch_side"}
 SCIENCE = {"numpy", "ml_dtypes"}
@@ -21,7 +21,7 @@ OWN = {  # what a file may import beyond its bank; an adapter of an engine or a 
     "torch_side/models/sevennet.py": {"sevenn"},
 }
 AT_TOP = {f"bridge/{name}.py": {"hypothesis"} for name in ("testing", "strategies")}  # what a file may import at module level
-ADAPTED = set().union(*OWN.values(), {"jax_md", "chgnet", "torchani", "mace", "franken"})
+ADAPTED = set().union(*OWN.values(), {"jax_md", "chgnet", "torchani", "mace", "franken", "ase", "torch_sim", "nvalchemi", "kups"})
 DYNAMIC = ("import_module", "__import__", "find_spec", "LazyLoader")
 
 

@@ -1,0 +1,178 @@
+"""Milliseconds a step of NVE for one model and crystal, in jitted jax-md, under ASE and under torch-sim: `python -m benchmarks.engines`.
+
+SevenNet-0 (float32) on NaCl of 8, 64 and 216 atoms, and a cheap pair potential in torch (float64) on 256 and 4,000 atoms. The
+variants take turns in one process; `ms` is the quickest round, a ratio the median over rounds. Prints JSON lines and a
+table, and draws benchmarks/out/engines.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import ase.build
+import ase.md.verlet
+import ase.units
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from jax_md import simulate, space
+from tqdm import tqdm
+
+import bridge
+from benchmarks.harness import bare, measure, ratio
+from bridge.card import Card
+from jax_side.engines import jax_md as jax_engine
+from torch_side.engines import ase as ase_engine
+from torch_side.engines import torch_sim as torch_engine
+from torch_side.graph import edge_vectors
+from torch_side.model import Wrapped
+
+OUT = Path(__file__).parent / "out"
+FS = 1.0
+CUTOFF = 5.0  # of the pair potential: argon's, cut where it is smooth
+
+
+def pair(inputs):
+    """Lennard-Jones argon over the edges, smoothly switched off."""
+    r2 = edge_vectors(inputs).square().sum(-1)
+    s6 = (3.4**2 / r2) ** 3
+    each = 0.5 * 4 * 0.0103 * (s6 * s6 - s6) * (1 - r2 / CUTOFF**2) ** 2
+    return r2.new_zeros(len(inputs["cell"])).index_add(0, inputs["batch"][inputs["edge_index"][0]], each)
+
+
+def salt(repeats):
+    return ase.build.bulk("NaCl", "rocksalt", 5.64, cubic=True) * repeats
+
+
+def argon(repeats):
+    return ase.build.bulk("Ar", "fcc", 5.3, cubic=True) * repeats
+
+
+def sevennet():
+    from torch_side.models.sevennet import SevenNet
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return SevenNet("7net-0")
+
+
+CASES = {  # name: (model, atoms, steps in a round)
+    "SevenNet-0, 8 atoms": ("sevennet", lambda: salt(1), 8),
+    "SevenNet-0, 64 atoms": ("sevennet", lambda: salt(2), 2),
+    "SevenNet-0, 216 atoms": ("sevennet", lambda: salt(3), 1),
+    "pair, 256 atoms": ("pair", lambda: argon(4), 40),
+    "pair, 4000 atoms": ("pair", lambda: argon(10), 4),
+}
+MODELS = {"sevennet": sevennet, "pair": lambda: Wrapped(pair, Card(cutoff=CUTOFF, neighbor_list="own", dtype="float64"), "autograd")}
+
+
+def bare_model(model, atoms, dtype):
+    """The model alone: neighbours, forward, backward."""
+    inputs = {
+        "pos": torch.tensor(atoms.positions, dtype=dtype), "cell": torch.tensor(np.array(atoms.cell), dtype=dtype)[None], "pbc": torch.ones(1, 3, dtype=torch.bool),
+        "batch": torch.zeros(len(atoms), dtype=torch.int64), "atomic_numbers": torch.tensor(atoms.numbers),
+    }  # fmt: skip
+    return bare(model, inputs)
+
+
+def under_ase(calculator, atoms):
+    atoms = atoms.copy()
+    atoms.calc = calculator
+    dynamics = ase.md.verlet.VelocityVerlet(atoms, FS * ase.units.fs)
+    return dynamics.run
+
+
+def under_torch_sim(model, atoms, dtype):
+    import torch_sim as ts
+
+    engine = torch_engine.model(model, compute_stress=False)
+    init, step = ts.nve(engine, dt=torch.tensor(FS * ase.units.fs, dtype=dtype), kT=torch.tensor(0.0, dtype=dtype))
+    state = [init(ts.io.atoms_to_state([atoms], engine.device, engine.dtype), seed=0)]
+
+    def run(n):
+        for _ in range(n):
+            state[0] = step(state[0])
+
+    return run
+
+
+def under_jax_md(model, atoms, dtype):
+    """A chunk of steps in one jitted loop."""
+    real = str(dtype).removeprefix("torch.")
+    box = jnp.asarray(atoms.cell.array.T, real)
+    energy = jax_engine.energy(bridge.potential(model, atomic_numbers=atoms.numbers, pbc=True), box)
+    init, step = simulate.nve(energy, space.periodic_general(box, fractional_coordinates=True)[1], FS * ase.units.fs)
+    masses = jnp.asarray(atoms.get_masses(), real)[:, None]
+    state = [init(jax.random.key(0), jnp.asarray(atoms.get_scaled_positions(), real), kT=0.0, mass=masses)]
+    loop = jax.jit(lambda state, n: jax.lax.fori_loop(0, n, lambda _, s: step(s), state))
+
+    def run(n):
+        with jax.enable_x64(dtype == torch.float64):
+            state[0] = jax.block_until_ready(loop(state[0], n))
+
+    return run
+
+
+def variants(name):
+    kind, make, _ = CASES[name]
+    model, atoms = MODELS[kind](), make()
+    atoms.rattle(0.02, seed=0)
+    dtype = torch.float32 if kind == "sevennet" else torch.float64
+    with jax.enable_x64(dtype == torch.float64):
+        found = {"bare model": bare_model(model, atoms, dtype), "jitted jax-md": under_jax_md(model, atoms, dtype)}
+    found |= {"ASE, bridge's calculator": under_ase(ase_engine.calculator(model, outputs=()), atoms), "torch-sim": under_torch_sim(model, atoms, dtype)}
+    if kind == "sevennet":
+        from sevenn.calculator import SevenNetCalculator
+
+        found["ASE, SevenNet's own calculator"] = under_ase(SevenNetCalculator("7net-0", device="cpu"), atoms)
+    return found
+
+
+def rows_of(name, rounds):
+    times = measure(variants(name), CASES[name][2], rounds)
+    return [
+        {"name": f"{name}/{v}", "ms": min(t) / 1e3, "jax_md_over_this": ratio(times["jitted jax-md"], t)} for v, t in times.items()
+    ]  # fmt: skip
+
+
+def draw(rows, path):
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    cases = list(dict.fromkeys(r["name"].split("/")[0] for r in rows))
+    names = list(dict.fromkeys(r["name"].split("/")[1] for r in rows))
+    figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
+    for k, name in enumerate(names):
+        own = [(i, r["ms"]) for i, case in enumerate(cases) for r in rows if r["name"] == f"{case}/{name}"]
+        axes.bar([i + 0.16 * (k - 2) for i, _ in own], [ms for _, ms in own], 0.15, label=name)
+    axes.set(yscale="log", ylabel="ms a step", xticks=range(len(cases)), xticklabels=cases)
+    axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.engines", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads; XLA's pool is beside it")
+    parser.add_argument("--only", choices=CASES, nargs="*", default=list(CASES))
+    parser.add_argument("--out", type=Path, default=OUT / "engines.png")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    rows = [row for name in tqdm(args.only, disable=None) for row in rows_of(name, args.rounds)]
+    print("\n".join(map(json.dumps, rows)))
+    width = max(len(r["name"]) for r in rows) + 2
+    print("\n".join([f"\n{'':{width}}{'ms a step':>10}   jax-md / this", *(f"{r['name']:{width}}{r['ms']:10.2f}   {r['jax_md_over_this']:.2f}" for r in rows)]))
+    draw(rows, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""ASE's Atoms and a potential of the contract: what a calculator does, whichever bank the potential is of. Standard library only.
+
+ase itself is for the engines of the banks to import: they hand its classes in, and a function from NumPy arrays to NumPy arrays.
+"""
+
+from __future__ import annotations
+
+from bridge.contract import INPUTS
+from bridge.conventions import to
+from bridge.errors import message
+
+PROPERTIES = {  # ASE's name: the outputs of the contract that it is made of
+    "energy": ("energy",),
+    "free_energy": ("energy",),
+    "forces": ("position_gradients",),
+    "stress": ("position_gradients", "cell_gradients"),
+    "energies": ("node_energies",),
+    "charges": ("charges",),
+    "magmoms": ("magmoms",),
+    "dipole": ("dipole",),
+}
+BY_ATOMS = ("node_energies", "charges", "magmoms", "dipole")  # outputs beside energy and gradients that ASE has a name for
+INFO = ("charge", "spin")  # taken from atoms.info
+
+
+def properties(outputs) -> list[str]:
+    """ASE's names of what these outputs give."""
+    return [name for name, needed in PROPERTIES.items() if set(needed) <= set(outputs)]
+
+
+def has_stress(atoms) -> bool:
+    """A stress wants a periodic axis and three independent cell vectors."""
+    return bool(atoms.pbc.any()) and atoms.cell.rank == 3
+
+
+def inputs_of(atoms, card, dtype: str, who: str) -> dict:
+    """The dict of the contract for one ase.Atoms, as fresh NumPy arrays: pos and cell in `dtype`, integers int64.
+
+    charge and spin are atoms.info["charge"] and atoms.info["spin"], where the card requires or uses them.
+
+    Raises: ValueError where the card requires one that atoms.info lacks."""
+    numbers, cell = atoms.numbers.astype("int64"), atoms.cell.array.astype(dtype)[None]
+    found = {"pos": atoms.positions.astype(dtype), "atomic_numbers": numbers, "cell": cell, "pbc": atoms.pbc.copy()[None], "batch": 0 * numbers}
+    for name in (n for n in INFO if n in card.required_inputs and n not in atoms.info):
+        raise ValueError(message(f"atoms.info[{name!r}], which {who} needs", "none", f"set it ({INPUTS[name][2]}); it is never guessed"))
+    return found | {name: 0 * cell[:, 0, 0] + value for name, value in _info(atoms, card).items()}
+
+
+def _info(atoms, card) -> dict:
+    """Charge and spin as far as the card has a use for them."""
+    return {n: float(atoms.info[n]) for n in INFO if n in card.required_inputs | card.optional_inputs and n in atoms.info}
+
+
+def results(out: dict, atoms, asked=()) -> dict:
+    """ASE's results from outputs of one system, NumPy arrays: energies in eV, forces -g, stress W/V (Voigt), all float64.
+
+    Raises: ValueError for an asymmetric virial where the stress is `asked` for; else there is none among the results."""
+    out = {name: x.astype("float64") for name, x in out.items()}
+    found = {"energy": float(out["energy"][0]), "free_energy": float(out["energy"][0])}
+    found |= {name: out[key] for name, key in (("energies", "node_energies"), ("charges", "charges"), ("magmoms", "magmoms")) if key in out}
+    if "dipole" in out:
+        found["dipole"] = out["dipole"][0]
+    if (g := out.get("position_gradients")) is not None:
+        found["forces"] = -g
+        if "cell_gradients" in out and has_stress(atoms):
+            cell = atoms.cell.array
+            try:
+                found["stress"] = to("ase", atoms.positions.T @ g + cell.T @ out["cell_gradients"][0], cell)
+            except ValueError:
+                if "stress" in asked:
+                    raise
+    return found
+
+
+def calculator_class(base, refusal, module: str):
+    """The class of calculators of one bank: `kind(evaluate, card, dtype, name)`.
+
+    `base` is ase's Calculator, `refusal` its PropertyNotImplementedError; `module` is where pickle finds the class as Calculator.
+    `evaluate` takes the dict of `inputs_of` and gives the model's outputs as NumPy arrays; each calculation is one call."""
+
+    class Calculator(base):
+        """A potential of the contract under ASE; see `calculator`."""
+
+        ignored_changes = {"initial_charges", "initial_magmoms"}  # potentials don't look at these
+
+        def __init__(self, evaluate, card, dtype, name):
+            super().__init__()
+            self.evaluate, self.card, self.dtype, self.model_name = evaluate, card, dtype, name
+            self.implemented_properties = properties(card.active_outputs)
+
+        def check_state(self, atoms, tol=1e-15):
+            changes = super().check_state(atoms, tol)
+            return changes or (["info"] if _info(self.atoms, self.card) != _info(atoms, self.card) else [])
+
+        def calculate(self, atoms=None, properties=("energy",), system_changes=()):
+            super().calculate(atoms, properties, system_changes)
+            if "stress" in properties and not has_stress(self.atoms):
+                got = "no periodic axis" if not self.atoms.pbc.any() else "a singular cell"
+                raise refusal(message("a periodic system with three cell vectors for a stress", got, "such a system has none"))
+            out = self.evaluate(inputs_of(self.atoms, self.card, self.dtype, self.model_name))
+            self.results = results(out, self.atoms, properties)
+
+        def _get_name(self):
+            return self.model_name.lower()
+
+    Calculator.__module__, Calculator.__qualname__ = module, "Calculator"
+    return Calculator
