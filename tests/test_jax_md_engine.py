@@ -93,12 +93,15 @@ def test_same_trajectory_as_jax_md(name, integrator):
 def test_npt_gives_the_same_trajectory():
     reference, ours, shift, R = SYSTEMS["fractional"]
 
-    def run(energy_fn):
-        init, step = simulate.npt_nose_hoover(energy_fn, shift, 1e-2, 0.05, 0.1)
+    chain = dict(chain_length=2, chain_steps=1, sy_steps=1)
+
+    def run(simulator, energy_fn):
+        init, step = simulator(energy_fn, shift, 1e-2, 0.05, 0.1, chain, chain)
         return jax.jit(lambda s: jax.lax.fori_loop(0, 50, lambda i, s: step(s), s))(init(KEY, R, BOX))
 
-    a, b = run(ours), run(reference)
-    close([a.position, a.momentum, a.box_position], [b.position, b.momentum, b.box_position])
+    b = run(simulate.npt_nose_hoover, reference)
+    for a in run(simulate.npt_nose_hoover, ours), run(engine.npt_nose_hoover, ours), run(engine.npt_nose_hoover, reference):
+        close([a.position, a.momentum, a.box_position], [b.position, b.momentum, b.box_position])
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
@@ -123,6 +126,47 @@ def test_every_kind_of_box(box):
 def test_gradient_in_the_box():
     reference, ours, _, R = SYSTEMS["fractional"]
     close(*(jax.grad(lambda box: f(R, box=box))(1.02 * BOX) for f in (ours, reference)))
+
+
+def mixed(r, cell):
+    """No physics, but a dependence on all there is, and no symmetry."""
+    return jnp.sin(r @ jnp.array([0.3, -0.5, 0.9])).sum() * jnp.cos(cell @ jnp.array([0.2, 0.1, -0.3])).sum() + jnp.einsum("ni,nj,ij->", r, r, cell) / 40
+
+
+def second_derivatives(energy_fn, forward):
+    """How dE/dR and dE/dbox change along DR, and along DBOX."""
+    first, second = jax.grad(energy_fn, (0, 1)), jax.jvp if forward else pushed_by_reverse
+    return second(lambda R: first(R, BOX), (FRACTIONAL,), (DR,))[1], second(lambda box: first(FRACTIONAL, box), (BOX,), (DBOX,))[1]
+
+
+def pushed_by_reverse(f, at, along):
+    """jvp made of reverse mode alone."""
+    jacobian = jax.jacrev(f)(*at)
+    return f(*at), jax.tree.map(lambda j: jnp.tensordot(j, along[0], along[0].ndim), jacobian)
+
+
+DR, DBOX = jax.random.normal(KEY, (N, 3)), jax.random.normal(KEY, (3, 3))
+
+
+def test_second_derivatives_are_those_of_finite_differences():
+    """Where R moves by real displacements; the trap is jax-md's space.transform."""
+    right = lambda R, box: engine.energy(mixed, box)(R)  # noqa: E731
+    wrong = lambda R, box: mixed(space.transform(box, R), box.T)  # noqa: E731
+    close(jax.grad(right, (0, 1))(FRACTIONAL, BOX), jax.grad(wrong, (0, 1))(FRACTIONAL, BOX))
+    first, h = jax.grad(right, (0, 1)), 1e-5
+    slope = lambda f: jax.tree.map(lambda a, b: (a - b) / (2 * h), f(h), f(-h))  # noqa: E731
+    moves = slope(lambda x: first(FRACTIONAL + x * DR @ jnp.linalg.inv(BOX).T, BOX)), slope(lambda x: first(FRACTIONAL, BOX + x * DBOX))
+    for forward in (True, False):
+        close(second_derivatives(right, forward), moves, 1e-8)
+    assert abs(second_derivatives(wrong, True)[0][1] - moves[0][1]).max() > 0.05 * abs(moves[0][1]).max()
+
+
+def test_forward_over_forward():
+    ours, twice = engine.energy(mixed, BOX), lambda f: jax.jvp(lambda R: jax.jvp(f, (R,), (DR,))[1], (FRACTIONAL,), (DR,))[1]
+    along_reverse = (jax.jvp(jax.grad(ours), (FRACTIONAL,), (DR,))[1] * DR).sum()
+    close(twice(ours), along_reverse)
+    real = jax.jvp(lambda r: jax.jvp(lambda r: mixed(r, BOX.T), (r,), (DR,))[1], (FRACTIONAL @ BOX.T,), (DR,))[1]
+    close(twice(ours), real)
 
 
 def test_general_box_and_keywords_that_are_not_for_the_energy():

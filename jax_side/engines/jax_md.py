@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from bridge.contract import same_dtype
 from bridge.errors import message, missing
+from jax_side.engines.carrying import Carrying, observe
+from jax_side.engines.fractional import fractions, real
 
 
 def energy(potential, box=None, fractional=True):
@@ -20,15 +22,22 @@ def energy(potential, box=None, fractional=True):
     box None is free space. Else box is jax-md's: a number, a vector, or a matrix (upper triangular or not) whose
     COLUMNS are the lattice vectors in Angstrom, so that the cell of rows is box.T. With fractional=True, R (N,3) are
     fractional coordinates and r = box R; the gradient in R is nevertheless the real-space gradient dE/dr, as for every
-    jax-md energy (space.transform sees to it), and shift_fn of periodic_general expects that. With fractional=False, R
-    are real positions. R and box have one dtype.
+    jax-md energy, and shift_fn of periodic_general expects that. With fractional=False, R are real positions. R and box
+    have one dtype.
 
-    Some keywords are read when it is called, the others that jax-md passes on (kT, t, ...) are not: `neighbor`, a jax-md neighbour list
-    of format Sparse, whose edges the potential is given (see `edges`; without it torch finds the neighbours); `box` in place of the box given here (NPT); and `perturbation` P, a number or a matrix: r -> P r for atoms and cell alike. With P = I + e
-    is dE/de at e = 0 the virial W, whence quantity.stress = -W / V and quantity.pressure; jax-md counts compression
-    positive. No minimum image is taken here: which images count is the potential's concern, and small boxes are fine.
+    Some keywords are read when it is called, the others that jax-md passes on (kT, t, ...) are not: `neighbor`, a jax-md
+    neighbour list of format Sparse, whose edges the potential is given (see `edges`; without it torch finds the
+    neighbours); `box` in place of the box given here (NPT); and `perturbation` P, a number or a matrix: r -> P r for atoms
+    and cell alike. With P = I + e is dE/de at e = 0 the virial W, whence quantity.stress = -W / V and quantity.pressure;
+    jax-md counts compression positive. No minimum image is taken here: which images count is the potential's concern, and
+    small boxes are fine.
 
-    One NVE, NVT or Langevin step evaluates the potential once; NPT twice, as jax-md is written.
+    A step of NVE, NVT, Langevin or FIRE evaluates the potential once; one of jax-md's own NPT and FIRE with box twice,
+    which `npt_nose_hoover` and `fire_descent_box` here bring to once. Under jax.vmap all replicas are one evaluation.
+
+    Derivatives are exact to all orders (elasticity.athermal_moduli is right): each is what finite differences of the one
+    before give, where R moves by inv(box) dr as dr is asked for. Mixed ones in R and box come in two kinds, then: that of
+    dE/dr in the box, and that of dE/dbox in r. (space.transform gets the second kind wrong, and forward over forward.)
 
     Raises: ValueError where R and box differ in dtype or box has another shape; NotImplementedError for `new_box`;
     ImportError without jax-md.
@@ -45,7 +54,7 @@ def energy(potential, box=None, fractional=True):
             raise NotImplementedError(message("box=... for a box that changes", "new_box", "pass it as box"))
         box = home if box is None else box
         matrix = None if box is None else _matrix(box, R)
-        r = space.transform(matrix, R) if fractional and box is not None else R
+        r = real(matrix, R) if fractional and box is not None else R
         cell = None if box is None else matrix.T
         if perturbation is not None:
             r = space.raw_transform(perturbation, r)
@@ -134,25 +143,11 @@ class _Model:
         if self.cell is None:
             return self.energy_fn(pos)
         home = jax.lax.stop_gradient(cell)
-        R = _fractional(pos, cell, home)
+        R = fractions(pos, cell, home)
         if self.cell == "box":
             return self.energy_fn(R, box=cell.T)
         moved = jnp.eye(3, dtype=cell.dtype) + (jnp.linalg.inv(home) @ (cell - home)).T  # one, to the bit, but for its derivative
         return self.energy_fn(R, box=home.T, perturbation=moved)
-
-
-@jax.custom_jvp
-def _fractional(pos, cell, home):
-    """s = r h^-1 for jax-md, which takes a tangent of s for one of s h: there is the true ds times `home`, a constant h."""
-    return pos @ jnp.linalg.inv(cell)
-
-
-@_fractional.defjvp
-def _fractional_jvp(primals, tangents):
-    (pos, cell, home), (dpos, dcell, _) = primals, tangents
-    s = pos @ jnp.linalg.inv(cell)  # by the plain formula, for higher derivatives
-    ds_cell = dpos - s @ dcell
-    return _fractional(*primals), ds_cell + ds_cell @ jnp.linalg.inv(home) @ (home - cell)
 
 
 def observed(simulator, energy_fn, *args, **kwargs):
@@ -179,25 +174,57 @@ def observed(simulator, energy_fn, *args, **kwargs):
         seen.position = R
         return -gradient
 
-    return tuple(_observe(fn, seen) for fn in simulator(force_fn, *args, **kwargs))
+    return tuple(observe(fn, seen) for fn in simulator(force_fn, *args, **kwargs))
 
 
-def _observe(fn, seen):
-    """fn with the energy that force_fn left while fn was traced; within one trace, so that no tracer gets out."""
-    fn = getattr(fn, "__wrapped__", fn)  # inside jax-md's own jit the energy would be a tracer of another trace
+def npt_nose_hoover(energy_fn, shift_fn, *args, **kwargs):
+    """jax_md.simulate.npt_nose_hoover (Martyna, Klein, Tuckerman, J. Chem. Phys. 97, 2635 (1992)), one evaluation for a step.
 
-    @jax.jit
-    def run(*args, **kwargs):
-        seen.__dict__.clear()
-        state = fn(*args, **kwargs)
-        found = dict(seen.__dict__)
-        seen.__dict__.clear()
-        if not found or found["position"] is not getattr(state, "position", None):
-            expected, got = "a step that ends where its forces were evaluated", "positions that moved on"
-            raise NotImplementedError(message(expected, got, "call energy_fn beside jax-md's own step"))
-        return state, found["energy"]
+    Takes what jax-md's own takes, returns its `init, step`, and gives its trajectory: its integrator asks for the energy's
+    slope in the volume where a step starts and where it ends, and the state here remembers what the step before found. The
+    state is jax-md's (npt_box, npt_nose_hoover_invariant and state.set take it) with two more fields, both of
+    state.position and state.box: `energy` in eV, and `virial` W = dE/de (3,3) in eV, so that the static stress in jax-md's
+    sign is -W / V. Logging them costs nothing, nor does the conserved quantity, as
+    npt_nose_hoover_invariant(lambda R, **_: state.energy, state, pressure, kT). In jax-md 0.2.29 it drifts in
+    fractional coordinates, whatever the energy, for the step stretches R with the box, which only real coordinates want: with
+    energy(potential, fractional=False), shift_fn = space.free()[1] and real R it holds. Who sets positions or box by hand calls init again.
 
-    return run
+    energy_fn(R, box=..., perturbation=..., **keywords of init or step) is `energy`'s or any jax-md energy. The step is jitted.
+
+    Raises: NotImplementedError, when first called, if this version of jax-md asks for its energies in another order.
+
+    >>> from jax_md import space
+    >>> box = 4 * jnp.eye(3)
+    >>> init, step = npt_nose_hoover(energy(lambda r, cell: (cell**2).sum(), box), space.periodic_general(box)[1], 1e-3, 0.0, 1.0)
+    >>> state = init(jax.random.key(0), jnp.zeros((2, 3)), box)
+    >>> float(state.energy), float(state.virial[0, 0]), float(step(state).energy) < 48
+    (48.0, 32.0, True)
+    """
+    simulator = _jax_md().simulate.npt_nose_hoover
+    return _carrying(lambda energy_fn: simulator(energy_fn, shift_fn, *args, **kwargs), energy_fn, at_start=True)
+
+
+def fire_descent_box(energy_fn, shift_fn, *args, **kwargs):
+    """jax_md.minimize.fire_descent_box (FIRE: Bitzek et al., Phys. Rev. Lett. 97, 170201 (2006)), one evaluation for a step.
+
+    Relaxes atoms and box. Takes what jax-md's own takes, returns its `init, step`, and gives its path; the state has
+    `energy` and `virial` as that of `npt_nose_hoover`, where the rest is said as well. jax-md's own asks for forces and
+    virial one after the other, at the same positions and box.
+
+    >>> from jax_md import space
+    >>> box = 4 * jnp.eye(3)
+    >>> init, step = fire_descent_box(energy(lambda r, cell: ((cell - box) ** 2).sum(), box), space.periodic_general(box)[1])
+    >>> float(init(jnp.zeros((2, 3)), 1.5 * box).energy)
+    12.0
+    """
+    descent = _jax_md().minimize.fire_descent_box
+    return _carrying(lambda energy_fn: descent(energy_fn, shift_fn, *args, **kwargs), energy_fn, at_start=False)
+
+
+def _carrying(make, energy_fn, at_start):
+    """init and step, the latter jitted as jax-md jits its own."""
+    simulator = Carrying(make, energy_fn, at_start)
+    return simulator.init, jax.jit(simulator.step)
 
 
 def _matrix(box, R):
