@@ -15,9 +15,13 @@ APART := zarr==3.1.6 donfig==0.8.1.post1 google-crc32c==1.9.0 plum-dispatch==2.1
 	aiobotocore==3.10.0 botocore==1.44.5 jmespath==1.1.0 aioitertools==0.13.0 treelib==1.8.0 six==1.17.0 termcolor==3.3.0
 # What `make bench` measures beside the bridge, and chex, which torch-jax-interop imports without requiring it.
 RIVALS := torch-jax-interop==0.0.8 jax2torch==0.0.7 chex==0.1.92
+# torchani allows torch up to 2.13 only, but runs with later ones: on Python 3.12 it comes without dependencies, and these beside it.
+BESIDE_TORCHANI := h5py ninja typer rich pandas pyarrow 'zarr<3' huggingface_hub
+LATEST := .venv-latest
+PYTHON312 ?= $(or $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12)),python3.12)
 WORKERS ?= 2
 
-.PHONY: help setup demo demo-jax-in-torch demo-npt demo-torch-sim demo-relax test bench bench-engines gpu-check clean
+.PHONY: help setup demo demo-jax-in-torch demo-npt demo-torch-sim demo-relax test test-latest bench bench-engines gpu-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -50,6 +54,15 @@ demo-relax: setup  ## SevenNet-0 relaxes a crystal and its cell in one jitted ja
 test: setup  ## all tests on the CPU
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
+test-latest:  ## the whole suite, and kUPS, on Python 3.12 with the newest jax, torch and kups: 7 GB in .venv-latest (PYTHON312=...)
+	@$(PYTHON312) -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || { \
+		echo "expected Python 3.12 or later, got none as PYTHON312=$(PYTHON312); install it (pyenv install 3.12), or make test-latest PYTHON312=/path/to/python3.12"; exit 1; }
+	test -x $(LATEST)/bin/python || $(PYTHON312) -m venv $(LATEST)
+	$(LATEST)/bin/pip install --quiet --disable-pip-version-check --upgrade torch jax kups $(BESIDE_TORCHANI) -e '.[test,kups]'
+	$(LATEST)/bin/pip install --quiet --disable-pip-version-check --no-deps $(BARE) torchani==2.9.0
+	$(LATEST)/bin/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(LATEST)/nvalchemi $(APART)
+	OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal -o norecursedirs='.*' $(ARGS)
+
 bench: $(VENV)/bench-installed  ## costs of a call beside their controls, JSON lines and a table (a quiet machine, please)
 	$(RUN) -m benchmarks.bench $(ARGS)
 
@@ -64,4 +77,4 @@ gpu-check: setup  ## checks on a CUDA GPU, report in benchmarks/gpu/<date>.json;
 	$(RUN) -m benchmarks.gpu_check $(ARGS)
 
 clean:  ## remove .venv and what was built
-	rm -rf $(VENV) build *.egg-info demos/out benchmarks/out .pytest_cache .hypothesis
+	rm -rf $(VENV) $(LATEST) build *.egg-info demos/out benchmarks/out .pytest_cache .hypothesis

@@ -31,7 +31,7 @@ class CachedPotential:
     rows: tuple = ()
 
     def init(self, inputs) -> Cache:
-        return Cache(dict(inputs), self.potential(inputs))
+        return Cache(dict(inputs), jax.lax.optimization_barrier(self.potential(inputs)))  # computed once: XLA may else make a second copy, rounded otherwise
 
     def propose(self, inputs) -> tuple[PotentialOut, Cache]:
         proposal = self.init(inputs)

@@ -71,7 +71,7 @@ class SevenNet(Model):
     def _graph(self, species, edges, vectors):
         """The dict that sevenn's layers pass on; one-hot encodings are ours, for sevenn's are always float32."""
         one_hot = nn.functional.one_hot(species, self.n_species).to(vectors.dtype)
-        graph = {"x": one_hot, "node_attr": one_hot, "atom_type": species, "edge_index": edges, "edge_vec": vectors}
+        graph = {"x": one_hot, "node_attr": one_hot, "atom_type": species, "edge_index": edges.long(), "edge_vec": vectors}
         if self.modal is not None:
             modal = torch.tensor(self.modal, device=vectors.device)
             graph |= {"modal_type": modal, "modal_attr": nn.functional.one_hot(modal, self.n_modals).to(vectors.dtype)}
