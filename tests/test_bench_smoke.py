@@ -43,7 +43,6 @@ CASES = {
     "potential_hessian": ["torch.autograd, forward once", "jax.hessian", "jacrev of grad", "row by row in lax.map"],
     "potential_replicas": ["vmap, one graph", 'vmap, batched="sequential"'],
     "acceptance": [
-        *("potential_hessian: jax.hessian / torch.autograd, forward once", 'potential_replicas: vmap, one graph / vmap, batched="sequential"'),
         *("empty: us that ffi adds to bare torch", "empty: ffi / host", "to_torch_forward: bridge / bare jit dispatch"),
         *(f"to_torch_forward: bridge / {rival}" for rival in ("torch_jax_interop.jax_to_torch", "jax2torch")),
         *(f"to_torch_forward: bridge, requires_grad / {rival}, requires_grad" for rival in RIVALS),
@@ -51,6 +50,7 @@ CASES = {
         *(f"to_torch_energy: bridge{how} / {rival}{how}" for rival in (*RIVALS, SCALAR) for how in WAYS),
         *(f"to_torch_training: bridge.module / {rival}" for rival in RIVALS),
         f"to_torch_training: bridge.module, loss in JAX / {SCALAR}, loss in JAX",
+        *("potential_hessian: jax.hessian / torch.autograd, forward once", 'potential_replicas: vmap, one graph / vmap, batched="sequential"'),
     ],
     "passes": ["energy_and_forces", "training_step"],
 }
