@@ -22,8 +22,8 @@ def neighbor_list(pos, cell, pbc, cutoff, batch=None):
 
     both directions are listed, and so are an atom's own periodic images; the atom itself is not. Cells may be smaller
     than the cutoff or triclinic, pbc may differ from axis to axis and from system to system. The cell vector of an
-    open axis is not looked at: it may be zero, and its offsets are 0. Edges are grouped by system; within one their
-    order is vesin's.
+    open axis is not looked at: it may be zero, and its offsets are 0. Edges are sorted by
+    centre, then neighbour.
 
     The list is made by vesin on the CPU in float64, with torch's number of threads; positions on another device are
     copied there to be read, and the result lies on the device of pos. Nothing is differentiated: form r_ij from pos and
@@ -93,9 +93,9 @@ def _edges(x, h, periodic, cutoff, start):
         import vesin
     except ImportError as error:
         raise missing("vesin", "neighbour lists") from error
-    search = vesin.NeighborList(cutoff=cutoff, full_list=True, n_threads=torch.get_num_threads())
+    search = vesin.NeighborList(cutoff=cutoff, full_list=True, sorted=True, n_threads=torch.get_num_threads())  # sums by centre run faster
     pairs, offsets = search.compute(x, _complete(h, periodic), periodic, quantities="PS")
-    return pairs.T.astype(np.int64) + start, offsets.astype(np.int64)
+    return np.ascontiguousarray(pairs.T, np.int64) + start, offsets.astype(np.int64)  # each row dense: torch's scatter is faster so
 
 
 def _complete(h, periodic):
