@@ -4,6 +4,7 @@ import gc
 
 import hypothesis
 import jax
+import psutil
 import pytest
 import torch
 
@@ -13,11 +14,17 @@ hypothesis.settings.register_profile("bridge", deadline=None, max_examples=25, d
 hypothesis.settings.load_profile("bridge")
 
 
+memory = psutil.Process().memory_info
+after_clearing = [memory().rss]
+
+
 @pytest.fixture(scope="module", autouse=True)
-def compiled_programs_end_with_their_file():
-    """Some thousand of them would take gigabytes."""
+def compiled_programs_end_before_they_fill_the_memory():
+    """Some thousand of them take gigabytes; to compile all anew for each file would take minutes."""
     yield
-    jax.clear_caches()
+    if memory().rss > after_clearing[0] + 2e9:
+        jax.clear_caches()
+        after_clearing[0] = memory().rss
 
 
 @pytest.fixture(params=["ffi", "host"])
