@@ -199,7 +199,7 @@ def potential(model, *, atomic_numbers, pbc=None, batch=None, n_systems=1, gradi
     [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]
     """
     bridged = jax_potential(model, gradients=gradients, outputs=outputs, cutoff=cutoff, card=card, batched=batched, lane=lane)
-    return jax_side_potential.potential(bridged, atomic_numbers=atomic_numbers, pbc=pbc, batch=batch, n_systems=n_systems, card=bridged.card, **extras)
+    return jax_side_potential.potential(bridged, atomic_numbers=atomic_numbers, pbc=pbc, batch=batch, n_systems=n_systems, **extras)
 
 
 def jax_potential(model, *, gradients="model", outputs=(), cutoff=None, card=None, batched="graph", lane="auto"):

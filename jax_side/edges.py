@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 
@@ -10,11 +13,11 @@ from bridge.errors import message
 from jax_side.potential import array
 
 
+@dataclass(frozen=True)
 class Edges:
     """What bridge.edges returns; its docstring is the documentation. `find` takes the dict of the contract."""
 
-    def __init__(self, find):
-        self.find = find
+    find: Callable
 
     def __call__(self, positions, cell=None, pbc=None, batch=None):
         pos = jax.lax.stop_gradient(array("positions", positions))
@@ -28,9 +31,3 @@ class Edges:
         inputs = {"pos": pos, "cell": cell, "pbc": pbc, "batch": jnp.asarray(batch)}
         check_inputs(inputs, tuple(inputs))
         return self.find(inputs)
-
-    def __eq__(self, other):
-        return isinstance(other, Edges) and self.find == other.find
-
-    def __hash__(self):
-        return hash(self.find)

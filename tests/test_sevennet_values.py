@@ -11,6 +11,8 @@ from ase import Atoms
 from ase.build import bulk, fcc111, molecule
 
 from torch_side import strain
+from tests.model_cases import inputs
+from tests.model_cases import sevennet_calculator as calculator
 from torch_side.models.sevennet import SevenNet
 
 
@@ -39,27 +41,6 @@ SYSTEMS["si8"].rattle(0.05, seed=0)
 @functools.cache
 def model(dtype=torch.float32):
     return SevenNet("7net-0", dtype=dtype)
-
-
-@functools.cache
-def calculator():
-    from sevenn.calculator import SevenNetCalculator
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return SevenNetCalculator("7net-0", device="cpu")
-
-
-def inputs(*systems, dtype=torch.float32):
-    """The contract's dict for some ASE atoms."""
-    sizes = torch.tensor([len(a) for a in systems])
-    return {
-        "pos": torch.tensor(np.concatenate([a.positions for a in systems]), dtype=dtype),
-        "atomic_numbers": torch.tensor(np.concatenate([a.numbers for a in systems])),
-        "cell": torch.tensor(np.stack([np.array(a.cell) for a in systems]), dtype=dtype),
-        "pbc": torch.tensor(np.stack([a.pbc for a in systems])),
-        "batch": torch.arange(len(systems)).repeat_interleave(sizes),
-    }
 
 
 def stress(out, x):

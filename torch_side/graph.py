@@ -10,7 +10,7 @@ import torch
 from bridge.card import Card, symbol
 from bridge.contract import INPUTS, OUTPUTS, check_inputs
 from bridge.errors import message
-from torch_side.neighbors import bounds_of, check_values, neighbor_list, values
+from torch_side.neighbors import bounds_of, check_values, neighbor_list, system_of, values
 
 TOUCHING = 1e-4  # Angstrom: atoms closer than this are one on top of the other
 
@@ -58,13 +58,9 @@ def _check(inputs, card, name, numbers, n_atoms, n_systems) -> list:
     if not known.all():
         atom = int(np.argmin(known))
         expected = f"one of the {len(card.elements)} elements of {name}" if card.elements else "atomic numbers of at least 0"
-        got = f"{symbol(int(numbers[atom]))} for atom {atom} of system {_system(bounds, atom)}"
+        got = f"{symbol(int(numbers[atom]))} for atom {atom} of system {system_of(bounds, atom)}"
         raise ValueError(message(expected, got, "take another model" if card.elements else "0 marks a padding atom"))
     return bounds
-
-
-def _system(bounds, atom) -> int:
-    return int(np.searchsorted(bounds, atom, "right")) - 1
 
 
 def _real(inputs, card, numbers, batch, n_atoms, n_systems):
@@ -165,7 +161,7 @@ def _check_finite(out, bounds, name):
     for key, what in (("energy", "system"), ("position_gradients", "atom"), ("cell_gradients", "system")):
         if key in out and not (fine := torch.isfinite(out[key])).all():
             first = int((~fine.flatten(1).all(1) if fine.ndim > 1 else ~fine).nonzero()[0])
-            where = f"{what} {first}" + (f" of system {_system(bounds, first)}" if what == "atom" else "")
+            where = f"{what} {first}" + (f" of system {system_of(bounds, first)}" if what == "atom" else "")
             raise ValueError(message(f"a finite {key} from {name}", f"{out[key][first].tolist()} for {where}", "look at its structure: atoms may be too close"))
 
 

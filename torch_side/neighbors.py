@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -49,6 +50,7 @@ def neighbor_list(pos, cell, pbc, cutoff, batch=None):
     return tuple(torch.from_numpy(np.concatenate(a, axis)).to(pos.device) for a, axis in ((ij, 1), (offsets, 0)))
 
 
+@dataclass(frozen=True)
 class Padded:
     """neighbor_list of a dict of inputs, in a fixed number of slots: edge_index (2,capacity) and cell_offsets (capacity,3), int32.
 
@@ -56,8 +58,8 @@ class Padded:
 
     Raises: as neighbor_list; ValueError saying how many slots are needed, where there are too few."""
 
-    def __init__(self, cutoff: float, capacity: int):
-        self.cutoff, self.capacity = cutoff, capacity
+    cutoff: float
+    capacity: int
 
     def __call__(self, inputs: dict) -> dict:
         edges, offsets = neighbor_list(*(inputs[k] for k in ("pos", "cell", "pbc")), self.cutoff, inputs["batch"])
@@ -67,12 +69,6 @@ class Padded:
             raise ValueError(message(f"at most {self.capacity} edges, the capacity", got, f"pass capacity={len(offsets)} or more, with some room to spare"))
         pad = torch.nn.functional.pad
         return {"edge_index": pad(edges, (0, spare), value=n).int(), "cell_offsets": pad(offsets, (0, 0, 0, spare)).int()}
-
-    def __eq__(self, other):
-        return isinstance(other, Padded) and (self.cutoff, self.capacity) == (other.cutoff, other.capacity)
-
-    def __hash__(self):
-        return hash((self.cutoff, self.capacity))
 
 
 def values(tensor):
@@ -121,12 +117,16 @@ def bounds_of(batch, n_atoms, n_systems):
     return np.searchsorted(batch, np.arange(n_systems + 1)).tolist()
 
 
+def system_of(bounds, atom) -> int:
+    """The system that an atom belongs to."""
+    return int(np.searchsorted(bounds, atom, "right")) - 1
+
+
 def check_values(x, h, periodic, bounds):
     """ValueError for values that have no neighbour list (vesin kills the process over some of them)."""
     if not np.isfinite(x).all():
         atom = int(np.argmax(~np.isfinite(x).all(-1)))
-        system = int(np.searchsorted(bounds, atom, "right")) - 1
-        raise ValueError(message("finite positions", f"{x[atom]} for atom {atom} of system {system}", "look at the step before"))
+        raise ValueError(message("finite positions", f"{x[atom]} for atom {atom} of system {system_of(bounds, atom)}", "look at the step before"))
     for s, (cell, axes) in enumerate(zip(h, periodic)):
         if axes.any() and not _independent(cell[axes]):
             raise ValueError(message("independent cell vectors on periodic axes", f"{cell[axes].tolist()} in system {s}",
