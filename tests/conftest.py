@@ -52,3 +52,18 @@ def fresh_dynamo():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def refused_line(capsys, tmp_path, monkeypatch):
+    """(options, args) -> the last line of what a demo's command line says of nonsense; `file` is a file in its folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def last_line(options, args, file="a_file"):
+        (tmp_path / file).touch()
+        with pytest.raises(SystemExit) as stop:
+            options(args.split())
+        assert stop.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    return last_line

@@ -20,13 +20,8 @@ NONSENSE = {
 
 
 @pytest.mark.parametrize("args", NONSENSE)
-def test_nonsense_is_refused_in_one_clear_line(args, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "setup_is_a_file").touch()
-    with pytest.raises(SystemExit) as stop:
-        md.options(args.split())
-    assert stop.value.code == 2
-    assert NONSENSE[args] in capsys.readouterr().err.splitlines()[-1]
+def test_nonsense_is_refused_in_one_clear_line(args, refused_line):
+    assert NONSENSE[args] in refused_line(md.options, args, file="setup_is_a_file")
 
 
 @pytest.mark.parametrize("lane", ["ffi", "host"])
