@@ -91,8 +91,8 @@ def under_torch_sim(model, atoms, dtype):
     import torch_sim as ts
 
     engine = torch_engine.model(model, compute_stress=False)
-    init, step = ts.nve(engine, dt=torch.tensor(FS * ase.units.fs, dtype=dtype), kT=torch.tensor(0.0, dtype=dtype))
-    state = [init(ts.io.atoms_to_state([atoms], engine.device, engine.dtype), seed=0)]
+    init, step = torch_engine.integrator("nve", engine, dt=torch.tensor(FS * ase.units.fs, dtype=dtype), kT=torch.tensor(0.0, dtype=dtype))
+    state = [init(ts.io.atoms_to_state([atoms], engine.device, engine.dtype))]
 
     def run(n):
         for _ in range(n):

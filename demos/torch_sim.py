@@ -79,7 +79,7 @@ class InTorchSim:
         # The whole of the bridge: a jax-md energy as a torch-sim model.
         potential = bridge.torch_potential(jax_engine.model(energy_fn), gradients="autodiff")
         self.model = torch_engine.model(potential, dtype=torch.float64, compute_stress=False)
-        init, self.step = ts.nve(self.model, dt=torch.tensor(dt, dtype=torch.float64), kT=torch.tensor(0.0))
+        init, self.step = torch_engine.integrator("nve", self.model, dt=torch.tensor(dt, dtype=torch.float64), kT=torch.tensor(0.0))
         state = ts.io.atoms_to_state([atoms], self.model.device, self.model.dtype)
         state.masses = torch.tensor(atoms.get_masses())
         blank = {"energy": torch.zeros(1, dtype=torch.float64), "forces": torch.zeros_like(state.positions)}

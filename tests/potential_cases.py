@@ -126,26 +126,37 @@ def check_outputs(name, n_systems, tolerance=1e-10):
 
 
 def check_gradients(name, h=1e-4):
-    """g and G are those of finite differences, and of torch.autograd."""
+    """g and G are those of finite differences."""
     module, inputs = potentials(name)[1], crystal()
     out = module(inputs)
     for key, gradient in GRADIENTS.items():
         steps = h * torch.eye(inputs[key].numel(), dtype=torch.float64)[::3].reshape(-1, *inputs[key].shape)
         found = [sum(s * module(inputs | {key: inputs[key] + s * d})["energy"][0] for s in (1, -1)) / (2 * h) for d in steps]
         close(torch.stack(found), out[gradient].flatten()[::3], 1e-6)
-    leaves = [inputs[k].clone().requires_grad_() for k in GRADIENTS]
-    energy = module(inputs | dict(zip(GRADIENTS, leaves)))["energy"]
-    for found, gradient in zip(torch.autograd.grad(3 * energy.sum(), leaves), GRADIENTS.values()):
+
+
+def check_autograd(module, inputs):
+    """g and G are those of torch.autograd. (what the module gives)"""
+    leaves = {k: inputs[k].clone().requires_grad_() for k in GRADIENTS}
+    out = module(inputs | leaves)
+    for found, gradient in zip(torch.autograd.grad(3 * out["energy"].sum(), leaves.values()), GRADIENTS.values()):
         close(found, 3 * out[gradient])
+    return out
+
+
+@cache
+def second_derivatives(energy):
+    """Of a JAX energy in positions and cell."""
+    fixed = in_jax(crystal())
+    gradient = jax.grad(lambda pos, cell: total(energy, fixed | {"pos": pos, "cell": cell}), (0, 1))
+    return jax.jit(jax.jacrev(gradient, (0, 1)))(fixed["pos"], fixed["cell"])
 
 
 def check_second_derivatives(name, reference, names=("pos", "cell")):
     """By double backward and torch.func, those that JAX gives of the reference."""
     module, inputs = potentials(name)[1], crystal()
-    fixed, xs = in_jax(inputs), tuple(inputs[n] for n in names)
-    wrt = tuple(range(len(names)))
-    want = jax.jit(jax.jacrev(jax.grad(lambda *xs: total(reference, fixed | dict(zip(names, xs))), wrt), wrt))(*(fixed[n] for n in names))
-    inputs |= {k: torch.tensor(np.asarray(fixed[k])) for k in ("edge_index", "cell_offsets")}
+    xs, want = tuple(inputs[n] for n in names), [row[: len(names)] for row in second_derivatives(reference)[: len(names)]]
+    inputs |= {k: torch.tensor(np.asarray(in_jax(inputs)[k])) for k in ("edge_index", "cell_offsets")}
     f = lambda *xs: module(inputs | dict(zip(names, xs)))["energy"].sum()  # noqa: E731
     for got, expected in zip(jax.tree.leaves(torch.autograd.functional.hessian(f, xs)), jax.tree.leaves(want), strict=True):
         close(got, expected, 1e-9)
@@ -154,17 +165,24 @@ def check_second_derivatives(name, reference, names=("pos", "cell")):
 
 
 def check_training(name):
-    """The gradient of a loss on energies, forces and cell gradients equals that of pure JAX."""
+    """What the module gives, and the gradient of a loss on energies, forces and cell gradients in all there is, are those of pure JAX."""
     apply, params = trainable(name)
     module, inputs = bridge.torch_potential(apply, params, gradients="autodiff", cutoff=None if name == "pair" else CUTOFF), crystal(2)
-    loss = lambda out: out["energy"].sum() + (out["position_gradients"] ** 2).sum() + (out["cell_gradients"] ** 2).sum()  # noqa: E731
-    before = loss(module(inputs))
+
+    def loss(out):
+        return out["energy"].sum() + (out["position_gradients"] ** 2).sum() + (out["cell_gradients"] ** 2).sum(), out
+
+    leaves = {k: inputs[k].clone().requires_grad_() for k in GRADIENTS}
+    before, out = loss(module(inputs | leaves))
     before.backward()
     fixed = in_jax(inputs)
-    want = jax.jit(jax.grad(lambda p: loss(with_gradients(partial(apply, p))(fixed))))(params)
-    found = jax.tree.leaves(module.model.pytree())
-    assert len(found) > 1
+    in_all = jax.grad(lambda p, pos, cell: loss(with_gradients(partial(apply, p))(fixed | {"pos": pos, "cell": cell})), (0, 1, 2), has_aux=True)
+    want, outputs = jax.jit(in_all)(params, fixed["pos"], fixed["cell"])
+    for key in outputs | out:
+        close(out[key], outputs[key])
+    found = [*jax.tree.leaves(module.model.pytree()), *leaves.values()]
+    assert len(found) > 3
     for t, g in zip(found, jax.tree.leaves(want), strict=True):
         close(t.grad, g, 1e-9)
     torch.optim.Adam(module.parameters(), 1e-3).step()
-    assert loss(module(inputs)) < before and module.compilations == 2
+    assert loss(module(inputs | leaves))[0] < before and module.compilations == 2

@@ -191,9 +191,15 @@ except Exception as e: print(json.dumps([type(e).__name__, str(e)]))
 """
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    path = tmp_path_factory.mktemp("exported") / "blob"
+    python(START + EXPORTED.format(k=2.0) + "print(open(sys.argv[1], 'wb').write(blob))", path)
+    return path
+
+
 @pytest.mark.parametrize("own", ["lambda x: x + k", "lambda x, y: x + y + k"])
-def test_export_x_other_process(own, tmp_path):
+def test_export_x_other_process(own, exported):
     """A process that does not know the function says so and never calls one of its own instead, whatever their numbers."""
-    python(START + EXPORTED.format(k=2.0) + "print(open(sys.argv[1], 'wb').write(blob))", tmp_path / "blob")
-    kind, text = python(START + IMPORTED.format(own=own), tmp_path / "blob")
+    kind, text = python(START + IMPORTED.format(own=own), exported)
     assert kind == "JaxRuntimeError" and "which this process does not know" in text, text

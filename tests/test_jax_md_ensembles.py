@@ -46,7 +46,8 @@ def seen(energy_fn, name, state):
 def trajectory(name, mine):
     energy_fn = ours() if mine else native()
     init, step = make(name, energy_fn)
-    start = jax.block_until_ready(init(*ENSEMBLES[name][3]))
+    start, calls = counted(init, *ENSEMBLES[name][3])
+    assert calls == ([1] if mine else [])
     return counted(scan(step, STEPS, partial(seen, energy_fn, name)), start)
 
 
@@ -87,16 +88,17 @@ def test_fire_with_box_relaxes_both():
 @pytest.mark.parametrize("name", ONCE)
 def test_energy_and_virial_of_the_state_are_those_of_its_positions_and_box(name):
     state = trajectory(name, True)[0][0]
-    energy = jax.value_and_grad(lambda P: native()(state.position, box=state.box, perturbation=P))
-    close([state.energy, state.virial], energy(jnp.eye(3)), 1e-9)
+    energy = jax.value_and_grad(lambda P, R, box: native()(R, box=box, perturbation=P))
+    close([state.energy, state.virial], jax.jit(energy)(jnp.eye(3), state.position, state.box), 1e-9)
     again = pickle.loads(pickle.dumps(state))
     assert type(again) is type(state) and isinstance(state, {"n": simulate.NPTNoseHooverState, "f": minimize.FireBoxDescentState}[name[0]])
     close(again, state, 0)
 
 
 @pytest.mark.parametrize("name", ONCE)
-def test_one_call_for_each_step_on_both_lanes(name, lane):
-    init, step = make(name, ours(lane))
+def test_one_call_for_each_step_on_the_host_lane(name):
+    """The other one: above."""
+    init, step = make(name, ours("host"))
     state, calls = counted(init, *ENSEMBLES[name][3])
     assert calls == [1]
     _, calls = counted(scan(step, 6), state)
@@ -105,10 +107,11 @@ def test_one_call_for_each_step_on_both_lanes(name, lane):
 
 @pytest.mark.parametrize("name", ONCE)
 def test_jax_mds_own_calls_twice(name):
-    """The control of the test above."""
+    """The control of the test above: the same trajectory, with two calls for each step."""
     init, step = make(name, ours("host"), plain=True)
-    _, calls = counted(scan(step, 6), jax.block_until_ready(init(*ENSEMBLES[name][3])))
+    (state, _), calls = counted(scan(step, 6), jax.block_until_ready(init(*ENSEMBLES[name][3])))
     assert calls == 12 * [1]
+    assert apart(state.position, trajectory(name, True)[0][1][0][5]) < 1e-12 < apart(state.position, R)
 
 
 @pytest.mark.parametrize("name, lane", [("nve", "host"), ("npt_nose_hoover", "ffi")])
@@ -117,7 +120,7 @@ def test_replicas_are_one_torch_call_and_equal_single_runs(name, lane):
     options = ENSEMBLES[name][3]
     starts = R + 0.005 * jax.random.normal(KEY, (4, *R.shape))
     one = lambda r: init(*(r if x is R else x for x in options))  # noqa: E731
-    states, calls = counted(jax.vmap(one), starts)
+    states, calls = counted(jax.jit(jax.vmap(one)), starts)
     assert calls == [4]
     many, calls = counted(scan(jax.vmap(step), 10), states)
     assert calls == 10 * [4]
@@ -147,7 +150,13 @@ def test_observed_takes_the_torch_potential(lane):
     assert calls == [1]
     (state, energies), calls = counted(jax.jit(lambda s: jax.lax.scan(lambda s, _: step(s), s, None, length=6)), state)
     assert calls == 6 * [1]
-    close([energy, energies[-1]], [native()(R), native()(state.position)])
+    close([energy, energies[-1]], [jax.jit(native())(r) for r in (R, state.position)])
+
+
+def test_npt_takes_jax_mds_own_energies():
+    init, step = engine.npt_nose_hoover(native(), SHIFT, **NPT)
+    state, _ = scan(step, 6)(init(KEY, R, BOX))
+    assert apart(state.position, trajectory("npt_nose_hoover", False)[0][1][0][5]) < 1e-12 < apart(state.position, R)
 
 
 @pytest.mark.parametrize("at_start, got", [(True, "end, end"), (False, "nowhere")])

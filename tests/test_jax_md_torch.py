@@ -24,8 +24,8 @@ def test_force_pressure_and_stress(lane):
     for of in quantities.values():
         found, calls = counted(jax.jit(lambda: of(ours(lane))))
         assert calls == [1]
-        close(found, of(native()), 1e-10)
-    static = quantity.stress(native(), R, BOX)
+        close(found, jax.jit(lambda: of(native()))(), 1e-10)  # noqa: B023
+    static = jax.jit(partial(quantity.stress, native()))(R, BOX)
     assert abs(static[0, 1]) > 1e-2 and np.ptp(np.diag(static)) > 1e-2
     close(-potential(lane=lane).stress(R @ BOX.T, BOX.T), static)
 
@@ -34,19 +34,22 @@ def test_athermal_moduli():
     """A crystal with a vacancy, so that atoms give way, at rest in a box that is under stress."""
     init, step = minimize.fire_descent(native(), SHIFT, 2**-6, 2**-4)
     state, _ = scan(step, 1500)(init(R[1:]))
-    at_rest, energy_fn = state.position, ours(n=len(R) - 1)
-    assert abs(state.force).max() < 1e-9 < abs(quantity.stress(native(), at_rest, BOX)).max()
-    mine, theirs = (jax.jit(elasticity.athermal_moduli(f, cg_tol=1e-11))(at_rest, BOX) for f in (energy_fn, native()))
+    at_rest = state.position
+    assert abs(state.force).max() < 1e-9 < abs(jax.jit(partial(quantity.stress, native()))(at_rest, BOX)).max()
+    moduli, own = (elasticity.athermal_moduli(f, cg_tol=1e-11) for f in (ours(n=len(R) - 1), native()))
+    mine, theirs = (jax.jit(f)(at_rest, BOX) for f in (moduli, own))
     close(mine, theirs, 1e-7)
-    constants = partial(elastic_constants, potential(len(R) - 1), at_rest @ BOX.T, BOX.T)
+    close(moduli(at_rest, BOX), theirs, 1e-7)  # without jit the constants of jax-md's own loops reach the primitive as they are
+    constants_of = partial(elastic_constants, potential(len(R) - 1))
+    constants, clamped = jax.jit(lambda r, cell: [constants_of(r, cell, relaxed) for relaxed in (True, False)])(at_rest @ BOX.T, BOX.T)
     voigt = np.asarray(mine)[FIRST, SECOND][:, FIRST, SECOND]
-    close(voigt, constants(), 1e-7)
-    assert abs(voigt - constants(relaxed=False)).max() > 0.1
+    close(voigt, constants, 1e-7)
+    assert abs(voigt - clamped).max() > 0.1
 
 
 def test_free_space():
     mine = engine.energy(potential())
-    close(jax.value_and_grad(mine)(DROPLET), jax.value_and_grad(CLUSTER)(DROPLET))
+    close(*(jax.jit(jax.value_and_grad(f))(DROPLET) for f in (mine, CLUSTER)))
     ends = {}
     for name, f in (("mine", mine), ("theirs", CLUSTER)):
         init, step = simulate.nve(f, space.free()[1], 2**-8)
@@ -60,14 +63,7 @@ def test_free_space():
 def test_relaxing_several_structures_at_once():
     init, step = minimize.fire_descent(ours(), SHIFT, 2**-6, 2**-4)
     starts = R + 0.005 * jax.random.normal(KEY, (4, *R.shape))
-    state = jax.block_until_ready(jax.vmap(init)(starts))
+    state = jax.block_until_ready(jax.jit(jax.vmap(init))(starts))
     (state, _), calls = counted(scan(jax.vmap(step), 100), state)
     assert calls == 100 * [4]
-    assert apart(state.position, starts) > 0.05 and abs(jax.vmap(quantity.force(native()))(state.position)).max() < 0.05
-
-
-def test_athermal_moduli_outside_of_jit():
-    """There the constants of jax-md's own loops reach the primitive as they are."""
-    energy_fn = ours(n=len(R))
-    moduli = elasticity.athermal_moduli(energy_fn, cg_tol=1e-8)
-    close(moduli(R, BOX), jax.jit(moduli)(R, BOX), 1e-5)
+    assert apart(state.position, starts) > 0.05 and abs(jax.jit(jax.vmap(quantity.force(native())))(state.position)).max() < 0.05

@@ -51,10 +51,12 @@ def torch_jax_torch(lane):
 X = np.random.default_rng(0).uniform(-1, 1, 4)
 
 
-@pytest.mark.parametrize("transform", JAX_TRANSFORMS)
-def test_jax_in_torch_in_jax(transform, lane, maybe_jit):
+@pytest.mark.parametrize("transform, lane, jitted", [(t, lane, (i + j) % 2) for i, t in enumerate(JAX_TRANSFORMS) for j, lane in enumerate(["ffi", "host"])])
+def test_jax_in_torch_in_jax(transform, lane, jitted):
+    """Each transform on both lanes, eager on the one and jitted on the other."""
     wrap = JAX_TRANSFORMS[transform]
-    close(maybe_jit(wrap(jax_torch_jax(lane)))(jnp.asarray(X)), wrap(plain_jax)(jnp.asarray(X)), rtol=1e-12)
+    found = wrap(jax_torch_jax(lane))
+    close((jax.jit(found) if jitted else found)(jnp.asarray(X)), jax.jit(wrap(plain_jax))(jnp.asarray(X)), rtol=1e-12)
 
 
 @pytest.mark.parametrize("transform", TORCH_TRANSFORMS)
@@ -77,7 +79,7 @@ def test_jax_in_torch_in_jax_x_autograd_engine(lane):
     inner = bridge.to_torch(lambda x: jnp.sin(x) * jnp.sum(x))
     f = bridge.to_jax(lambda x: (inner(2 * x) ** 2).sum(), lane=lane, derivatives="autograd", batched="sequential")
     for wrap in (jax.grad, jax.hessian):
-        close(jax.jit(wrap(f))(jnp.asarray(X)), wrap(plain_jax)(jnp.asarray(X)), rtol=1e-12)
+        close(jax.jit(wrap(f))(jnp.asarray(X)), jax.jit(wrap(plain_jax))(jnp.asarray(X)), rtol=1e-12)
 
 
 def test_three_deep(lane):
@@ -117,34 +119,37 @@ faulthandler.dump_traceback_later(100, exit=True)
 import jax, jax.numpy as jnp, numpy as np, torch, bridge
 if {synchronous}:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-N = {n}
-inner = bridge.to_torch(lambda x: jnp.tanh(x @ x / N))
-middle = bridge.to_jax(lambda x: inner(x) * 0.5 + torch.sin(x), lane="{lane}")
-plain = lambda x: jnp.tanh(x @ x / N) * 0.5 + jnp.sin(x)
 def steps(f, x, n):
-    step = jax.jit(lambda x: jnp.tanh(f(x) @ x / N) + jax.grad(lambda x: f(x).sum())(x) / N)
+    step = jax.jit(lambda x: jnp.tanh(f(x) @ x / len(x)) + jax.grad(lambda x: f(x).sum())(x) / len(x))
     for _ in range(n):
         x = step(x)  # nobody waits: many computations are in flight
     return x
-def work(seed):
-    x = jnp.asarray(np.random.default_rng(seed).random((N, N)), "float32")
-    got, want = steps(middle, x, 60), steps(plain, x, 60)
-    assert np.allclose(got, want, atol=1e-4), abs(got - want).max()
-    done.append(seed)
-done = []
-work(0)
-threads = [threading.Thread(target=work, args=(i,)) for i in range(1, 5)]
-[t.start() for t in threads]
-[t.join() for t in threads]
-print(sorted(done))
+def run(lane, n):
+    inner = bridge.to_torch(lambda x: jnp.tanh(x @ x / n))
+    middle = bridge.to_jax(lambda x: inner(x) * 0.5 + torch.sin(x), lane=lane)
+    plain = lambda x: jnp.tanh(x @ x / n) * 0.5 + jnp.sin(x)
+    def work(seed):
+        x = jnp.asarray(np.random.default_rng(seed).random((n, n)), "float32")
+        got, want = steps(middle, x, 60), steps(plain, x, 60)
+        assert np.allclose(got, want, atol=1e-4), abs(got - want).max()
+        done.append(seed)
+    done = []
+    work(0)
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(1, 5)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert sorted(done) == [0, 1, 2, 3, 4], done
+    print(lane, n)
+for lane, n in {runs}:
+    run(lane, n)
 """
 
 
-@pytest.mark.parametrize("lane, n, synchronous", [("ffi", 8, False), ("ffi", 200, False), ("ffi", 200, True), ("host", 200, True)])
-def test_threads_x_computations_in_flight_don_t_deadlock(lane, n, synchronous):
+@pytest.mark.parametrize("synchronous, runs", [(False, [("ffi", 8), ("ffi", 200)]), (True, [("ffi", 200), ("host", 200)])])
+def test_threads_x_computations_in_flight_don_t_deadlock(synchronous, runs):
     """A watchdog ends a process that hangs. The host lane has the setting that its error names."""
-    out = subprocess.run([sys.executable, "-c", THREADS.format(lane=lane, n=n, synchronous=synchronous)], capture_output=True, text=True, timeout=150)
-    assert out.stdout.strip() == "[0, 1, 2, 3, 4]", out.stderr[-3000:]
+    out = subprocess.run([sys.executable, "-c", THREADS.format(synchronous=synchronous, runs=runs)], capture_output=True, text=True, timeout=150)
+    assert out.stdout.splitlines() == [f"{lane} {n}" for lane, n in runs], out.stderr[-3000:]
 
 
 class Never:

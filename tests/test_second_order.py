@@ -58,6 +58,7 @@ MODELS = {"energy only": (lambda x: {"energy": in_torch(x)}, "autograd"), "direc
 TWIN = potential(strain.with_gradients(in_jax), atomic_numbers=NUMBERS)
 
 
+@jax.jit
 def pure(positions, cell):
     """The same without a contract."""
     return in_jax({"pos": positions, "cell": cell[None], "atomic_numbers": NUMBERS, "batch": np.zeros(3, int)})[0]

@@ -22,7 +22,7 @@ REFUSED = {  # argument, type of the error, its text
     "numpy": (lambda: np.ones(3), TypeError, "expected torch tensors, or hashable"),
     "jax_array": (lambda: jnp.ones(3), TypeError, "expected torch tensors, or hashable"),
     "unhashable": (lambda: {1}, TypeError, "expected torch tensors, or hashable"),
-    "slice": (lambda: slice(1), TypeError, "expected torch tensors, or hashable"),
+    "bytearray": (lambda: bytearray(1), TypeError, "expected torch tensors, or hashable"),
     "complex32": (lambda: torch.ones(3).to(torch.complex32), TypeError, "expected a dtype that both sides know"),
     "sparse": (lambda: torch.eye(3).to_sparse(), TypeError, "Sparse layout|layout torch.sparse_coo"),
     "sparse_csr": (lambda: torch.eye(3).to_sparse_csr(), TypeError, "SparseCsr layout|layout torch.sparse_csr"),

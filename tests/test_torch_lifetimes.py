@@ -66,7 +66,7 @@ def test_residuals_x_backward(how, what):
     assert abs(grown(before)) < 4
 
 
-CALLS = {"forward": 100_000, "backward": 20_000, "module_backward": 20_000, "double_backward": 5_000, "vmap": 5_000, "planted": 20_000}
+CALLS = {"forward": 50_000, "backward": 10_000, "module_backward": 10_000, "double_backward": 5_000, "vmap": 5_000, "planted": 10_000}
 MEASURE = """
 import gc, json, sys, jax, psutil, torch, bridge
 jax.config.update("jax_enable_x64", True)
@@ -76,7 +76,7 @@ m = bridge.module(lambda p, x: f.__wrapped__(x * p), jax.numpy.ones(64))
 def grad(f, x, **options):
     return torch.autograd.grad(f(x), x, **options)[0]
 calls = {"forward": lambda: f(x), "backward": lambda: grad(f, x), "module_backward": lambda: (m(x).backward(), m.zero_grad()),
-         "double_backward": lambda: grad(lambda x: grad(f, x, create_graph=True).sum(), x), "planted": lambda: leaked.append(bytearray(200)),
+         "double_backward": lambda: grad(lambda x: grad(f, x, create_graph=True).sum(), x), "planted": lambda: leaked.append(bytearray(400)),
          "vmap": lambda: torch.vmap(f)(x.detach().view(8, 8))}
 def state(call, n):
     for _ in range(n):

@@ -3,6 +3,7 @@
 import copy
 import functools
 import sys
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,9 @@ from ase.build import bulk, molecule
 from jax_md import energy as jax_md_energy
 from jax_md import space
 from torch_sim import autobatching
-from torch_sim.integrators import MDState, calculate_momenta
+from torch_sim.integrators import MDState
 from torch_sim.models.interface import ModelInterface, validate_model_outputs
+from torch_sim.typing import MemoryScaling
 
 import bridge
 from bridge.card import Card
@@ -31,6 +33,17 @@ DEPTH, WIDTH, R0, CUTOFF = 0.3429, 1.3588, 2.866, 5.0  # Morse copper (Girifalco
 KT, DT = 0.02585, 1e-3 * ts.units.UnitSystem.metal.time  # 300 K, 1 fs
 OUTPUTS = {"energy", "position_gradients", "cell_gradients", "node_energies"}
 TIGHT = dict(rtol=0, atol=1e-10)
+
+
+def names():
+    """(nve for integrate, FIRE of positions and cell for optimize, Langevin's NPT): the first of torch-sim 0.6, the second of 0.3."""
+    if hasattr(ts, "Integrator"):
+        fire = {"optimizer": ts.Optimizer.fire, "init_kwargs": {"cell_filter": ts.CellFilter.frechet}}
+        return ts.Integrator.nve, fire, "npt_langevin_isotropic"
+    return ts.nve, {"optimizer": ts.frechet_cell_fire}, "npt_langevin"
+
+
+NVE, FIRE, NPT = names()
 
 
 def pair(r2, xp):
@@ -87,14 +100,16 @@ CRYSTALS = [copper(seed=1), skewed(bulk("Cu", "fcc", 3.7) * (2, 1, 1), seed=2), 
 def moving(*atoms, seed=0):
     """An MDState with momenta of about 300 K."""
     s = state(*atoms)
-    momenta = calculate_momenta(s.positions, s.masses, s.system_idx, KT, seed)
+    momenta = torch.randn(s.positions.shape, dtype=s.dtype, generator=torch.Generator().manual_seed(seed)) * (s.masses * KT).sqrt()[:, None]
+    mean = torch.zeros(s.n_systems, 3, dtype=s.dtype).index_add(0, s.system_idx, momenta) / s.n_atoms_per_system[:, None]
+    momenta = momenta - mean[s.system_idx]
     return MDState(**vars(s), momenta=momenta, energy=torch.zeros(len(atoms), dtype=s.dtype), forces=torch.zeros_like(s.positions))
 
 
 def own(potential, s):
     """What the potential itself says about a state."""
     inputs = {"pos": s.positions, "cell": s.row_vector_cell, "batch": s.system_idx, "atomic_numbers": s.atomic_numbers}
-    return inputs, potential(inputs | {"pbc": torch.full((s.n_systems, 3), s.pbc)})
+    return inputs, potential(inputs | {"pbc": torch.as_tensor(s.pbc).expand(s.n_systems, 3)})
 
 
 VALIDATED = {
@@ -207,7 +222,7 @@ def test_nothing_is_copied_or_evaluated_twice():
     model = engine.model(wrapped, dtype=torch.float64)
     model(s)
     assert model.potential is wrapped and len(given) == 1 and given[0]["pos"].data_ptr() == s.positions.data_ptr()
-    init, step = ts.nve(model, dt=torch.tensor(DT), kT=torch.tensor(KT))
+    init, step = engine.integrator("nve", model, dt=torch.tensor(DT), kT=torch.tensor(KT))
     s = init(s)
     for _ in range(3):
         s = step(s)
@@ -236,7 +251,7 @@ def total(s):
 
 @pytest.mark.parametrize("kind", ["jax", "torch"])
 def test_nve_of_a_batch_conserves_energy(kind):
-    init, step = ts.nve(morse_model(kind), dt=torch.tensor(DT), kT=torch.tensor(KT))
+    init, step = engine.integrator("nve", morse_model(kind), dt=torch.tensor(DT), kT=torch.tensor(KT))
     s = init(moving(copper(rattle=0.02), copper(3.65, (2, 1, 1), rattle=0.02, seed=3)))
     first, kinetic, totals = s.energy.clone(), [], []
     for _ in range(80):
@@ -249,7 +264,8 @@ def test_nve_of_a_batch_conserves_energy(kind):
 
 
 def test_nvt_of_a_batch_has_its_temperature():
-    init, step = ts.nvt_langevin(morse_model(), dt=torch.tensor(2 * DT).double(), kT=torch.tensor(KT), gamma=torch.tensor(0.02 / DT))
+    dt, gamma = torch.tensor(2 * DT).double(), torch.tensor(0.02 / DT)
+    init, step = engine.integrator("nvt_langevin", morse_model(), dt=dt, kT=torch.tensor(KT), gamma=gamma)
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         s = init(state(*[bulk("Cu", "fcc", 3.62, cubic=True) * (2, 2, 1) for _ in range(4)]))
@@ -262,8 +278,8 @@ def test_nvt_of_a_batch_has_its_temperature():
 
 
 def test_npt_of_a_batch_goes_to_its_pressure():
-    barostat = dict(alpha=torch.tensor(0.5), cell_alpha=torch.tensor(5.0), b_tau=torch.tensor(30 * DT).double(), external_pressure=torch.tensor(0.0).double())
-    init, step = ts.npt_langevin(morse_model("torch"), dt=torch.tensor(2 * DT).double(), kT=torch.tensor(KT), **barostat)
+    barostat = dict(alpha=torch.tensor(0.5), cell_alpha=torch.tensor(5.0), b_tau=torch.tensor(100 * DT).double(), external_pressure=torch.tensor(0.0).double())
+    init, step = engine.integrator(NPT, morse_model("torch"), dt=torch.tensor(2 * DT).double(), kT=torch.tensor(KT), **barostat)
     pressure = lambda s: -torch.einsum("bii->b", s.stress) / 3  # noqa: E731
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
@@ -277,8 +293,8 @@ def test_npt_of_a_batch_goes_to_its_pressure():
 
 
 def relaxed(model, *atoms, **kwargs):
-    done = ts.generate_force_convergence_fn(force_tol=2e-3)
-    return ts.optimize(state(*atoms), model, optimizer=ts.frechet_cell_fire, convergence_fn=done, max_steps=600, **kwargs)
+    done = ts.generate_force_convergence_fn(force_tol=2e-3, include_cell_forces=True)
+    return ts.optimize(state(*atoms), model, convergence_fn=done, max_steps=600, **FIRE, **kwargs)
 
 
 @pytest.mark.parametrize("kind", ["jax", "torch"])
@@ -295,26 +311,31 @@ def test_relaxation_of_a_batch_with_its_cells(kind):
 def test_the_memory_figure():
     assert morse_model().memory_scales_with == engine.model(Embedded()).memory_scales_with == "n_atoms_x_density"
     assert engine.model(one_system(), batched="sequential").memory_scales_with == "n_atoms"
-    assert engine.model(morse(), memory_scales_with="n_atoms").memory_scales_with == "n_atoms"
+    for figure in get_args(MemoryScaling):
+        assert engine.model(morse(), memory_scales_with=figure).memory_scales_with == figure
+
+
+def figure(atoms):
+    """torch-sim's n_atoms_x_density, the density in atoms for each cubic nm."""
+    return len(atoms) ** 2 / (atoms.get_volume() / 1000)
 
 
 def test_autobatched_values_and_dynamics_are_those_of_one_batch():
     model, systems = morse_model("torch"), [copper(3.6, seed=n) * ((2, 1, 1) if n % 2 else (1, 1, 1)) for n in range(5)]
-    figures = [autobatching.calculate_memory_scaler(state(a), model.memory_scales_with) for a in systems]
-    bins = autobatching.BinningAutoBatcher(model, memory_scales_with=model.memory_scales_with, max_memory_scaler=1.1 * max(figures))
+    bins = autobatching.BinningAutoBatcher(model, memory_scales_with=model.memory_scales_with, max_memory_scaler=1.1 * max(map(figure, systems)))
     one, several = ts.static(state(*systems), model), ts.static(state(*systems), model, autobatcher=bins)
     assert len(bins.index_bins) > 2 and len(one) == len(several) == 5
     for a, b in zip(one, several):
         for name in ("potential_energy", "forces", "stress"):
             torch.testing.assert_close(a[name], b[name], **TIGHT)
-    run = functools.partial(ts.integrate, moving(*systems), model, integrator=ts.nve, n_steps=5, temperature=300.0, timestep=1e-3)
+    run = functools.partial(ts.integrate, moving(*systems), model, integrator=NVE, n_steps=5, temperature=300.0, timestep=1e-3)
     torch.testing.assert_close(run(autobatcher=bins).positions, run().positions, **TIGHT)
 
 
 def test_relaxation_in_flight_is_that_of_one_batch():
     model, systems = morse_model("torch"), [copper(3.55 + 0.05 * n, seed=n, strain=0.02, rattle=0.05) for n in range(3)]
-    figures = [autobatching.calculate_memory_scaler(state(a), model.memory_scales_with) for a in systems]
-    swapping = autobatching.InFlightAutoBatcher(model, memory_scales_with=model.memory_scales_with, max_memory_scaler=1.5 * max(figures))
+    most = 1.5 * max(map(figure, systems))
+    swapping = autobatching.InFlightAutoBatcher(model, memory_scales_with=model.memory_scales_with, max_memory_scaler=most)
     one, several = relaxed(model, *systems), relaxed(model, *systems, autobatcher=swapping)
     torch.testing.assert_close(several.energy, one.energy, rtol=0, atol=1e-5)
 
@@ -360,10 +381,21 @@ def test_a_state_elsewhere_is_refused():
 
 def test_a_molecule_has_no_stress():
     model, water = engine.model(EMBEDDED, dtype=torch.float64), state(molecule("H2O"))
-    with pytest.raises(ValueError, match="expected periodic systems, for whose stress .*, got pbc False; set model.compute_stress = False"):
-        model(water)
+    out, (_, expected) = model(water), own(EMBEDDED, water)
+    assert out["stress"].isnan().all() and out["forces"].abs().max() > 1e-3
+    torch.testing.assert_close(out["energy"], expected["energy"], **TIGHT)
+    torch.testing.assert_close(out["forces"], -expected["position_gradients"], **TIGHT)
     model.compute_stress = False
-    assert "stress" not in model(water) and model(water)["forces"].abs().max() > 1e-3
+    assert set(model(water)) == set(out) - {"stress"}
+
+
+def test_a_molecule_beside_a_crystal_leaves_its_stress_alone():
+    s, model = state(*CRYSTALS[:2]), morse_model("torch")
+    fields = {name: getattr(s, name) for name in ("positions", "atomic_numbers", "system_idx")}
+    cell = torch.stack([0 * s.cell[0], s.cell[1]])
+    out = model(fields | {"cell": cell, "pbc": torch.tensor([[False] * 3, [True] * 3])})
+    assert out["stress"][0].isnan().all()
+    torch.testing.assert_close(out["stress"][1], model(s)["stress"][1], **TIGHT)
 
 
 def test_what_a_potential_does_not_have_is_refused():
@@ -385,7 +417,7 @@ def test_outputs_that_cannot_be_joined_are_refused():
 
 
 NONSENSE = {
-    "memory_scales_with": (dict(memory_scales_with="n_edges"), "expected memory_scales_with as one of n_atoms_x_density, n_atoms, got 'n_edges'"),
+    "memory_scales_with": (dict(memory_scales_with="n_pairs"), "expected memory_scales_with as one of n_atoms_x_density, n_atoms.*, got 'n_pairs'"),
     "batched": (dict(batched="vmap"), "expected batched as one of graph, sequential, got 'vmap'"),
 }
 
@@ -394,6 +426,13 @@ NONSENSE = {
 def test_nonsense_is_refused(name):
     with pytest.raises(ValueError, match=NONSENSE[name][1]):
         engine.model(Embedded(), **NONSENSE[name][0])
+
+
+def test_an_integrator_or_setting_that_torch_sim_does_not_have_is_refused():
+    with pytest.raises(ValueError, match="expected an integrator of torch-sim, such as nve, got 'euler'; see what torch_sim.integrators"):
+        engine.integrator("euler", morse_model(), dt=DT)
+    with pytest.raises(TypeError, match="gama"):
+        engine.integrator("nvt_langevin", morse_model(), dt=DT, kT=KT, gama=1.0)
 
 
 def test_a_plain_function_is_refused():

@@ -143,7 +143,7 @@ BATCHED_COTANGENTS = {
 
 # What torch.compile makes of an error inside, and its own for what it can't do.
 REFUSALS = NotImplementedError, RuntimeError, torch._dynamo.exc.Unsupported
-_CLEAR = "expected .* got .*; |double backward|not supported|Unsupported functorch|meta conversion to view|must implement the jvp"
+_CLEAR = "expected .* got .*; |double backward|not supported|Unsupported functorch|meta conversion to view|must implement the jvp|wrap a dual tensor"
 
 
 def equal_or_refused(run, want, must=False):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from functools import cache
+from inspect import signature
+from typing import get_args
 
 import torch
 
@@ -12,7 +14,6 @@ from bridge.errors import message, missing
 from torch_side import strain
 from torch_side.model import Model
 
-MEMORY = ("n_atoms_x_density", "n_atoms")  # what torch-sim's autobatchers can count by
 NAMES = {"node_energies": "energies"}  # outputs that have another name in torch-sim
 
 
@@ -33,17 +34,18 @@ def model(potential, *, dtype=None, device=None, compute_stress=None, compute_fo
 
     dtype, device   of the states that it takes: None for the potential's own, or torch's default where it takes any (JAX potentials)
     compute_stress, compute_forces   None for what the potential has; both can be set later, as torch-sim's validator does. A
-                    system without periodic boundaries has no stress: for molecules say compute_stress=False
-    memory_scales_with   the figure by which the autobatchers fill a batch: None for "n_atoms_x_density" (which counts neighbours)
-                    where the potential has a cutoff, "n_atoms" where it has none. Memory that JAX runs out of is reported as
-                    torch reports its own, by which an autobatcher finds the largest batch
+                    system without periodic boundaries has no stress, it is NaN: for molecules say compute_stress=False
+    memory_scales_with   the figure by which the autobatchers fill a batch, one of torch-sim's (torch_sim.typing.MemoryScaling):
+                    None for "n_atoms_x_density" (which counts neighbours) where the potential has a cutoff, "n_atoms" where it
+                    has none. Memory that JAX runs out of is reported as torch reports its own, by which an autobatcher finds
+                    the largest batch
     batched         "graph": one call with all systems. "sequential": one call for each system, for potentials of one system
                     (jax_side.engines.jax_md.model)
     charge, spin    a number for all systems, passed on as given; a state that has such a field goes before
 
     Raises: TypeError for a potential that is no Model; ValueError for other values of the arguments, a dtype or device that is
-    not the potential's, and, when called, for a state of another dtype or device, a stress without pbc, and as the potential
-    does; NotImplementedError for forces or a stress that the potential does not have; ImportError without torch-sim.
+    not the potential's, and, when called, for a state of another dtype or device, and as the potential does;
+    NotImplementedError for forces or a stress that the potential does not have; ImportError without torch-sim.
 
     >>> from bridge.card import Card
     >>> from torch_side.model import Wrapped
@@ -55,19 +57,36 @@ def model(potential, *, dtype=None, device=None, compute_stress=None, compute_fo
     """
     if not isinstance(potential, Model):
         raise TypeError(message("a Model of the contract", f"a {type(potential).__name__}", "wrap it by torch_side.model.Wrapped, or bridge.torch_potential"))
+    TorchSim, figures = _interface()
     if memory_scales_with is None:
         memory_scales_with = "n_atoms" if potential.card.cutoff is None else "n_atoms_x_density"
-    _one_of("memory_scales_with", memory_scales_with, MEMORY)
+    _one_of("memory_scales_with", memory_scales_with, figures)
     _one_of("batched", batched, ("graph", "sequential"))
     home, given = _home(potential, dtype, device), {"charge": charge, "spin": spin}
-    return _interface()(potential, home, compute_stress, compute_forces, memory_scales_with, batched, given)
+    return TorchSim(potential, home, compute_stress, compute_forces, memory_scales_with, batched, given)
+
+
+def integrator(name, model, **settings):
+    """torch-sim's integrator as (init(state), step(state)): of its 0.6 name_init and name_step, of its 0.3 what name(model, ...) makes."""
+    import torch_sim
+
+    init, step, make = (getattr(torch_sim, name + end, None) for end in ("_init", "_step", ""))
+    if step is None and make is None:
+        raise ValueError(message("an integrator of torch-sim, such as nve", repr(name), "see what torch_sim.integrators of this version has"))
+    if step is None:
+        return make(model, **settings)
+    each = {key: value for key, value in settings.items() if key in signature(step).parameters}
+    if unknown := settings.keys() - each.keys() - signature(init).parameters.keys():
+        raise TypeError(message(f"settings of torch_sim.{name}_init and _step", ", ".join(sorted(unknown)), "leave them out"))
+    return lambda state: init(state=state, model=model, **settings), lambda state: step(state=state, model=model, **each)
 
 
 @cache
 def _interface():
-    """The class; made here, for its base is torch-sim's."""
+    """The class, made here, for its base is torch-sim's; and the figures that torch-sim's autobatchers can count by."""
     try:
         from torch_sim.models.interface import ModelInterface
+        from torch_sim.typing import MemoryScaling
     except ImportError as error:
         raise missing("torch-sim-atomistic", "simulations of batches with torch_sim") from error
 
@@ -103,7 +122,7 @@ def _interface():
         def extra_repr(self):
             return f"dtype={self.dtype}, device={self.device}, memory_scales_with={self.memory_scales_with!r}, batched={self.batched!r}"
 
-    return TorchSim
+    return TorchSim, get_args(MemoryScaling)
 
 
 def _inputs(state, model) -> dict:
@@ -113,9 +132,6 @@ def _inputs(state, model) -> dict:
     _check_home(pos, cell, model)
     cell = (cell if cell.ndim == 3 else cell[None]).mT.contiguous()
     pbc = torch.as_tensor(get("pbc"), dtype=torch.bool, device=pos.device).expand(len(cell), 3).contiguous()
-    if model.compute_stress and not pbc.any(-1).all():
-        do = "set model.compute_stress = False for systems without a stress"
-        raise ValueError(message("periodic systems, for whose stress compute_stress=True asks", f"pbc {get('pbc')}", do))
     batch = get("system_idx")
     batch = torch.zeros(len(pos), dtype=torch.int64, device=pos.device) if batch is None else batch
     inputs = {"pos": pos, "cell": cell, "pbc": pbc, "batch": batch, "atomic_numbers": get("atomic_numbers")}
@@ -143,8 +159,15 @@ def _outputs(out, inputs, model) -> dict:
         results["forces"] = -g
     if model.compute_stress:
         W = strain.virial(g, G, inputs["pos"], inputs["batch"], inputs["cell"])
-        results["stress"] = strain.stress(W, inputs["cell"], inputs["pbc"])
+        results["stress"] = _stress(W, inputs["cell"], inputs["pbc"])
     return results
+
+
+def _stress(W, cell, pbc):
+    """W/V; NaN for a system without a periodic axis, as torch_sim.static has it for what is not computed."""
+    none = ~pbc.any(-1)[:, None, None]
+    cell = torch.where(none, torch.eye(3, dtype=cell.dtype, device=cell.device), cell)
+    return strain.stress(W, cell, pbc | none[:, 0]).masked_fill(none, torch.nan)
 
 
 def _one_by_one(potential, inputs) -> dict:
