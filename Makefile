@@ -21,7 +21,7 @@ LATEST := .venv-latest
 PYTHON312 ?= $(or $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12)),python3.12)
 WORKERS ?= 2
 
-.PHONY: help setup demo demo-jax-in-torch demo-npt demo-torch-sim demo-relax test test-latest bench bench-engines gpu-check clean
+.PHONY: help setup demo demo-jax-in-torch demo-npt demo-torch-sim demo-relax demo-mc test test-latest check-mc bench bench-engines bench-mc gpu-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -51,6 +51,9 @@ demo-torch-sim: setup  ## one JAX potential of copper in torch-sim and in jax-md
 demo-relax: setup  ## SevenNet-0 relaxes a crystal and its cell in one jitted jax-md program, beside ASE: table and picture in demos/out (ARGS="--help")
 	$(RUN) -m demos.relax $(ARGS)
 
+demo-mc: setup  ## an alloy in torch in jitted Monte Carlo by jax_side.local: acceptance, order, moves a second against full evaluation (ARGS="--help")
+	$(RUN) -m demos.mc $(ARGS)
+
 test: setup  ## all tests on the CPU
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
@@ -61,7 +64,10 @@ test-latest:  ## the whole suite, and kUPS, on Python 3.12 with the newest jax, 
 	$(LATEST)/bin/pip install --quiet --disable-pip-version-check --upgrade torch jax kups $(BESIDE_TORCHANI) -e '.[test,kups]'
 	$(LATEST)/bin/pip install --quiet --disable-pip-version-check --no-deps $(BARE) torchani==2.9.0
 	$(LATEST)/bin/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(LATEST)/nvalchemi $(APART)
-	OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal -o norecursedirs='.*' $(ARGS)
+	OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal -o norecursedirs='.* long' $(ARGS)
+
+check-mc: setup  ## long checks of the physics of Monte Carlo: Lennard-Jones against NIST, exactly solvable cases
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -s tests/long -o norecursedirs='.*' $(ARGS)
 
 bench: $(VENV)/bench-installed  ## costs of a call beside their controls, JSON lines and a table (a quiet machine, please)
 	$(RUN) -m benchmarks.bench $(ARGS)
@@ -72,6 +78,9 @@ $(VENV)/bench-installed: $(VENV)/installed
 
 bench-engines: setup  ## ms a step of one model in jitted jax-md, under ASE and under torch-sim: table, picture in benchmarks/out (a quiet machine, please)
 	$(RUN) -m benchmarks.engines $(ARGS)
+
+bench-mc: setup  ## time of a Monte Carlo move at 1,000 to 100,000 atoms, incremental and full: table, picture in benchmarks/out (a quiet machine, please)
+	$(RUN) -m benchmarks.mc $(ARGS)
 
 gpu-check: setup  ## checks on a CUDA GPU, report in benchmarks/gpu/<date>.json; says plainly when there is none
 	$(RUN) -m benchmarks.gpu_check $(ARGS)

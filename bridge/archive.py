@@ -11,9 +11,14 @@ import stat
 import zipfile
 from pathlib import Path
 
-from bridge.errors import message
+from bridge.errors import message, spec
 
 METADATA = "metadata.json"
+FUNCTIONS = {  # name: its file, what it takes (Z atomic numbers, F node, M message or sum, r vector) and what it gives (E energy)
+    "init": ("node_init", "Z", "F"),
+    "edge": ("edge", "FFr", "M"),
+    "readout": ("readout", "FM", "E"),
+}
 DTYPES = {"32bit": ("int32", "float32"), "64bit": ("int64", "float64")}  # precision: of atomic numbers, of all else
 LIMIT = 2**30  # bytes of all entries together
 
@@ -76,7 +81,7 @@ def entries(data: bytes, limit: int = LIMIT) -> dict:
     except Odd:
         raise
     except Exception as e:  # zipfile has no one exception for what it can't read
-        raise Odd(f"what is no whole zip ({type(e).__name__}: {e})", "write or copy it anew") from e
+        raise Odd(f"what is no whole zip ({said(e)})", "write or copy it anew") from e
 
 
 def _check(infos, limit):
@@ -122,7 +127,7 @@ def _parsed(data):
     except Odd:
         raise
     except Exception as e:  # RecursionError and UnicodeDecodeError among them
-        raise Odd(f"no JSON ({type(e).__name__}: {e!s:.80})", do) from e
+        raise Odd(f"no JSON ({said(e)})", do) from e
     if not isinstance(meta, dict):
         raise Odd(f"a {type(meta).__name__}", do)
     if set(meta) != {"cutoff", "precision"}:
@@ -150,6 +155,27 @@ def checked_precision(precision) -> tuple:
     if not isinstance(precision, str) or precision not in DTYPES:
         raise ValueError(message(f"precision {' or '.join(map(repr, DTYPES))}", f"{precision!r:.60}", "name one of them"))
     return DTYPES[precision]
+
+
+def types(precision) -> dict:
+    """What the functions take and give: (shape without rows, dtype) by the letters of FUNCTIONS; a width that they choose is None."""
+    integer, real = checked_precision(precision)
+    return {"Z": ((), integer), "r": ((3,), real), "F": ((None,), real), "M": ((None,), real), "E": ((), real)}
+
+
+def fits(shape, dtype: str, kind) -> bool:
+    """Whether an array is rows of such a kind."""
+    return len(shape) == 1 + len(kind[0]) and all(w in (None, k) for w, k in zip(kind[0], shape[1:])) and dtype == kind[1]
+
+
+def words(kind) -> str:
+    shape, dtype = kind
+    return spec(("n", *("width" if w is None else w for w in shape)), dtype)
+
+
+def said(e) -> str:
+    """An exception in a line."""
+    return f"{type(e).__name__}: {next(iter(str(e).splitlines()), ''):.200}".rstrip(": ")
 
 
 def refused(path, got: str, do: str) -> ValueError:

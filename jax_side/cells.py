@@ -220,7 +220,8 @@ def layout_of(pos, here, cell, periodic, cutoff, chunk) -> Layout:
             break
         coarser *= 2
     thin = np.min([_heights(np.asarray(basis(c, periodic, width))) for c in cell], axis=0) / np.array(grid)
-    reach = tuple(math.ceil(cutoff / w) if p else min(n - 1, 1) for n, w, p in zip(grid, thin, periodic))
+    far = cutoff * (1 + MARGIN) / 2  # beyond what rounding makes of the widths
+    reach = tuple(math.ceil(far / w) if p else min(n - 1, 1) for n, w, p in zip(grid, thin, periodic))
     layout = Layout(atoms, 1, 1, periodic, grid, reach, width, chunk)
     fullest = max(int(build(c, p, h, layout, cutoff)[3]) for p, h, c in zip(pos, here, cell))
     layout = replace(layout, per_cell=max(fullest, 1))

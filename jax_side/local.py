@@ -56,7 +56,7 @@ class LocalPotential:
     as they are traced, for functions whose results are not one row for each row.
 
     >>> spring = lambda a, b, r: (3 - jnp.linalg.norm(r, axis=-1, keepdims=True)) ** 2
-    >>> springs = LocalPotential(lambda Z: jnp.ones((len(Z), 1)), spring, lambda a, s: s[:, 0] / 2, 3.0)
+    >>> springs = LocalPotential(lambda Z: jnp.ones((Z.shape[0], 1)), spring, lambda a, s: s[:, 0] / 2, 3.0)
     >>> graph = {"pos": jnp.array([[0.0, 0, 0], [2, 0, 0]]), "atomic_numbers": jnp.array([1, 1])}
     >>> cache = springs.full(graph)
     >>> energy, change, proposal = springs.update(cache, Change(jnp.array([1]), jnp.array([[2.5, 0, 0]])))
@@ -91,9 +91,9 @@ class LocalPotential:
             raise ValueError(message("one pbc for all graphs", " and ".join(map(str, sorted(periodic))), "allocate for each kind of boundary"))
         if capacity is not None and capacity < most:
             raise ValueError(message(f"capacity of at least the {most} atoms given", str(capacity), "raise it"))
-        pos, numbers, cell = (np.stack([np.asarray(s[k]) for s in (states.padded(*s, most) for s in systems)]) for k in range(3))
+        pos, numbers, cell = (np.stack([np.asarray(s[k]) for s in (states.padded(*s, max(most, 1)) for s in systems)]) for k in range(3))
         fits = lists.layout_of(pos, numbers > 0, cell, *periodic, self.cutoff, chunk)
-        atoms = capacity or most
+        atoms = max(capacity or most, 1)
         grown = lambda n: int(1.3 * n * atoms / max((numbers > 0).sum(-1).max(), 1)) + 6  # noqa: E731
         return replace(fits, atoms=atoms, per_cell=per_cell or grown(fits.per_cell), neighbors=neighbors or grown(fits.neighbors))
 
@@ -105,6 +105,7 @@ class LocalPotential:
         `check` raises later.
         """
         layout = self.allocate(graph) if layout is None else layout
+        states.check_periodic(graph, layout)
         return states.seen(self._compiled["full"](states.padded(*states.system(graph), layout.atoms), layout), layout)
 
     def _full(self, system, layout):

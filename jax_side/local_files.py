@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import re
-
 import jax
-import jax.numpy as jnp
-import numpy as np
+import jax.export
 
 from bridge import archive
-from bridge.errors import message
+from bridge.errors import message, spec
+from jax_side import exported
 from jax_side.local import LocalPotential
 from jax_side.primitive import bridge_p
 
-NAMES = {"init": "node_init.jax", "edge": "edge.jax", "readout": "readout.jax"}
-ARGUMENTS = {"init": "(Z)", "edge": "(node_i, node_j, r_ij)", "readout": "(node, sum)"}
-OWN_TARGETS = re.compile(  # custom calls that every jaxlib serves: shapes, shardings, linear algebra, random bits
-    r"(lapack|cusolver|cublas|hipsolver|hipblas)_\w+|(cu|hip)_threefry2x32_ffi|Sharding|SPMD\w+|shape_assertion|stablehlo\.dynamic_\w+|mhlo\.\w+"
-    r"|ApproxTopK|Eigh|Qr|ProductOfElementaryHouseholderReflectors|LuDecomposition|AllocateBuffer"
-)
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+ENTRIES = (*(f"{file}.jax" for file, _, _ in archive.FUNCTIONS.values()), archive.METADATA)
+X64 = 'run jax.config.update("jax_enable_x64", True) first'
 
 
 def save(path, local: LocalPotential, *, precision: str, order: int = 1, platforms=None) -> None:
     """Write `local` to the zip `path`, which `load`, and kUPS's LocalMLIAPData.from_zip_file, read in any other process.
 
     Each function becomes a jax.export blob for any number of rows; weights that it closes over (arrays of JAX or numpy) go in as
-    constants. It must take any number of rows n while it is traced: no Python `if` on n.
+    constants. It must take any number of rows n while it is traced: no Python `if` on n, and x.shape[0] in place of len(x).
 
     precision   "32bit": it is traced for int32 atomic numbers and float32 else; "64bit": int64 and float64 (needs x64)
     order       how often the loaded potential can be differentiated: energies only 0, forces 1, Hessians 2. Each order adds a
@@ -40,7 +35,7 @@ def save(path, local: LocalPotential, *, precision: str, order: int = 1, platfor
 
     >>> import jax.numpy as jnp, tempfile
     >>> from jax_side.local import LocalPotential
-    >>> local = LocalPotential(lambda Z: jnp.ones((len(Z), 1)), lambda a, b, r: a * b * jnp.exp(-(r**2).sum(-1, keepdims=True)), lambda a, s: s[:, 0], 3.0)
+    >>> local = LocalPotential(lambda Z: jnp.ones((Z.shape[0], 1)), lambda a, b, r: a * b * jnp.exp(-(r**2).sum(-1, keepdims=True)), lambda a, s: s[:, 0], 3.0)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save(folder + "/gauss.zip", local, precision="32bit")
     ...     again = load(folder + "/gauss.zip")
@@ -50,19 +45,16 @@ def save(path, local: LocalPotential, *, precision: str, order: int = 1, platfor
     """
     if not isinstance(local, LocalPotential):
         raise TypeError(message("a LocalPotential", type(local).__name__, "make one of init, edge, readout and cutoff"))
-    integer, real = _dtypes(precision)
+    types, cutoff = _types(precision), archive.checked_cutoff(float(local.cutoff))
     _check_order(order)
-    cutoff, blobs = archive.checked_cutoff(float(local.cutoff)), {}
-    widths = {"Z": ((), integer), "r": ((3,), real)}
-    for name, result in (("init", "F"), ("edge", "M"), ("readout", None)):
-        f, inputs = getattr(local, name), [widths[k] for k in {"init": "Z", "edge": "FFr", "readout": "FM"}[name]]
-        tail = _traced(name, f, inputs, real, () if result is None else ("features",))
-        widths[result] = (tail, real)
-        exported, blobs[name] = _exported(name, f, inputs, order, platforms)
-        if why := _foreign(exported):
-            raise ValueError(message(f"{name} as a program that another process can run", why[0], "write it in JAX alone"))
-    metadata = archive.metadata_bytes(cutoff, precision)
-    archive.write(path, {**{NAMES[k]: v for k, v in blobs.items()}, archive.METADATA: metadata})
+    if platforms is not None and (isinstance(platforms, str) or not platforms or not set(platforms) <= set(PLATFORMS)):
+        raise ValueError(message(f"platforms among {PLATFORMS}", repr(platforms), 'give a tuple such as ("cpu", "cuda")'))
+    entries = {}
+    for name, (file, takes, gives) in archive.FUNCTIONS.items():
+        f, inputs = getattr(local, name), [types[k] for k in takes]
+        types[gives] = _traced(name, f, inputs, types[gives])
+        entries[f"{file}.jax"] = _exported(name, f, inputs, order, platforms)
+    archive.write(path, {**entries, archive.METADATA: archive.metadata_bytes(cutoff, precision)})
 
 
 def load(path, order: int = 1, *, limit: int = archive.LIMIT) -> LocalPotential:
@@ -74,7 +66,8 @@ def load(path, order: int = 1, *, limit: int = archive.LIMIT) -> LocalPotential:
     float32 for a file of precision 32bit and float64 for 64bit: they are never cast. `limit`: bytes of all entries together.
 
     Everything that can be seen before a program runs is checked here: nothing is unpickled, nothing unpacked to disk. But the blobs
-    are programs: read them from those whom you trust with your processor's time, as XLA's own reader is not made for enemies.
+    are programs: read them from those whom you trust with your processor's time, as XLA's own reader is not made for enemies: a blob
+    forged with care can end the process.
 
     Raises: ValueError that names the file and the reason, its __cause__ what the reader said: no zip or a broken one, entries missing,
     more, twice, too large, encrypted, links, with names that leave the folder; metadata.json without exactly cutoff
@@ -89,18 +82,67 @@ def load(path, order: int = 1, *, limit: int = archive.LIMIT) -> LocalPotential:
     expected a local potential in F, got what is no whole zip (BadZipFile: File is not a zip file); write or copy it anew
     """
     _check_order(order)
-    found = archive.read(path, (*NAMES.values(), archive.METADATA), limit)
+    found = archive.read(path, ENTRIES, limit)
     cutoff, precision = archive.metadata(path, found[archive.METADATA])
+    if precision == "64bit" and not jax.config.jax_enable_x64:
+        raise archive.refused(path, "one of precision 64bit while x64 is off", X64)
+    types, functions = _types(precision), {}
+    for name, (file, takes, gives) in archive.FUNCTIONS.items():
+        inputs = [types[k] for k in takes]
+        try:
+            programs = exported.read(found[f"{file}.jax"], 0 if takes == "Z" else order)  # integers have no derivatives
+            types[gives] = exported.check(programs, inputs, types[gives])
+        except archive.Odd as odd:
+            raise archive.refused(path, f"{file}.jax {odd.args[0]}", odd.args[1]) from odd.__cause__
+        functions[name] = exported.Rows(name, programs, inputs)
+    return LocalPotential(**functions, cutoff=cutoff)
+
+
+def _types(precision):
+    types = archive.types(precision)
+    if precision == "64bit" and not jax.config.jax_enable_x64:
+        raise ValueError(message("x64 on for precision='64bit'", "x64 off", X64))
+    return types
+
+
+def _check_order(order):
+    if isinstance(order, bool) or not isinstance(order, int) or order < 0:
+        raise ValueError(message("order as a number of derivatives, 0 or more", repr(order), "give an int"))
+
+
+def _structs(rows, inputs):
+    return [jax.ShapeDtypeStruct((rows, *shape), dtype) for shape, dtype in inputs]
+
+
+def _traced(name, f, inputs, wanted):
+    """(shape without rows, dtype) of the result of f, which must be one array as wanted; and no torch inside."""
+    rows = 5
+    jaxpr, out = jax.make_jaxpr(lambda *xs: f(*xs), return_shape=True)(*_structs(rows, inputs))
+    if _bridged(jaxpr.jaxpr):
+        do = "write the three torch callables by torch_side.local_files.save"
+        raise ValueError(message(f"{name} in JAX alone", "a torch callable that came by bridge.to_jax, which no other process can run", do))
+    if not hasattr(out, "shape") or out.shape[:1] != (rows,) or not archive.fits(out.shape, str(out.dtype), wanted):
+        got = spec(out.shape, out.dtype) if hasattr(out, "shape") else f"{jax.tree.structure(out)}"
+        do = "return one such array; weights of another dtype make results of another"
+        raise ValueError(message(f"{archive.words(wanted)} from {name} of {', '.join(map(archive.words, inputs))}", f"{got} for n={rows}", do))
+    return out.shape[1:], wanted[1]
+
+
+def _bridged(jaxpr) -> bool:
+    """Whether the bridge's primitive is anywhere inside."""
+    inner = lambda x: getattr(x, "jaxpr", x)
+    inside = [inner(x) for e in jaxpr.eqns for x in jax.tree.leaves(list(e.params.values()), is_leaf=lambda x: hasattr(inner(x), "eqns"))]
+    return any(e.primitive is bridge_p for e in jaxpr.eqns) or any(hasattr(x, "eqns") and _bridged(x) for x in inside)
+
+
+def _exported(name, f, inputs, order, platforms) -> bytes:
+    (rows,) = jax.export.symbolic_shape("n")
     try:
-        integer, real = _dtypes(precision)
-        programs, widths = {}, {"Z": ((), integer), "r": ((3,), real)}
-        for name, result in (("init", "F"), ("edge", "M"), ("readout", None)):
-            inputs = [widths[k] for k in {"init": "Z", "edge": "FFr", "readout": "FM"}[name]]
-            chain = _read(found[NAMES[name]], order if name != "init" else 0)  # integers have no derivative
-            widths[result] = (_check_types(name, chain[0], inputs, real, () if result is None else ("features",)), real)
-            programs[name] = _Rows(name, chain, inputs)
-    except archive.Odd as odd:
-        raise archive.refused(path, f"{NAMES[name]} {odd.args[0]}", odd.args[1]) from odd.__cause__
-    except ValueError as e:
-        raise archive.refused(path, f"one of precision {precision}: {e}", "see there") from e
-    return LocalPotential(**programs, cutoff=cutoff)
+        program = jax.export.export(jax.jit(lambda *xs: f(*xs)), platforms=platforms)(*_structs(rows, inputs))
+        why, blob = exported.foreign(program), bytes(program.serialize(vjp_order=order))
+    except Exception as e:
+        expected = f"{name} as a function that jax.export can write for any number of rows n, {order} derivatives of it and platforms={platforms}"
+        raise ValueError(message(expected, archive.said(e), "see the cause; where it is a size: write x.shape[0], not len(x), and no Python `if` on it")) from e
+    if why:
+        raise ValueError(message(f"{name} as a program that another process can run", f"one {why}", "write it in JAX alone, without callbacks"))
+    return blob

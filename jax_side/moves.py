@@ -14,7 +14,7 @@ def pick(cache: Cache, key) -> jax.Array:
     Draws slots until one is taken, so on average capacity / atoms draws, whatever N. `key` is a JAX PRNG key.
 
     >>> from jax_side.local import LocalPotential
-    >>> free = LocalPotential(lambda Z: jnp.ones((len(Z), 1)), lambda a, b, r: 0 * a, lambda a, s: 0 * s[:, 0], 1.0)
+    >>> free = LocalPotential(lambda Z: jnp.ones((Z.shape[0], 1)), lambda a, b, r: 0 * a, lambda a, s: 0 * s[:, 0], 1.0)
     >>> cache = free.full({"pos": jnp.eye(3), "atomic_numbers": jnp.array([0, 2, 0])})
     >>> int(pick(cache, jax.random.key(0))), int(vacant(cache, jax.random.key(0))) in (0, 2)
     (1, True)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bridge.contract import check_inputs
-from bridge.errors import message
+from bridge.errors import message, spec
 from jax_side import cells as lists
 from jax_side.cells import Cells, Layout, Space
 
@@ -92,10 +92,14 @@ class Changed(NamedTuple):
 
 
 def changed(cache, change):
+    for name, x in (("index", change.index), ("atomic_numbers", change.atomic_numbers)):
+        if x is not None and (x.ndim != 1 or not jnp.issubdtype(x.dtype, jnp.integer)):
+            raise ValueError(message(f"{name} as int[K]", spec(x.shape, x.dtype), "give the atoms that change"))
     n, k = cache.layout.atoms, len(change.index)
     i = jnp.where(change.index < 0, n, change.index).astype(jnp.int32)
     was = jnp.take(cache.atomic_numbers, i, mode="fill", fill_value=0)
     now = was if change.atomic_numbers is None else jnp.where(i < n, change.atomic_numbers, 0).astype(was.dtype)
+    was, now = _made(was), _made(now)
     old = jnp.take(cache.pos, i, axis=0, mode="fill", fill_value=0)
     for name, x, shape in (("pos", change.pos, (k, 3)), ("atomic_numbers", change.atomic_numbers, (k,))):
         if x is not None and x.shape != shape:
@@ -104,6 +108,11 @@ def changed(cache, change):
         raise ValueError(message(f"positions of a change as {old.dtype}, like the cache's", str(change.pos.dtype), "cast them yourself"))
     pos = old if change.pos is None else lists.wrap(cache.space, cache.layout, change.pos)
     return Changed(i, was, now, old, pos)
+
+
+def _made(x):
+    """x >= 0, by a maximum: XLA would compute a mere read anew as it writes each array, and copy the one that is read before."""
+    return jnp.where(jnp.arange(2)[:, None] > 0, x, 0).max(0)
 
 
 def misused(change, c, n, lost):
@@ -163,6 +172,16 @@ def periodic(graph):
     if isinstance(pbc, jax.core.Tracer) or isinstance(graph["pos"], jax.core.Tracer):
         raise ValueError(message("a layout inside of jit, vmap or scan", "None", "make one before: layout = local.allocate(graph); local.full(graph, layout)"))
     return tuple(bool(x) for x in np.broadcast_to(np.asarray(pbc).reshape(-1), 3))
+
+
+def check_periodic(graph, layout):
+    """ValueError where a pbc that can be seen is not the layout's."""
+    pbc = graph.get("pbc")
+    if pbc is None or isinstance(pbc, jax.core.Tracer):
+        return
+    got = tuple(bool(x) for x in np.broadcast_to(np.asarray(pbc).reshape(-1), 3))
+    if got != layout.periodic:
+        raise ValueError(message(f"the layout's pbc {layout.periodic}", str(got), "allocate for this graph"))
 
 
 def padded(pos, numbers, cell, atoms):

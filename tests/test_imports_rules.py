@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BANKS = ("bridge", "jax_side", "torch_side")
-FLOOR = {"bridge.errors", "bridge.function", "bridge.failures", "bridge.contract", "bridge.call", "bridge.card", "bridge.conventions", "bridge.atoms"}
+FLOOR = {"bridge.errors", "bridge.function", "bridge.failures", "bridge.contract", "bridge.call", "bridge.card", "bridge.conventions", "bridge.atoms", "bridge.archive"}
 JAX = {"jax", "jaxlib", "jax_side"}
 TORCH = {"torch", "torch_side"}
 SCIENCE = {"numpy", "ml_dtypes"}

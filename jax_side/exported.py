@@ -1,0 +1,125 @@
+"""Exported programs of rows, read with every check there is, as functions that jit, vmap and reverse mode take."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+
+import jax
+import jax.export
+import jax.numpy as jnp
+
+from bridge.archive import Odd, fits, said, words
+from bridge.errors import message, spec
+
+OWN_TARGETS = re.compile(  # custom calls that every jaxlib serves: shapes, shardings, linear algebra, random bits
+    r"(lapack|cusolver|cublas|hipsolver|hipblas)_\w+|(cu|hip)_threefry2x32_ffi|Sharding|SPMD\w+|shape_assertion|stablehlo\.dynamic_\w+|mhlo\.\w+"
+    r"|ApproxTopK|Eigh|Qr|ProductOfElementaryHouseholderReflectors|LuDecomposition|AllocateBuffer"
+)
+
+
+def foreign(program) -> str:
+    """What ties an exported program to the process that made it, in words."""
+    if program.ordered_effects or program.unordered_effects:
+        return "with effects"
+    if program.nr_devices != 1:
+        return f"for {program.nr_devices} devices"
+    text = program.mlir_module()
+    if found := re.search(r"stablehlo\.(infeed|outfeed|send|recv)\b", text):
+        return f"with {found[0]}"
+    targets = re.findall(r"stablehlo\.custom_call(?: @([\w.$-]+)\()?", text)
+    foreign = sorted({t or "of no plain name" for t in targets if not OWN_TARGETS.fullmatch(t)})
+    return f"with a custom call {', '.join(foreign)}" if foreign else ""
+
+
+def read(blob, order) -> list:
+    """The exported function and `order` derivatives. Raises Odd."""
+    try:
+        programs = [jax.export.deserialize(bytearray(blob))]
+        while len(programs) <= order and programs[-1].has_vjp():
+            programs.append(programs[-1].vjp())
+        whys = [foreign(p) for p in programs]
+    except Exception as e:  # flatbuffers and MLIR have no one exception for what they can't read
+        raise Odd(f"that jax.export can't read ({said(e)})", "export it anew") from e
+    if any(whys):
+        raise Odd(next(filter(None, whys)), "it can't run in another process than its author's: write it in JAX alone")
+    if len(programs) <= order:
+        raise Odd(f"that can be differentiated {len(programs) - 1} times", f"export it with order={order} (vjp_order), or load with less")
+    return programs
+
+
+def check(programs, inputs, wanted):
+    """(shape without rows, dtype) of the result, all types being as wanted. Raises Odd."""
+    program, here = programs[0], jax.export.default_export_platform()
+    ins, outs = program.in_avals, program.out_avals
+    if program.in_tree != jax.tree.structure((tuple(0 for _ in inputs), {})) or program.out_tree != jax.tree.structure(0):
+        raise Odd(f"of {len(ins)} arguments and {len(outs)} results", f"it must take {len(inputs)} arrays and give one array")
+    for x, kind in (*zip(ins, inputs), (outs[0], wanted)):
+        if not fits(x.shape, str(x.dtype), kind):
+            raise Odd(f"with {spec(x.shape, x.dtype)}", f"it must be {words(kind)} there")
+    if not all(isinstance(w, int) for w in outs[0].shape[1:]):
+        raise Odd(f"with a result {spec(outs[0].shape, outs[0].dtype)}", "only the number of rows may be open")
+    rows = {str(x.shape[0]) for x in (*ins, *outs)}
+    if len(rows) != 1 or not rows.copy().pop().isidentifier():
+        raise Odd(f"for {' and '.join(sorted(rows))} rows", "export it with one symbol as the leading size of all arrays")
+    if here not in program.platforms:
+        raise Odd(f"for {', '.join(program.platforms)}", f"export it with platforms=({here!r}, ...)")
+    for p, d in itertools.pairwise(programs):
+        types = [[(str(x.shape), x.dtype) for x in xs] for xs in ((*p.in_avals, *p.out_avals), d.in_avals, p.in_avals, d.out_avals)]
+        if types[0] != types[1] or types[2] != types[3]:
+            raise Odd("whose derivative is of another function", "export it anew")
+    return outs[0].shape[1:], wanted[1]
+
+
+class Rows:
+    """A function of rows, served by an exported program and its derivatives."""
+
+    def __init__(self, name, programs, inputs):
+        self.name, self.inputs, self.call = name, inputs, _differentiable(name, programs)
+
+    def __call__(self, *args):
+        return self.call(*(_cast(self.name, k, x, *kind) for k, (x, kind) in enumerate(zip(args, self.inputs, strict=True))))[0]
+
+
+def _cast(name, k, x, shape, dtype):
+    """Integers as the program wants them; a float that it does not want is an error."""
+    if dtype.startswith("int") and jnp.issubdtype(x.dtype, jnp.integer):
+        x = x.astype(dtype)
+    if not fits(x.shape, str(x.dtype), (shape, dtype)):
+        do = "cast positions, cell and all else to one dtype, or save the potential in the other precision"
+        raise ValueError(message(f"argument {k} of the loaded {name} as {words((shape, dtype))}", spec(x.shape, x.dtype), do))
+    return x
+
+
+def _differentiable(name, programs, done=0):
+    """The first program as a function of arrays -> list of arrays; the others are its derivatives."""
+    if not programs:
+        return functools.partial(_no_more, name, done - 1)
+    flat, back = _batched(programs[0]), _differentiable(name, programs[1:], done + 1)
+    f = jax.custom_vjp(lambda *args: flat(*args))
+    f.defvjp(lambda *args: (f(*args), args), lambda args, cotangents: tuple(back(*args, *cotangents)))
+    return f
+
+
+def _no_more(name, order, *_):
+    raise ValueError(message(f"at most {order} derivatives of the loaded {name}", "one more", f"load (and save) with order={order + 1}"))
+
+
+def _batched(program):
+    """The program under vmap: one call, of the rows of all examples."""
+
+    @jax.custom_batching.custom_vmap
+    def flat(*args):
+        if args[0].shape[0] == 0:  # a symbolic size is 1 or more
+            return [jnp.zeros((0, *x.shape[1:]), x.dtype) for x in program.out_avals]
+        return jax.tree.leaves(program.call(*args))
+
+    @flat.def_vmap
+    def over_examples(size, mapped, *args):
+        args = [x if m else jnp.broadcast_to(x, (size, *x.shape)) for x, m in zip(args, mapped)]
+        rows = args[0].shape[1]
+        outs = flat(*(x.reshape(size * rows, *x.shape[2:]) for x in args))
+        return [y.reshape(size, rows, *y.shape[1:]) for y in outs], [True] * len(outs)
+
+    return flat
