@@ -51,11 +51,12 @@ demo-torch-sim: setup  ## one JAX potential of copper in torch-sim and in jax-md
 demo-relax: setup  ## SevenNet-0 relaxes a crystal and its cell in one jitted jax-md program, beside ASE: table and picture in demos/out (ARGS="--help")
 	$(RUN) -m demos.relax $(ARGS)
 
-demo-mc: setup  ## an alloy in torch in jitted Monte Carlo by jax_side.local: acceptance, order, moves a second against full evaluation (ARGS="--help")
+demo-mc: setup  ## order and disorder in Cu3Au: a torch potential in jitted Monte Carlo, all chains in one torch call (ARGS="--help")
 	$(RUN) -m demos.mc $(ARGS)
 
+# Most programs of the tests run once: LLVM need not optimise them (make test-latest and all else compile as users do).
 test: setup  ## all tests on the CPU
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(RUN) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-latest:  ## the whole suite, and kUPS, on Python 3.12 with the newest jax, torch and kups: 7 GB in .venv-latest (PYTHON312=...)
 	@$(PYTHON312) -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || { \
@@ -66,8 +67,8 @@ test-latest:  ## the whole suite, and kUPS, on Python 3.12 with the newest jax, 
 	$(LATEST)/bin/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(LATEST)/nvalchemi $(APART)
 	OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal -o norecursedirs='.* long' $(ARGS)
 
-check-mc: setup  ## long checks of the physics of Monte Carlo: Lennard-Jones against NIST, exactly solvable cases
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -s tests/long -o norecursedirs='.*' $(ARGS)
+check-mc: setup  ## Monte Carlo against known physics: NIST's Lennard-Jones fluid, ideal gas, dimers (about 10 minutes)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal -rP tests/long $(ARGS)
 
 bench: $(VENV)/bench-installed  ## costs of a call beside their controls, JSON lines and a table (a quiet machine, please)
 	$(RUN) -m benchmarks.bench $(ARGS)

@@ -13,7 +13,7 @@ import bridge
 from jax_side.local import Layout, LocalPotential
 
 CU, AU = 29, 79
-PAIRS = {  # A (eV), xi (eV), p, q, r0 (Angstrom); r0 of the unlike pair is copper's, as is usual for Cu-Au clusters
+PAIRS = {  # A (eV), xi (eV), p, q, r0 (Angstrom); r0 of the unlike pair is our choice, copper's: Cu3Au is then stable, and 2.5 % too narrow
     (CU, CU): (0.0855, 1.224, 10.960, 2.278, 2.556),
     (CU, AU): (0.1539, 1.5605, 11.05, 3.0475, 2.556),
     (AU, CU): (0.1539, 1.5605, 11.05, 3.0475, 2.556),

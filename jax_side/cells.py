@@ -138,21 +138,23 @@ def fill(space, layout, pos, here) -> tuple[Cells, jax.Array]:
 
 
 def candidates(space, layout, slots, here):
-    """Atoms (S * per_cell,) in the cells that the cutoff reaches from r, N for none, and the lattice translation of each."""
+    """Atoms (S,P) in the cells that the cutoff reaches from r, N for none, and the lattice translation (S,3) of each cell."""
     grid, periodic = np.array(layout.grid), np.array(layout.periodic)
     at = cell_of(space, layout, here) + layout.stencil
     images = jnp.where(periodic, jnp.floor_divide(at, grid), 0)
-    inside = (periodic | ((at >= 0) & (at < grid))).all(-1)
-    first = jnp.where(inside, flat(layout, at - images * grid), layout.cells) * layout.per_cell
-    j = jnp.take(slots, first[:, None] + np.arange(layout.per_cell), mode="fill", fill_value=layout.atoms)
-    return j.reshape(-1), jnp.repeat(images, layout.per_cell, axis=0)
+    number = flat(layout, at - images * grid)
+    if not all(layout.periodic):
+        number = jnp.where((periodic | ((at >= 0) & (at < grid))).all(-1), number, layout.cells)
+    places = number[:, None] * layout.per_cell + np.arange(layout.per_cell)
+    return jnp.take(slots, places, mode="fill", fill_value=layout.atoms), images
 
 
 def near(space, layout, cutoff, pos, slots, here, index, without=None, more=None) -> Near:
     """Neighbours of the atom `index` at r = `here` in the list, but for the atoms `without` (K,); `more` gives further candidates (j, r, used)."""
     j, images = candidates(space, layout, slots, here)
-    r = (jnp.take(pos, j, axis=0, mode="clip") - here) + images.astype(pos.dtype) @ space.cell  # -r, to the bit, from the other end
-    used = (j < layout.atoms) & ~((j == index) & (images == 0).all(-1))
+    r = (jnp.take(pos, j, axis=0, mode="clip") - here) + (images.astype(pos.dtype) @ space.cell)[:, None]  # -r, to the bit, from the other end
+    used = (j < layout.atoms) & ~((j == index) & (images == 0).all(-1)[:, None])
+    j, r, used = j.reshape(-1), r.reshape(-1, 3), used.reshape(-1)
     if without is not None:
         used &= ~(j[:, None] == without).any(-1)
     used &= (r**2).sum(-1) < cutoff**2

@@ -95,7 +95,7 @@ class LocalPotential:
         fits = lists.layout_of(pos, numbers > 0, cell, *periodic, self.cutoff, chunk)
         atoms = max(capacity or most, 1)
         grown = lambda n: int(1.3 * n * atoms / max((numbers > 0).sum(-1).max(), 1)) + 6  # noqa: E731
-        return replace(fits, atoms=atoms, per_cell=per_cell or grown(fits.per_cell), neighbors=neighbors or grown(fits.neighbors))
+        return replace(fits, atoms=atoms, per_cell=per_cell or min(grown(fits.per_cell), atoms), neighbors=neighbors or grown(fits.neighbors))
 
     def full(self, graph, layout=None) -> Cache:
         """Evaluate a system (a dict as in `allocate`) from nothing: its cache, with .energy in eV.
@@ -179,7 +179,7 @@ class LocalPotential:
     def __call__(self, inputs):
         """The contract's dict, with edges -> energy (B,) and node_energies (N,)."""
         check_inputs(inputs, GRAPH)
-        pos, numbers, (i, j) = inputs["pos"], inputs["atomic_numbers"], inputs["edge_index"]
+        pos, numbers, (i, j) = inputs["pos"], inputs["atomic_numbers"].astype(jnp.int32), inputs["edge_index"]
         here = numbers > 0
         used = (i < len(pos)) & (j < len(pos))
         i, j = jnp.where(used, i, 0), jnp.where(used, j, 0)

@@ -80,7 +80,7 @@ def test_lattice_constant_and_cohesive_energy_x_publication(element):
 
 
 def test_the_ordered_alloy_is_bound_as_it_is_measured():
-    """Formation energy of Cu3Au: -74 meV an atom (calorimetry, Hultgren's tables); the model's lattice is 2.5 % narrower than the measured one."""
+    """Formation energy of Cu3Au: -74 meV an atom; the model's lattice is 2.5 % narrower than the measured one."""
     a, energy = relaxed([alloy.AU, *3 * [alloy.CU]], alloy.LATTICE)
     assert abs(a - alloy.LATTICE) < 1e-3
     assert abs(energy - 0.75 * PUBLISHED["Cu"][1] - 0.25 * PUBLISHED["Au"][1] + 0.074) < 2e-3

@@ -77,8 +77,6 @@ def test_chains_x_alone_to_the_bit():
         energy, this, proposal = local.update(first, at(change, b))
         assert bits((energy, this, local.commit(first, proposal, accept[b]))) == bits((energies[b], changes[b], at(after, b)))
     assert bits(at(after, 1)) == bits(first)
-    energy, this, proposal = jax.jit(local.update)(first, at(change, 0))
-    close((energy, this), (energies[0], changes[0]), 1e-13)
 
 
 def crystal(dtype):
@@ -88,10 +86,10 @@ def crystal(dtype):
     return {"pos": jnp.asarray(grid[order] * 2.0, dtype), "atomic_numbers": jnp.ones(64, int), "cell": 8 * jnp.eye(3, dtype=dtype)}
 
 
-def drift(local, wanted, n=100_000):
+def drift(local, n=100_000):
     """Relative difference to float64 after so many accepted moves of the second half, each about its own site."""
     graph = crystal("float32")
-    layout = replace(local.allocate(graph), per_cell=12, neighbors=24)
+    layout = replace(local.allocate(graph), per_cell=9, neighbors=16)
     sites = graph["pos"]
 
     def one(cache, key):
@@ -102,7 +100,7 @@ def drift(local, wanted, n=100_000):
 
     last = jax.jit(lambda cache, keys: jax.lax.scan(one, cache, keys)[0], donate_argnums=0)(local.full(graph, layout), jax.random.split(jax.random.key(0), n))
     local.check(last)
-    exact = wanted.full({"pos": last.pos.astype("float64"), "atomic_numbers": last.atomic_numbers, "cell": last.cell.astype("float64")}, layout).energy
+    exact = summed(last.pos)
     return float(abs(last.energy - exact) / abs(exact))
 
 
@@ -112,9 +110,17 @@ def many_body():
     return LocalPotential(lambda Z: Z[:, None].astype("float32"), edge, lambda a, s: -jnp.sqrt(s[:, 0] + 0.1), 2.45)
 
 
+def summed(pos):
+    """Energy of the crystal's atoms by nearest images, in NumPy and float64."""
+    r = np.asarray(pos, np.float64)[:, None] - np.asarray(pos, np.float64)
+    d2 = ((r - 8 * np.round(r / 8)) ** 2).sum(-1)
+    pairs = np.where((d2 < 2.45**2) & (d2 > 0), np.maximum(1 - d2 / 6, 0) ** 2, 0)
+    return -np.sqrt(pairs.sum(1) + 0.1).sum()
+
+
 def test_drift_x_float32(monkeypatch):
-    """Beside the same without what rounding took."""
-    kept = drift(many_body(), many_body())
+    """Beside the same without what rounding took, which is worse after fewer moves."""
+    kept = drift(many_body())
     assert kept < 1e-6
     monkeypatch.setattr(jax_side.local, "plus", lambda high, low, x: (high + x, 0 * low))
-    assert drift(many_body(), many_body()) > 10 * max(kept, 1e-8)
+    assert drift(many_body(), 40_000) > 10 * max(kept, 1e-8)

@@ -132,10 +132,10 @@ def displaced(cache, key):
     return translated(BUMPS, cache, key, 1.0, (0.5, 2.0))
 
 
-def energies_of_two(points=24):
+def energies_of_two(points=16):
     """Of two atoms, for differences on a grid over the cell, all images within the cutoff by hand; eV."""
     at = np.stack(np.meshgrid(*[np.arange(points) / points] * 3, indexing="ij"), -1).reshape(-1, 3)
-    shifts = np.array(list(itertools.product(range(-3, 4), repeat=3)))
+    shifts = np.array(list(itertools.product(range(-2, 3), repeat=3)))
     pairs = lambda at: -1.5 * (np.clip(1 - (((at[:, None] + shifts) @ CELL) ** 2).sum(-1) / 4, 0, None) ** 3).sum(1)  # noqa: E731
     return pairs(at) + pairs(np.zeros((1, 3))) + 1.5
 

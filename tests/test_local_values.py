@@ -207,6 +207,6 @@ def test_rows_x_number_of_atoms(kind):
         assert {rows[0][0] for rows in seen[-1]} >= {min(n, layout.chunk)}
         seen[-1] = []
         change = lambda c: Change(jnp.array([1, 2]), c.pos[1:3] + 0.1, None if kind == "move" else jnp.array([5, 6]))  # noqa: E731
-        jax.eval_shape(lambda c: local.update(c, change(c)), found)
+        jax.eval_shape(lambda c, change=change: local.update(c, change(c)), found)
     assert seen[0] == seen[1]
     assert len(seen[0]) == (2 if kind == "move" else 3)

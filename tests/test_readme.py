@@ -31,7 +31,7 @@ def test_the_first_example_has_eight_lines_and_prints_what_it_says():
 def test_the_other_examples_run(i):
     scope = {}
     exec(EXAMPLES[i], scope)
-    if "step" in scope:
+    if "init" in scope:
         state, e0 = scope["init"](jax.random.key(0), jax.numpy.asarray(scope["atoms"].get_scaled_positions(), "float32"), kT=0.02, mass=30.0)
         _, e1 = scope["step"](state)
         assert float(e0) < -20 and abs(float(e1 - e0)) < 1

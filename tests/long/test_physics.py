@@ -1,4 +1,4 @@
-"""The long checks of jax_side.local against known physics, `make check-mc`: DURATION
+"""The long checks of jax_side.local against known physics, `make check-mc`: about 10 minutes on two cores, twice that on busy ones.
 
 Canonical sampling of the Lennard-Jones fluid, cut at 3 sigma, with long-range corrections, 500 atoms, in float32, against NIST's Standard
 Reference Simulation Website (https://mmlapps.nist.gov/srs/LJ_PURE/mc.htm); a torch edge; ideal gas, two atoms and dimers at length, in float64.
