@@ -153,8 +153,10 @@ KEYBOARD = """
 """
 
 
-@pytest.mark.parametrize("how", ["plain", "raising"])
-@pytest.mark.parametrize("size", [2, 300], ids=["in the main thread", "in XLA's threads"])
+HERE, THERE = 2, 300  # sizes of programs that XLA runs in the main thread, in its own
+
+
+@pytest.mark.parametrize("lane, size, how", [("ffi", HERE, "plain"), ("ffi", THERE, "raising"), ("host", HERE, "raising"), ("host", THERE, "plain")])
 def test_keyboard_interrupt_ends_the_program(lane, size, how):
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(KEYBOARD), lane, str(size), how], capture_output=True, text=True, timeout=100)
     assert "went on" not in done.stdout

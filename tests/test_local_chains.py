@@ -98,7 +98,7 @@ def drift(local, n=100_000):
         _, _, proposal = local.update(cache, moves.moved(i, sites[i] + 0.3 * jax.random.uniform(place, (1, 3), "float32")))
         return local.commit(cache, proposal, True), None
 
-    last = jax.jit(lambda cache, keys: jax.lax.scan(one, cache, keys)[0], donate_argnums=0)(local.full(graph, layout), jax.random.split(jax.random.key(0), n))
+    last = jax.jit(lambda cache, keys: jax.lax.scan(one, cache, keys)[0], donate_argnums=0, compiler_options={"xla_backend_optimization_level": 3})(local.full(graph, layout), jax.random.split(jax.random.key(0), n))
     local.check(last)
     exact = summed(last.pos)
     return float(abs(last.energy - exact) / abs(exact))
