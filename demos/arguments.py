@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 
+import numpy as np
+
 
 def at_least(kind, low, high=math.inf):
     """A converter for argparse: numbers of one kind between two bounds, the others refused in one clear line."""
@@ -20,3 +22,11 @@ def at_least(kind, low, high=math.inf):
         return value
 
     return convert
+
+
+def refuse_unless(parser, chosen, rules):
+    """The first of the `rules` (name of an option, whether it is fine, what was expected) that does not hold ends the program in one clear line."""
+    for name, fine, expected in rules:
+        if not fine:
+            got = ", ".join(map(str, np.atleast_1d(getattr(chosen, name))))
+            parser.error(f"argument --{name}: expected {expected}, got {got}; change it")

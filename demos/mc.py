@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from demos import runs
 from demos.alloy import apart, crystal, graph, layout_of, neighbors_of, order, potential
-from demos.arguments import at_least
+from demos.arguments import at_least, refuse_unless
 from jax_side.local import Change
 
 KINDS = ("displacement", "exchange", "volume")
@@ -45,15 +45,13 @@ def options(argv=None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, to --sweeps")
     parser.add_argument("--out", type=Path, default=Path("demos/out"))
     chosen = parser.parse_args(argv)
-    for name, fine, expected in (
+    rules = (
         ("sweeps", chosen.sweeps % chosen.chunk == 0, f"a multiple of --chunk {chosen.chunk}"),
         ("sweeps", chosen.sweeps > chosen.equilibrate, f"more than --equilibrate {chosen.equilibrate}"),
         ("temperatures", len(set(chosen.temperatures)) == len(chosen.temperatures), "different ones"),
         ("out", chosen.out.is_dir() or not chosen.out.exists(), "a folder"),
-    ):
-        if not fine:
-            got = ", ".join(map(str, np.atleast_1d(getattr(chosen, name))))
-            parser.error(f"argument --{name}: expected {expected}, got {got}; change it")
+    )
+    refuse_unless(parser, chosen, rules)
     return chosen
 
 

@@ -23,7 +23,7 @@ from jax_md import space
 
 import bridge
 from demos import observables, runs
-from demos.arguments import at_least
+from demos.arguments import at_least, refuse_unless
 from jax_side.engines import jax_md as engine
 from torch_side.models.sevennet import SevenNet
 
@@ -50,15 +50,13 @@ def options(argv=None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, to --steps")
     parser.add_argument("--out", type=Path, default=Path("demos/out"))
     chosen = parser.parse_args(argv)
-    for name, fine, expected in (
+    rules = (
         ("steps", chosen.steps % chosen.chunk == 0, f"a multiple of --chunk {chosen.chunk}"),
         ("steps", chosen.steps - chosen.equilibrate >= chosen.blocks, f"at least --equilibrate {chosen.equilibrate} + --blocks {chosen.blocks}"),
         ("temperatures", len(set(chosen.temperatures)) == len(chosen.temperatures), "different ones"),
         ("out", chosen.out.is_dir() or not chosen.out.exists(), "a folder"),
-    ):
-        if not fine:
-            got = ", ".join(map(str, np.atleast_1d(getattr(chosen, name))))
-            parser.error(f"argument --{name}: expected {expected}, got {got}; change it")
+    )
+    refuse_unless(parser, chosen, rules)
     return chosen
 
 

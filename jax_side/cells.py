@@ -107,7 +107,7 @@ def widths(space):
 
 
 def wrap(space, layout, pos):
-    """Into the cell along periodic axes: r and the lattice translation n that was taken off, r = pos - n @ h."""
+    """Into the cell along periodic axes: r = pos - n @ h, with the gradient of that at fixed n."""
     u = jax.lax.stop_gradient(pos - space.origin) @ jax.lax.stop_gradient(space.to_grid)
     n = jnp.where(np.array(layout.periodic), jnp.floor(u / np.array(layout.grid, u.dtype)), 0)
     return pos - n @ space.cell

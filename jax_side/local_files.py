@@ -86,7 +86,7 @@ def load(path, order: int = 1, *, limit: int = archive.LIMIT) -> LocalPotential:
     cutoff, precision = archive.metadata(path, found[archive.METADATA])
     if precision == "64bit" and not jax.config.jax_enable_x64:
         raise archive.refused(path, "one of precision 64bit while x64 is off", X64)
-    types, functions = _types(precision), {}
+    types, functions = archive.types(precision), {}
     for name, (file, takes, gives) in archive.FUNCTIONS.items():
         inputs = [types[k] for k in takes]
         try:

@@ -171,7 +171,7 @@ def periodic(graph):
     pbc = graph.get("pbc", graph.get("cell") is not None)
     if isinstance(pbc, jax.core.Tracer) or isinstance(graph["pos"], jax.core.Tracer):
         raise ValueError(message("a layout inside of jit, vmap or scan", "None", "make one before: layout = local.allocate(graph); local.full(graph, layout)"))
-    return tuple(bool(x) for x in np.broadcast_to(np.asarray(pbc).reshape(-1), 3))
+    return _axes(pbc)
 
 
 def check_periodic(graph, layout):
@@ -179,9 +179,14 @@ def check_periodic(graph, layout):
     pbc = graph.get("pbc")
     if pbc is None or isinstance(pbc, jax.core.Tracer):
         return
-    got = tuple(bool(x) for x in np.broadcast_to(np.asarray(pbc).reshape(-1), 3))
+    got = _axes(pbc)
     if got != layout.periodic:
         raise ValueError(message(f"the layout's pbc {layout.periodic}", str(got), "allocate for this graph"))
+
+
+def _axes(pbc):
+    """Three bools, of one or three."""
+    return tuple(bool(x) for x in np.broadcast_to(np.asarray(pbc).reshape(-1), 3))
 
 
 def padded(pos, numbers, cell, atoms):

@@ -198,27 +198,27 @@ cuts = st.one_of(st.just(1.0), st.floats(0, 1))
 flips = st.lists(st.tuples(st.one_of(st.floats(0, 1), st.floats(0.97, 1)), st.integers(0, 7)), max_size=3)
 
 
-@given(cuts, flips)
-def test_a_file_cut_or_flipped_is_refused_or_the_same(cut, flips):
-    path = Path(FOLDER.name) / "fuzzed.zip"
-    path.write_bytes(changed(saved().read_bytes(), cut, flips))
+def loaded_or_refused(files, whole, name, cut, flips):
+    """What `files` loads of a changed file; None where it refuses it and names it."""
+    path = Path(FOLDER.name) / name
+    path.write_bytes(changed(whole.read_bytes(), cut, flips))
     try:
-        local = local_files.load(path)
+        return files.load(path)
     except ValueError as e:
         assert f"expected a local potential in {path}, got" in str(e)
-    else:
+
+
+@given(cuts, flips)
+def test_a_file_cut_or_flipped_is_refused_or_the_same(cut, flips):
+    local = loaded_or_refused(local_files, saved(), "fuzzed.zip", cut, flips)
+    if local:
         np.testing.assert_allclose(local.readout(jnp.ones((2, 4)), jnp.ones((2, 5))), potential().readout(jnp.ones((2, 4)), jnp.ones((2, 5))))
 
 
 @given(cuts, flips)
 def test_a_torch_file_cut_or_flipped_is_refused_or_the_same(cut, flips):
-    path = Path(FOLDER.name) / "fuzzed-torch.zip"
-    path.write_bytes(changed(torch_saved().read_bytes(), cut, flips))
-    try:
-        local = torch_files.load(path)
-    except ValueError as e:
-        assert f"expected a local potential in {path}, got" in str(e)
-    else:
+    local = loaded_or_refused(torch_files, torch_saved(), "fuzzed-torch.zip", cut, flips)
+    if local:
         a, s = torch.ones(2, 4).double(), torch.ones(2, 5).double()
         assert torch.equal(local.readout(a, s), Net().readout(a, s))
 
