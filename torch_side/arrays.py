@@ -104,7 +104,7 @@ def _address(t: torch.Tensor) -> int:
         address = t.data_ptr()
     except RuntimeError:  # inside torch.func
         address = 0
-    if not address and t.numel():
+    if not address and t.numel() and not t._is_zerotensor():
         raise _type_error(t)
     return address
 
@@ -134,6 +134,8 @@ def _obstacle(t: torch.Tensor, address: int) -> tuple[str, str] | None:
         return "the conj bit", "pass tensor.resolve_conj()"
     if t.is_neg():
         return "the neg bit", "pass tensor.resolve_neg()"
+    if t._is_zerotensor():  # as torch.func.jvp gives them
+        return "zeros that torch keeps without memory", "pass tensor.clone()"
     if not t.is_contiguous() and not _permuted(t):
         zero = any(s == 0 and n > 1 for s, n in zip(t.stride(), t.shape))
         return "stride 0" if zero else f"strides {t.stride()}, not dense", "pass tensor.contiguous()"

@@ -48,7 +48,8 @@ _ALONE = [(lambda t: sys.getrefcount(t))(t) for t in [torch.empty(0)]][0]  # a t
 def fresh(t: torch.Tensor) -> torch.Tensor:
     """A result that nobody else holds: itself if it is dense and its list alone has it, else a clone."""
     kept = sys.getrefcount(t) > _ALONE or t._use_count() > 1 or holders(t.untyped_storage()._cdata) > 2
-    if kept or t.requires_grad or t.is_conj() or t.is_neg() or not t.is_contiguous():
+    borrowed = kept or t.requires_grad or t.is_conj() or t.is_neg() or t._is_zerotensor()
+    if borrowed or not t.is_contiguous():
         return t.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
     return t
 

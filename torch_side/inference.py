@@ -44,7 +44,7 @@ def infer(call, inputs: tuple[Spec, ...], engine: Engine):
     check_mode(call.target)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.set_grad_enabled(engine.differentiates_inside):
-            leaves, tree = _on_some_device(call, inputs)
+            leaves, tree = on_some_device(call, inputs)
     except (DataDependentOutputException, DynamicOutputShapeException) as e:
         raise ValueError(message(f"output shapes of {call.name} that depend on input shapes alone", "a data-dependent operation", _DECLARE)) from e
     except Exception as e:
@@ -59,12 +59,13 @@ def infer(call, inputs: tuple[Spec, ...], engine: Engine):
 _DECLARE = "declare outputs= (a pytree of jax.ShapeDtypeStruct, or a function of the inputs' that returns it)"
 
 
-def _on_some_device(call, inputs):
-    """A callable may hold tensors on a GPU without showing them: where there is one, it is tried second."""
+def on_some_device(call, inputs, run=None):
+    """`run` (the call itself, if None) of uninitialised tensors. A callable may hold tensors on a GPU without showing
+    them: where there is one, it is tried second."""
     devices = [_device(call.target), *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
         try:
-            return call([torch.empty(s.shape, dtype=buffers.DTYPES[s.dtype], device=device) for s in inputs])
+            return (run or call)([torch.empty(s.shape, dtype=buffers.DTYPES[s.dtype], device=device) for s in inputs])
         except Exception:
             if device is devices[-1]:
                 raise

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from bridge.errors import message
-from bridge.function import Derived, Engine, Jvp, Linearised
+from bridge.function import Derived, Engine, Gradient, Jvp, Linearised, Vjp
+from torch_side import kernels, operators
 
 DERIVATIVES = ("func", "autograd")
 
@@ -34,34 +35,90 @@ class Batching(Engine):
         return torch.func.vmap(f, in_dims=tuple(0 if m else None for m in mapped), randomness="error")(*arrays)
 
 
+def _is_base(f) -> bool:
+    return not isinstance(f, Derived)
+
+
+def _one_backward(f) -> bool:
+    """The call itself, or one backward of it."""
+    return _is_base(f) or isinstance(f, (Vjp, Gradient)) and _is_base(f.of)
+
+
+def _trusted(right: Callable):
+    """A method of Func for what torch.func does right; Autograd serves the rest.
+
+    `right(f)` tells for which f torch.func is right whatever the operators in it are. What its forward mode refuses is
+    served anew by the outermost transform."""
+
+    def decorate(method):
+        def served(self, f, *arguments):
+            by_autograd = getattr(_ROW_BY_ROW, method.__name__)
+            if not right(f) and not _by_func(f.base):
+                return by_autograd(f, *arguments)
+            try:
+                return method(self, f, *arguments)
+            except RuntimeError as refusal:
+                if not any(words in str(refusal) for words in _NO_FORWARD_MODE):
+                    raise
+                f.base.memo["torch.func"] = False
+                if right(f) or _inside_torch_func():
+                    raise
+            return by_autograd(f, *arguments)
+
+        return served
+
+    return decorate
+
+
 class Func(Batching):
-    """By torch.func, but a first vjp or gradient by torch.autograd, which is the same and faster; the forward call builds no graph."""
+    """By torch.func, but a first vjp or gradient by torch.autograd, which is the same and faster; the forward call builds no graph.
+
+    Grad mode is on within a jvp, as torch.func.vjp has it of itself: with it off, torch takes backward formulas that are
+    right but not differentiable (of det and solve), or have no derivative (of SiLU)."""
 
     differentiates_inside = False
     shares = False
     alternative = 'pass derivatives="autograd" (torch.autograd), and batched="sequential" or an axis where vmap is meant'
 
+    @_trusted(lambda f: False)
     def jvp(self, f, primals, wrt, tangents, outs):
         g, xs = _restrict(f, primals, wrt, outs)
-        with _FORWARD_AD:
+        with _FORWARD_AD, torch.enable_grad():
             return torch.func.jvp(g, xs, tuple(tangents))[1]
 
+    @_trusted(_is_base)
     def vjp(self, f, primals, wrt, cotangents, outs):
-        if _outermost(f, *primals, *cotangents):
+        if _outermost(f):
             return Autograd.vjp(self, f, primals, wrt, cotangents, outs)
         g, xs = _restrict(f, primals, wrt, outs)
         _, pull = torch.func.vjp(g, *xs)
         return _conj(pull(_conj(cotangents)))
 
+    @_trusted(_is_base)
     def gradient(self, f, primals, wrt, out):
-        if _outermost(f, *primals):
+        if _outermost(f):
             return Autograd.gradient(self, f, primals, wrt, out)
         g, xs = _restrict(f, primals, wrt)
         y, pull, outputs = torch.func.vjp(lambda *xs: ((ys := g(*xs))[out], ys), *xs, has_aux=True)
         return (*outputs, *pull(torch.ones_like(y)))
 
+    @_trusted(_one_backward)
+    def vmap(self, f, mapped, size, arrays):
+        return Batching.vmap(self, f, mapped, size, arrays)
+
     def check_vmap(self, f, mapped):
         pass
+
+
+# What torch says where an operator, or a custom Function, has no forward mode.
+_NO_FORWARD_MODE = ("forward AD", "forward mode AD")
+
+
+def _by_func(base) -> bool:
+    """False where torch.func has refused a call, or is known to be wrong for some operator in it."""
+    if "torch.func" not in base.memo:
+        base.memo["torch.func"] = not operators.suspect(base.call, base.inputs)
+    return base.memo["torch.func"]
 
 
 class Autograd(Batching):
@@ -89,6 +146,8 @@ class Autograd(Batching):
         keep = _requires_grad(*primals)
         with torch.enable_grad():
             xs, ys = _record(f, primals, wrt)
+            if keep:
+                _check_twice(f, primals, wrt, (out,), xs, ys)
             grads = _grad((ys[out],), xs, (torch.ones_like(ys[out]),), keep)
         return (*(ys if keep else [y.detach() for y in ys]), *grads)
 
@@ -103,6 +162,10 @@ class Autograd(Batching):
             )
 
 
+# What serves Func where torch.func can't.
+_ROW_BY_ROW = Autograd(sequential=True)
+
+
 def _shared(f, mapped) -> bool:
     """Many tangents or cotangents at one point."""
     return isinstance(f, Linearised) and not any(mapped[: len(f.of.inputs)])
@@ -113,7 +176,10 @@ def _push(f, primals, wrt, rows, outs):
     keep = _requires_grad(*primals, *(t for row in rows for t in row))
     with torch.enable_grad():
         xs, ys = _record(f, primals, wrt)
-        us = tuple(torch.zeros_like(ys[o], requires_grad=True) for o in outs)
+        kernels.check_pushed([ys[o] for o in outs])
+        if keep:
+            _check_twice(f, primals, wrt, outs, xs, ys)
+        us = tuple(torch.ones_like(ys[o], requires_grad=True) for o in outs)  # anywhere: pulled is linear in them
         pulled = _grad(tuple(ys[o] for o in outs), xs, us, True)
         return [_grad(pulled, us, row, keep, more=row is not rows[-1]) for row in rows]
 
@@ -123,6 +189,8 @@ def _pull(f, primals, wrt, rows, outs):
     keep = _requires_grad(*primals, *(t for row in rows for t in row))
     with torch.enable_grad():
         xs, ys = _record(f, primals, wrt)
+        if keep:
+            _check_twice(f, primals, wrt, outs, xs, ys)
         ys = tuple(ys[o] for o in outs)
         return [_conj(_grad(ys, xs, _conj(row), keep, more=row is not rows[-1])) for row in rows]
 
@@ -150,6 +218,18 @@ def _record(f, primals, wrt):
     return xs, tuple(f(*_replaced(primals, wrt, xs)))
 
 
+def _check_twice(f, primals, wrt, outs, xs, ys) -> None:
+    """Raise where a derivative of the derivative that is about to be taken would be cut off by a kernel inside f."""
+
+    def again():
+        there = dict(zip(wrt, kernels.moved(primals[i] for i in wrt)))
+        moved = _record(f, [there.get(i, p) for i, p in enumerate(primals)], wrt)[1]
+        return [moved[o] for o in outs]
+
+    leaves = [x for x in xs if x.is_leaf]
+    kernels.check_twice([ys[o] for o in outs], again, leaves)
+
+
 def _grad(ys, xs, cotangents, create_graph: bool, more: bool = False) -> tuple:
     """torch.autograd.grad with zeros for what is not reached; each x carries a graph or is a leaf. `more` will follow."""
     reached = [(y, c) for y, c in zip(ys, cotangents, strict=True) if y.requires_grad]
@@ -159,9 +239,14 @@ def _grad(ys, xs, cotangents, create_graph: bool, more: bool = False) -> tuple:
     return torch.autograd.grad(ys, xs, cotangents, create_graph=create_graph, retain_graph=create_graph or more, allow_unused=True, materialize_grads=True)
 
 
-def _outermost(f, *tensors) -> bool:
-    """A first derivative of the user's own call, with no torch.func transform around it (private in torch 2.13)."""
-    return not isinstance(f, Derived) and torch._C._functorch.peek_interpreter_stack() is None and not _requires_grad(*tensors)
+def _outermost(f) -> bool:
+    """The user's own call is differentiated, with no transform of torch.func around it."""
+    return _is_base(f) and not _inside_torch_func()
+
+
+def _inside_torch_func() -> bool:
+    """Private in torch 2.13."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _requires_grad(*tensors) -> bool:

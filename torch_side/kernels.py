@@ -1,0 +1,127 @@
+"""Custom autograd Functions in a graph: is their backward something that torch can differentiate again?
+
+torch takes a backward that is cut off from its inputs (@once_differentiable, NumPy, .detach()) for a constant, and gives
+zeros for its derivatives. An honest constant, of a linear Function, looks the same in the graph: it stays the same where
+the inputs move, and that is what tells them apart.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch.autograd.function import BackwardCFunction
+
+from bridge.errors import message
+
+_MOVE = 1e-4  # relative change of the inputs, of which a constant must not show the tenth part
+_proven = weakref.WeakSet()  # classes of Functions that were found to be differentiable
+
+
+def check_twice(ys, again: Callable, private=()) -> None:
+    """Raise where derivatives of a backward through the graph of `ys` would be silently cut.
+
+    `again()` gives the same outputs, with a graph, where the inputs have moved a little (see `moved`). `private` are
+    leaves that nobody differentiates in later: what depends on these alone may be cut.
+
+    Raises: NotImplementedError naming the Function.
+    """
+    for at, node in enumerate(custom(ys)):
+        cls = node._forward_cls
+        if cls in _proven:
+            continue
+        cotangents, gradients = _backward(node)
+        check_linear(cls, gradients)
+        inputs = [edge for edge, _ in node.next_functions if edge is not None]
+        if _only_private(inputs, private):
+            continue
+        found = [g.grad_fn for g in gradients if g.requires_grad]
+        if not _reaches(found, inputs) and _changes(custom(again())[at], cotangents, gradients):
+            raise _cut(cls)
+        if any(g.any() for g in gradients):
+            _proven.add(cls)
+
+
+def check_pushed(ys) -> None:
+    """Raise where a backward is cut off from its own cotangents, by which forward mode is served.
+
+    Raises: NotImplementedError naming the Function.
+    """
+    for node in custom(ys):
+        if node._forward_cls not in _proven:
+            check_linear(node._forward_cls, _backward(node)[1])
+
+
+def check_linear(cls, gradients) -> None:
+    """NotImplementedError where gradients of one Function don't know of the cotangents that they are linear in."""
+    for g in gradients:
+        if not g.requires_grad and g.any() or g.requires_grad and "Error" in g.grad_fn.name():
+            raise _cut(cls)
+
+
+def custom(ys) -> list:
+    """The nodes of custom Functions in the graph of `ys`, in the order of a walk that is the same each time."""
+    roots = [y.grad_fn for y in ys if y.requires_grad and y.grad_fn is not None]
+    return [node for node in _walk(roots) if isinstance(node, BackwardCFunction)]
+
+
+def moved(tensors) -> list[torch.Tensor]:
+    """Real floating tensors a ten-thousandth away, each entry by another amount, without a graph; others as they are."""
+    return [_moved(t) if t.is_floating_point() else t for t in tensors]
+
+
+def _moved(t):
+    direction = torch.cos(torch.arange(t.numel(), dtype=torch.float64, device=t.device)).reshape(t.shape)
+    return t.detach() + _MOVE * (1 + t.detach().abs()) * direction.to(t.dtype)
+
+
+def _walk(roots):
+    """Every node of the graph beneath `roots`, once."""
+    seen, stack = set(), list(roots)
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node
+        stack += [below for below, _ in node.next_functions if below is not None]
+
+
+def _reaches(roots, nodes) -> bool:
+    wanted = set(nodes)
+    return any(node in wanted for node in _walk(roots))
+
+
+def _only_private(inputs, private) -> bool:
+    """True where nothing but private leaves lies beneath these nodes."""
+    leaves = [node.variable for node in _walk(inputs) if hasattr(node, "variable")]
+    own = {id(x) for x in private}
+    return all(id(leaf) in own for leaf in leaves)
+
+
+def _backward(node) -> tuple[list, list]:
+    """Cotangents that require grad, and what the user's backward makes of them."""
+    types = node._input_metadata
+    cotangents = [torch.ones(m.shape, dtype=m.dtype, device=m.device, requires_grad=True) for m in types]
+    with torch.enable_grad():
+        found = node.apply(*cotangents)
+    found = found if isinstance(found, tuple) else (found,)
+    return cotangents, [g for g in found if g is not None]
+
+
+def _changes(node, cotangents, gradients) -> bool:
+    """True where the backward of the same Function at moved inputs gives other gradients."""
+    with torch.no_grad():
+        found = node.apply(*cotangents)
+    found = [g for g in (found if isinstance(found, tuple) else (found,)) if g is not None]
+    return any((a - b).abs().max() > 0.1 * _MOVE * b.abs().max() for a, b in zip(found, gradients, strict=True) if b.numel())
+
+
+def _cut(cls) -> NotImplementedError:
+    got = "one that is cut off from its input (@once_differentiable, NumPy or .detach() inside)"
+    do = (
+        "take first derivatives only (of a potential, card=bridge.Card(derivative_order=1) says so), "
+        "or write that backward in operations of torch"
+    )
+    return NotImplementedError(message(f"a backward of {cls.__qualname__} that can be differentiated again", got, do))
