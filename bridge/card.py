@@ -32,6 +32,10 @@ class Card:
     units             of energy and length. The contract is in eV and Angstrom; another unit is refused in sums
     sizes             sizes of the other axes of its outputs: (("F", 128), ("M", 4))
     empty_systems     True to be shown systems without atoms; else they are taken out before it is called
+    batches           True vouches that systems of one call don't see one another, and that each energy is that of its own
+                      system. Where nobody vouches, the first call with several systems also evaluates one of them alone,
+                      and an energy that differs is an error (inputs outside of the contract can't be shared out: with
+                      such there is no check)
 
     Raises: ValueError for names outside of the contract and settings that contradict one another.
 
@@ -57,6 +61,7 @@ class Card:
     units: tuple[str, str] = UNITS
     sizes: tuple[tuple[str, int], ...] = ()
     empty_systems: bool = False
+    batches: bool = False
 
     def __post_init__(self):
         for name in ("outputs", "active_outputs", "required_inputs", "optional_inputs", "elements"):
@@ -171,6 +176,7 @@ class Card:
             units=self.units,
             sizes=tuple(sorted({**dict(self.sizes), **dict(other.sizes)}.items())),
             empty_systems=self.empty_systems and other.empty_systems,
+            batches=self.batches and other.batches,
         )
 
 

@@ -93,13 +93,57 @@ class _Type(NamedTuple):
     dtype: str
 
 
-def check_outputs(outputs: dict, n_atoms: int, n_systems: int, required=("energy",)) -> None:
-    """Check what a model returned for N atoms in B systems; ValueError as in check_inputs."""
+def check_outputs(
+    outputs: dict, n_atoms: int, n_systems: int, required=("energy",), dtype: str | None = None
+) -> None:
+    """Check what a model returned for N atoms in B systems, by shapes and dtype names alone.
+
+    `required` are the outputs that must be there; `dtype` is what floats must have (that of pos), None for any.
+    Raises: ValueError as in check_inputs; TypeError for what is neither a dict nor holds arrays."""
+    if not isinstance(outputs, dict):
+        raise TypeError(message("a dict of outputs of the contract", type(outputs).__name__, _RETURN))
     absent = [name for name in required if name not in outputs]
     if absent:
         got = f"only {', '.join(sorted(outputs)) or 'nothing'}"
-        raise ValueError(message(f"the outputs {', '.join(required)}", got, f"let the model return {', '.join(absent)}"))
-    _check(outputs, OUTPUTS, {"N": n_atoms, "B": n_systems})
+        raise ValueError(message(f"the outputs {', '.join(required)}", got, missing(absent, outputs)))
+    for name, x in outputs.items():
+        if name in OUTPUTS and not (hasattr(x, "shape") and hasattr(x, "dtype")):
+            raise TypeError(message(f"{name} as an array", type(x).__name__, _RETURN))
+    types = tuple((name, tuple(x.shape), dtype_name(x)) for name, x in outputs.items() if name in OUTPUTS)
+    _check_outputs(types, n_atoms, n_systems, dtype)
+
+
+def named(outputs) -> dict:
+    """What a model of energies returned, as a dict: the energy alone, or a dict with it.
+
+    Raises: TypeError for an energy that is no array; ValueError where there is none."""
+    found = dict(outputs) if isinstance(outputs, dict) else {"energy": outputs}
+    if "energy" not in found:
+        got = f"only {', '.join(sorted(found)) or 'nothing'}"
+        raise ValueError(message("the outputs energy", got, missing(["energy"], found)))
+    if not (hasattr(found["energy"], "shape") and hasattr(found["energy"], "dtype")):
+        raise TypeError(message("the energy as an array (B,)", type(found["energy"]).__name__, _RETURN))
+    return found
+
+
+def missing(absent, found) -> str:
+    """What to do about outputs that are not there, where a model returned what is in `found`."""
+    do = f"let the model return {', '.join(absent)}"
+    if set(absent) & set(GRADIENTS.values()):
+        do = f'pass gradients="autograd" (of a JAX model "autodiff") for a model that gives its energy alone, or {do}'
+    if "position_gradients" in absent and "forces" in found:
+        do += " (dE/dr at fixed cell, that is minus the forces)"
+    return do
+
+
+@lru_cache(maxsize=256)
+def _check_outputs(types, n_atoms, n_systems, dtype):
+    """Once for each set of shapes and dtypes."""
+    _check({name: _Type(*kind) for name, *kind in types}, OUTPUTS, {"N": n_atoms, "B": n_systems})
+    for name, shape, got in types:
+        if dtype is not None and got in DTYPES["float"] and got != dtype:
+            do = "compute it in the dtype of pos, or cast what you return"
+            raise ValueError(message(f"{name} as {spec(shape, dtype)}, in the dtype of pos", spec(shape, got), do))
 
 
 def added(outputs: list[dict]) -> dict:
@@ -142,7 +186,15 @@ def _fits(shape, wanted, sizes):
     return all(n == (sizes.setdefault(d, n) if isinstance(d, str) else d) for n, d in zip(shape, wanted))
 
 
+_RETURN = "return energies (B,) in eV, one for each system, or a dict with them as energy"
 _REMEDY = {
+    "energy": (
+        "return one energy for each system, (B,): add up the energies of its atoms by batch (torch: "
+        'x["pos"].new_zeros(len(x["cell"])).index_add(0, x["batch"], node_energies); JAX: jax.ops.segment_sum); '
+        "a model of one system alone returns energy.reshape(1)"
+    ),
+    "position_gradients": "return dE/dr at fixed cell, a row for each atom; forces are minus that",
+    "cell_gradients": "return dE/dh at fixed Cartesian positions, a 3 x 3 matrix for each system",
     "cell": "give one 3 x 3 cell of rows for each system (one system: cell[None])",
     "pbc": "give three booleans for each system (one system: pbc[None])",
     "batch": "give the index of its system for each atom, sorted",

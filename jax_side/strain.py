@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from bridge.contract import check_outputs
+from bridge.contract import check_outputs, named
 from bridge.errors import message
 
 
@@ -93,7 +93,7 @@ class _WithGradients:
     def __call__(self, inputs: dict) -> dict:
         def total(pos, cell):
             out = self.energy(inputs | {"pos": pos, "cell": cell})
-            out = dict(out) if isinstance(out, dict) else {"energy": out}
+            out = named(out)
             check_outputs(out, pos.shape[0], cell.shape[0])
             return out["energy"].sum(), out
 

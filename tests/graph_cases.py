@@ -12,7 +12,7 @@ from torch_side.graph import edge_vectors
 from torch_side.model import Model, Wrapped
 
 CUTOFF = 3.0
-CARD = Card(outputs={"energy", "position_gradients", "cell_gradients", "node_energies", "hessian"}, cutoff=CUTOFF, neighbor_list="own", elements=range(1, 90))
+CARD = Card(outputs={"energy", "position_gradients", "cell_gradients", "node_energies", "hessian"}, cutoff=CUTOFF, neighbor_list="own", elements=range(1, 90), batches=True)
 seen = []  # shapes of the inputs of each call
 
 

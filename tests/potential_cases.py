@@ -11,6 +11,7 @@ from jax_md import energy as jax_md_energy
 from jax_md import space
 
 import bridge
+from bridge.card import Card
 from bridge.contract import GRADIENTS
 from jax_side.engines import jax_md as engine
 from jax_side.models.nequip import NequIP
@@ -82,7 +83,7 @@ def trainable(name):
 def potentials(name):
     """(JAX energy of one dict, the module)"""
     if name.startswith("jax-md"):
-        energy = engine.model(morse(), name.split()[1])
+        energy = engine.model(morse(), name.split()[1], cutoff=MORSE["r_cutoff"])
         return energy, bridge.torch_potential(energy, gradients="autodiff")
     apply, params = trainable(name)
     cutoff = None if name == "pair" else CUTOFF
@@ -167,7 +168,8 @@ def check_second_derivatives(name, reference, names=("pos", "cell")):
 def check_training(name):
     """What the module gives, and the gradient of a loss on energies, forces and cell gradients in all there is, are those of pure JAX."""
     apply, params = trainable(name)
-    module, inputs = bridge.torch_potential(apply, params, gradients="autodiff", cutoff=None if name == "pair" else CUTOFF), crystal(2)
+    card = Card(batches=True) if name == "pair" else Card(cutoff=CUTOFF, neighbor_list="own", batches=True)
+    module, inputs = bridge.torch_potential(apply, params, gradients="autodiff", cutoff=card.cutoff, card=card), crystal(2)
 
     def loss(out):
         return out["energy"].sum() + (out["position_gradients"] ** 2).sum() + (out["cell_gradients"] ** 2).sum(), out

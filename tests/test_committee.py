@@ -20,7 +20,7 @@ from torch_side.models.mace import MACE
 F64 = torch.float64
 CUTOFF = 4.0
 CARD = Card(
-    outputs={"energy", "position_gradients", "cell_gradients", "node_energies", "embeddings", "hessian"},
+    outputs={"energy", "position_gradients", "cell_gradients", "node_energies", "embeddings", "hessian"}, batches=True,
     cutoff=CUTOFF, neighbor_list="own", elements={1, 6, 8, 11, 14, 17}, dtype="float64", device="cpu", sizes=(("F", 6),),
 )
 SOME = [CRYSTALS["skewed"], MOLECULES["water"], CRYSTALS["slab"]]

@@ -70,14 +70,15 @@ def test_jax_md_x_errors():
     with pytest.raises(ValueError, match="expected one system for a jax-md energy, got 2 cells; call the model once for each system"):
         potentials("jax-md box")[1](crystal(2))
     with pytest.raises(ValueError, match=r"expected a scalar from the jax-md energy, got \(8, 3\)"):
-        engine.model(lambda R, box: R)(in_jax(crystal()))
+        engine.model(lambda R, box: R, cutoff=1.0)(in_jax(crystal()))
     with pytest.raises(ValueError, match="cell as one of"):
-        engine.model(morse(), "columns")
+        engine.model(morse(), "columns", cutoff=1.0)
 
 
 def test_equal_models_are_equal():
     f = morse()
-    assert engine.model(f) == engine.model(f) and hash(engine.model(f)) == hash(engine.model(f)) and engine.model(f) != engine.model(f, None)
+    of = lambda cell="box", cutoff=2.0: engine.model(f, cell, cutoff=cutoff)  # noqa: E731
+    assert of() == of() and hash(of()) == hash(of()) and of() != of(None) and of() != of(cutoff=3.0)
     a = trainable("nequip")[0]
     b = pickle.loads(pickle.dumps(a))
     assert a == b and hash(a) == hash(b)
@@ -154,4 +155,4 @@ def test_nequip_x_errors(monkeypatch):
         NequIP([29], 4.0)
     monkeypatch.setitem(sys.modules, "jax_md", None)
     with pytest.raises(ImportError, match="pip install jax-md"):
-        engine.model(morse)
+        engine.model(morse, cutoff=1.0)

@@ -3,6 +3,7 @@
 import copy
 import functools
 import sys
+from dataclasses import replace
 from typing import get_args
 
 import jax
@@ -71,7 +72,7 @@ def one_system():
     """jax-md's own Morse pairs: one system a call, no cutoff that torch knows of."""
     displacement, _ = space.periodic_general(jnp.eye(3), fractional_coordinates=True)
     pairs = jax_md_energy.morse_pair(displacement, sigma=2.4, epsilon=0.3, alpha=1.5, r_onset=2.0, r_cutoff=2.6)
-    return bridge.torch_potential(jax_md.model(pairs), gradients="autodiff")
+    return bridge.torch_potential(jax_md.model(pairs, cutoff=2.6), gradients="autodiff")
 
 
 @functools.cache
@@ -218,7 +219,7 @@ def test_nothing_is_copied_or_evaluated_twice():
         given.append(inputs)
         return morse_torch(inputs)
 
-    wrapped, s = Wrapped(potential, morse("torch").card, "autograd"), moving(*CRYSTALS)
+    wrapped, s = Wrapped(potential, replace(morse("torch").card, batches=True), "autograd"), moving(*CRYSTALS)
     model = engine.model(wrapped, dtype=torch.float64)
     model(s)
     assert model.potential is wrapped and len(given) == 1 and given[0]["pos"].data_ptr() == s.positions.data_ptr()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from bridge.call import parameter_names
-from bridge.contract import ENERGY_AND_GRADIENTS
+from bridge.contract import missing
 from bridge.errors import message
 
 
@@ -39,7 +39,7 @@ class Contracted(Adapted):
 
     def __call__(self, inputs):
         found, active = self.__self__(inputs, trained=False), self.__self__.card.active
-        if missing := [k for k in active if k not in found]:
-            do = 'pass gradients="autograd" for a model that gives its energy alone' if set(missing) & set(ENERGY_AND_GRADIENTS) else "return it, or don't ask for it"
-            raise ValueError(message(f"{', '.join(active)} from {self.__qualname__}", f"no {', '.join(missing)}", do))
+        if absent := [k for k in active if k not in found]:
+            expected = f"{', '.join(active)} from {self.__qualname__}"
+            raise ValueError(message(expected, f"no {', '.join(absent)}", missing(absent, found)))
         return {k: found[k] for k in active}

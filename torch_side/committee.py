@@ -73,7 +73,7 @@ class Committee(Model):
         return other
 
     def forward(self, inputs, trained=None):
-        return graph.evaluate(partial(self._evaluate, trained=trained), inputs, self.card, type(self).__name__)
+        return graph.evaluate(partial(self._evaluate, trained=trained), inputs, self.card, type(self).__name__, self)
 
     @property
     def _models(self):

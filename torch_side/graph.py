@@ -8,14 +8,15 @@ import numpy as np
 import torch
 
 from bridge.card import Card, symbol
-from bridge.contract import INPUTS, OUTPUTS, check_inputs
+from bridge.contract import check_inputs, check_outputs, dtype_name
 from bridge.errors import message
+from torch_side import batches, kernels, padding
 from torch_side.neighbors import bounds_of, check_values, neighbor_list, system_of, values
 
 TOUCHING = 1e-4  # Angstrom: atoms closer than this are one on top of the other
 
 
-def evaluate(model: Callable, inputs: dict, card: Card, name: str) -> dict:
+def evaluate(model: Callable, inputs: dict, card: Card, name: str, owner=None) -> dict:
     """`model(inputs)` as the contract has it, for a model that knows nothing of padding and checks nothing.
 
     `inputs` is the dict of the contract: N atoms in B systems, E edges. The model is given what is real: atoms of atomic number 0,
@@ -23,9 +24,13 @@ def evaluate(model: Callable, inputs: dict, card: Card, name: str) -> dict:
     their outputs are zeros; edges are made if card.cutoff is set and none are given, and those not shorter than it are left
     out (a list may have a skin). What model returns, with the shapes of the contract, is restored to N and B.
 
+    Unless card.batches vouches, the first call with several systems also evaluates one of them alone; `owner` (an nn.Module)
+    is who has then shown that it keeps them apart.
+
     Raises: ValueError for inputs outside of the contract, and, naming system and atom: positions that are not finite, an
     element that the card does not have, atoms on top of one another, an unsorted batch, edges that point nowhere or from
-    one system to another, a periodic axis without a cell vector; also for an energy or a gradient that is not finite."""
+    one system to another, a periodic axis without a cell vector; also for outputs outside of the contract, an energy or a gradient
+    that is not finite, and systems of one call that the model does not keep apart."""
     inputs = {key: x for key, x in inputs.items() if x is not None}
     sizes = check_inputs(inputs)
     card.check_bound(inputs, name)
@@ -35,7 +40,16 @@ def evaluate(model: Callable, inputs: dict, card: Card, name: str) -> dict:
     inner, restore = _real(inputs, card, numbers, batch, *sizes)
     if not len(inner["pos"]):
         return _nothing(inputs, card)
-    out = restore(model(_with_edges(inner, card)))
+    inner = _with_edges(inner, card)
+    found = model(inner)
+    n_systems = len(inner["cell"])
+    check_outputs(found, len(inner["pos"]), n_systems, (), dtype_name(inner["pos"]))
+    if n_systems > 1 and not card.batches and "energy" in found:
+        shown = range(n_systems) if card.empty_systems else np.unique(batch[numbers != 0])
+        batches.check(owner, model, inner, found, name, shown)
+    if inner["pos"].requires_grad and torch.is_grad_enabled() and card.derivative_order is None:
+        _check_own_gradients(model, inner, found, name)
+    out = restore(found)
     _check_finite(out, bounds, name)
     return out
 
@@ -73,11 +87,9 @@ def _real(inputs, card, numbers, batch, n_atoms, n_systems):
     if all(index is None for index in kept.values()):
         return inputs, lambda out: out
     index = {axis: None if i is None else torch.from_numpy(i).to(inputs["pos"].device) for axis, i in kept.items()}
-    inner = {key: _take(key, x, index) for key, x in inputs.items()}
-    _renumber(inner, "batch", kept["B"], n_systems)
-    _renumber(inner, "edge_index", kept["N"], n_atoms)
+    inner = padding.taken(inputs, index)
     sizes = {"N": n_atoms, "B": n_systems}
-    return inner, lambda out: {key: _put(key, x, index, sizes) for key, x in out.items()}
+    return inner, lambda out: {key: padding.put_back(key, x, index, sizes) for key, x in out.items()}
 
 
 def _used(edges, numbers, batch):
@@ -95,39 +107,6 @@ def _used(edges, numbers, batch):
     return None if inside.all() else np.flatnonzero(inside)
 
 
-def _take(key, x, index):
-    """Rows of what is kept, along each axis that has another size."""
-    if key not in INPUTS:
-        if isinstance(x, torch.Tensor):
-            raise ValueError(message("inputs of the contract where there is padding", f"{key}", f"pass no padding, or one of {', '.join(INPUTS)}"))
-        return x
-    for axis, size in enumerate(INPUTS[key][0]):
-        if index.get(size) is not None:
-            x = x.index_select(axis, index[size])
-    return x
-
-
-def _renumber(inputs, key, kept, size):
-    """Indices among what is kept."""
-    if kept is not None and key in inputs:
-        x = inputs[key]
-        place = np.zeros(size, np.int64)
-        place[kept] = np.arange(len(kept))
-        inputs[key] = torch.from_numpy(place).to(x.device)[x.long()].to(x.dtype)
-
-
-def _put(key, x, index, sizes):
-    """An output at its full size, zeros where nothing was computed."""
-    if key not in OUTPUTS:
-        raise ValueError(message("outputs of the contract where there is padding", key, f"return {', '.join(OUTPUTS)}, or pass no padding"))
-    for axis, size in enumerate(OUTPUTS[key][0]):
-        if index.get(size) is not None:
-            shape = [*x.shape]
-            shape[axis] = sizes[size]
-            x = x.new_zeros(shape).index_copy(axis, index[size], x)
-    return x
-
-
 def _with_edges(inputs, card) -> dict:
     """The inputs with edges shorter than the cutoff, if there is one."""
     if card.cutoff is None:
@@ -143,7 +122,7 @@ def _with_edges(inputs, card) -> dict:
     _check_apart(inputs, length)
     if given and not (near := length < card.cutoff).all():
         near = near.nonzero()[:, 0]
-        inputs = inputs | {key: _take(key, inputs[key], {"E": near}) for key in ("edge_index", "cell_offsets")}
+        inputs = inputs | {key: padding.rows(key, inputs[key], {"E": near}) for key in ("edge_index", "cell_offsets")}
     return inputs
 
 
@@ -154,6 +133,17 @@ def _check_apart(inputs, length):
         i, j = inputs["edge_index"][:, slot].tolist()
         got = f"atoms {i} and {j} of system {int(inputs['batch'][i])} {float(length[slot]):.1g} Angstrom apart"
         raise ValueError(message("atoms apart from one another", got, "take one of them out, or look at the step before"))
+
+
+def _check_own_gradients(model, inputs, found, name) -> None:
+    """NotImplementedError where someone differentiates gradients that are cut off from the positions."""
+
+    def again():
+        (pos,) = kernels.moved([inputs["pos"]])
+        return model(inputs | {"pos": pos.requires_grad_()})["position_gradients"]
+
+    if "position_gradients" in found:
+        kernels.check_given(found["position_gradients"], again, name)
 
 
 def _check_finite(out, bounds, name):

@@ -32,9 +32,11 @@ def check_twice(ys, again: Callable, private=()) -> None:
         if cls in _proven:
             continue
         cotangents, gradients = _backward(node)
-        check_linear(cls, gradients)
         inputs = [edge for edge, _ in node.next_functions if edge is not None]
-        if _only_private(inputs, private):
+        only_private = _only_private(inputs, private)
+        if not _linear(gradients) and not (only_private and _cotangent_is_fixed(ys, node)):
+            raise _cut(cls)
+        if only_private:
             continue
         found = [g.grad_fn for g in gradients if g.requires_grad]
         if not _reaches(found, inputs) and _changes(custom(again())[at], cotangents, gradients):
@@ -49,15 +51,19 @@ def check_pushed(ys) -> None:
     Raises: NotImplementedError naming the Function.
     """
     for node in custom(ys):
-        if node._forward_cls not in _proven:
-            check_linear(node._forward_cls, _backward(node)[1])
+        if node._forward_cls not in _proven and not _linear(_backward(node)[1]):
+            raise _cut(node._forward_cls)
 
 
-def check_linear(cls, gradients) -> None:
-    """NotImplementedError where gradients of one Function don't know of the cotangents that they are linear in."""
-    for g in gradients:
-        if not g.requires_grad and g.any() or g.requires_grad and "Error" in g.grad_fn.name():
-            raise _cut(cls)
+def check_given(gradients, again: Callable, who: str) -> None:
+    """Raise where a model's own gradients carry no graph, and yet are others where its inputs have moved a little.
+
+    Raises: NotImplementedError."""
+    if gradients.requires_grad or not _differ(again(), gradients):
+        return
+    got = "some that change with the positions and carry no graph (detached, or from NumPy)"
+    do = "compute them with create_graph=True, or pass card=bridge.Card(derivative_order=1)"
+    raise NotImplementedError(message(f"position_gradients of {who} that can be differentiated", got, do))
 
 
 def custom(ys) -> list:
@@ -110,12 +116,37 @@ def _backward(node) -> tuple[list, list]:
     return cotangents, [g for g in found if g is not None]
 
 
+def _linear(gradients) -> bool:
+    """False where gradients of one Function don't know of the cotangents that they are linear in."""
+    known = [g for g in gradients if g.requires_grad]
+    return all("Error" not in g.grad_fn.name() for g in known) and not any(g.any() for g in gradients if not g.requires_grad)
+
+
+def _cotangent_is_fixed(ys, node) -> bool:
+    """True where what a backward hands to this node is a constant."""
+    seen = []
+    hook = node.register_prehook(lambda given: seen.append(any(g is not None and g.requires_grad for g in given)))
+    leaves = [below.variable for below in _walk([node]) if hasattr(below, "variable")]
+    roots = [y for y in ys if y.requires_grad]
+    ones = [torch.ones_like(y) for y in roots]
+    try:
+        torch.autograd.grad(roots, leaves, ones, create_graph=True, allow_unused=True)
+    finally:
+        hook.remove()
+    return not any(seen)
+
+
 def _changes(node, cotangents, gradients) -> bool:
     """True where the backward of the same Function at moved inputs gives other gradients."""
     with torch.no_grad():
         found = node.apply(*cotangents)
     found = [g for g in (found if isinstance(found, tuple) else (found,)) if g is not None]
-    return any((a - b).abs().max() > 0.1 * _MOVE * b.abs().max() for a, b in zip(found, gradients, strict=True) if b.numel())
+    return any(_differ(a, b) for a, b in zip(found, gradients, strict=True) if b.numel())
+
+
+def _differ(a, b) -> bool:
+    a, b = a.detach(), b.detach()
+    return bool((a - b).abs().max() > 0.1 * _MOVE * b.abs().max()) if b.numel() else False
 
 
 def _cut(cls) -> NotImplementedError:

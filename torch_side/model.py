@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bridge.card import Card
-from bridge.contract import added
+from bridge.contract import added, named
 from bridge.errors import message
 from torch_side import graph
 from torch_side.hessian import hessian
@@ -47,7 +47,7 @@ class Model(nn.Module):
 
     def forward(self, inputs: dict, trained: bool | None = None) -> dict:
         """`trained` says whether someone differentiates in the parameters; None: if one of them requires grad."""
-        return graph.evaluate(partial(self._with_gradients, trained=trained), inputs, self.card, type(self).__name__)
+        return graph.evaluate(partial(self._with_gradients, trained=trained), inputs, self.card, type(self).__name__, self)
 
     def asking(self, *outputs: str):
         """This model, weights shared, with more outputs active (to() moves the weights of both: cast first, ask then).
@@ -121,12 +121,11 @@ class Wrapped(Model):
         self.__qualname__ = getattr(model, "__qualname__", type(model).__name__)
 
     def energies(self, inputs):
-        out = self.model(inputs)
-        return dict(out) if isinstance(out, dict) else {"energy": out}
+        return named(self.model(inputs))
 
     def forward(self, inputs, trained=None):
         own = self.energies if self.gradients == "model" else partial(self._with_gradients, trained=trained)
-        return graph.evaluate(own, inputs, self.card, self.__qualname__)
+        return graph.evaluate(own, inputs, self.card, self.__qualname__, self)
 
     def __eq__(self, other):
         return type(self) is type(other) and (self.model, self.card, self.gradients) == (other.model, other.card, other.gradients)

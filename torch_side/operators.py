@@ -7,29 +7,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_side import kernels
 
-# Where torch.func is wrong and torch.autograd, one point after another, is right (torch 2.11 to 2.15; tests/test_operators.py
-# finds them). The first two: wrong formulas of forward mode. The others differentiate by linalg_lu_solve, which takes another
-# system's factors where these have fewer batch axes than the right side, as in a vmap over points of a vmap over tangents; det
-# moreover gives NaN at equal singular values, that is in a cubic cell.
-SUSPECTS = frozenset(
-    f"aten::{name}"
-    for name in (
-        "cholesky_inverse",
-        "scatter_reduce",
-        "_linalg_det",
-        "_linalg_slogdet",
-        "_linalg_solve_ex",
-        "linalg_lu_solve",
-        "linalg_eig",
-        "_linalg_eigvals",
-    )
-)
+# Where torch.func is wrong and torch.autograd, one point after another, is right (torch 2.11 to 2.15; tests/full finds them).
+# A vmap of one backward is wrong already:
+MISBATCHED = frozenset({"aten::_cdist_forward"})
+# Wrong formulas of forward mode: cholesky_inverse, scatter_reduce. The others differentiate by linalg_lu_solve, which takes
+# another system's factors where these have fewer batch axes than the right side, as in a vmap over points of a vmap over
+# tangents; det moreover gives NaN at equal singular values, that is in a cubic cell.
+SUSPECTS = MISBATCHED | {
+    "aten::cholesky_inverse",
+    "aten::scatter_reduce",
+    "aten::_linalg_det",
+    "aten::_linalg_slogdet",
+    "aten::_linalg_solve_ex",
+    "aten::linalg_lu_solve",
+    "aten::linalg_eig",
+    "aten::_linalg_eigvals",
+}
+RIGHT, NESTED_WRONG, WRONG = range(3)  # how far torch.func is right: always, for one backward, not at all
 
 
-def suspect(call, inputs) -> bool:
-    """True where derivatives of derivatives of a Call, and nested batches of them, should go by torch.autograd.
+def trust(call, inputs) -> int:
+    """How far torch.func is right for derivatives of a Call, found by its operators.
 
-    Such is a call that runs one of SUSPECTS or a custom autograd Function, or that fake tensors can't look into."""
+    NESTED_WRONG for a call that runs one of SUSPECTS or a custom autograd Function, or that fake tensors can't look into."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from torch_side.inference import on_some_device
@@ -44,8 +44,10 @@ def suspect(call, inputs) -> bool:
         try:
             names, outputs = on_some_device(call, inputs, recorded)
         except Exception:  # whatever it is, the call itself will tell
-            return True
-    return bool(names & SUSPECTS or kernels.custom(outputs))
+            return NESTED_WRONG
+    if names & MISBATCHED:
+        return WRONG
+    return NESTED_WRONG if names & SUSPECTS or kernels.custom(outputs) else RIGHT
 
 
 class _Names(TorchDispatchMode):

@@ -7,8 +7,10 @@ from torch import nn
 
 from bridge.card import Card
 from bridge.contract import INPUTS
+from torch_side import batches
 from torch_side.model import Model
 from torch_side.neighbors import neighbor_list
+from torch_side.wrap import under_a_tracer
 
 
 class JaxPotential(Model):
@@ -25,7 +27,12 @@ class JaxPotential(Model):
         if self.cutoff is not None and "edge_index" not in inputs:
             edges = neighbor_list(*(inputs.get(k) for k in ("pos", "cell", "pbc")), self.cutoff, inputs.get("batch"))
             inputs |= dict(zip(("edge_index", "cell_offsets"), edges))
-        return self.model({name: _index(name, x) for name, x in inputs.items()})
+        inputs = {name: _index(name, x) for name, x in inputs.items()}
+        found = self.model(inputs)
+        n_systems = len(inputs["cell"]) if "cell" in inputs else 1
+        if n_systems > 1 and not self.card.batches and not under_a_tracer():
+            batches.check(self, self.model, inputs, found, "a JAX potential", range(n_systems))
+        return found
 
     @property
     def compilations(self) -> int:

@@ -52,7 +52,7 @@ def _transformed(fn: Function, tensors):
     try:
         return fn(*tensors)
     except RuntimeError as e:
-        if isinstance(e, NotImplementedError) or not any(r in str(e) for r in _REFUSALS):
+        if isinstance(e, NotImplementedError) or not any(r.lower() in str(e).lower() for r in _REFUSALS):
             raise
         e.add_note(f"bridge: torch.func can't transform {fn.base}{_culprits(fn.base.call.target)}; {fn.engine.alternative}")
         raise

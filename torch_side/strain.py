@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from bridge.contract import named
 from bridge.errors import message
+from torch_side import kernels
 
 
 def virial(position_gradients, cell_gradients, positions, batch, cell):
@@ -70,6 +72,9 @@ def with_gradients(energy):
     outputs are detached. pos and cell enter as fresh views, so that a pos computed from the cell (r = s h) still gives
     G at fixed positions. Inputs are never written to.
 
+    Raises, when it is called: ValueError where there is no energy, TypeError for one that is no tensor; with
+    create_graph, NotImplementedError for a custom autograd Function whose backward can't be differentiated again.
+
     >>> model = with_gradients(lambda x: x["pos"].square().sum()[None])
     >>> model({"pos": torch.ones(1, 3), "cell": torch.zeros(1, 3, 3)})["position_gradients"]
     tensor([[2., 2., 2.]])
@@ -81,9 +86,11 @@ def with_gradients(energy):
             create_graph = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
         with torch.enable_grad():
             inputs = inputs | {name: _variable(inputs[name]) for name in ("pos", "cell")}
-            out = energy(inputs)
-            out = dict(out) if isinstance(out, dict) else {"energy": out}
-            g, G = _gradients(out["energy"], [inputs["pos"], inputs["cell"]], create_graph)
+            out = named(energy(inputs))
+            variables = [inputs["pos"], inputs["cell"]]
+            if create_graph:
+                _check_kernels(energy, inputs, out["energy"])
+            g, G = _gradients(out["energy"], variables, create_graph)
         out |= {"position_gradients": g, "cell_gradients": G}
         return out if create_graph else {name: x.detach() for name, x in out.items()}
 
@@ -93,6 +100,18 @@ def with_gradients(energy):
 def _variable(x):
     """A view that starts a graph of its own, still tied to x where x requires grad."""
     return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+
+
+def _check_kernels(energy, inputs, found) -> None:
+    """Raise where derivatives of the gradients would be cut off by a kernel inside of the energy."""
+
+    def again():
+        there = zip(("pos", "cell"), kernels.moved([inputs["pos"], inputs["cell"]]))
+        moved = {name: x.requires_grad_() for name, x in there}
+        return [named(energy(inputs | moved))["energy"]]
+
+    private = [x for x in (inputs["pos"], inputs["cell"]) if x.is_leaf]
+    kernels.check_twice([found], again, private)
 
 
 def _gradients(energy, variables, create_graph):

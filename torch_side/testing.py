@@ -16,7 +16,7 @@ def of_the_contract(model, gradients, cutoff):
     if getattr(model, "card", None) is not None:
         return model
     if cutoff is not None:
-        return Wrapped(model, Card(cutoff=cutoff, neighbor_list="own"), gradients)
+        return Wrapped(model, Card(cutoff=cutoff, neighbor_list="own", batches=True), gradients)  # a property checks that
     return model if gradients == "model" else with_gradients(model)
 
 

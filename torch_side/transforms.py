@@ -53,14 +53,15 @@ def _trusted(right: Callable):
     def decorate(method):
         def served(self, f, *arguments):
             by_autograd = getattr(_ROW_BY_ROW, method.__name__)
-            if not right(f) and not _by_func(f.base):
+            trust = operators.RIGHT if _is_base(f) and right(f) else _trust(f.base)
+            if trust == operators.WRONG or trust == operators.NESTED_WRONG and not right(f):
                 return by_autograd(f, *arguments)
             try:
                 return method(self, f, *arguments)
             except RuntimeError as refusal:
                 if not any(words in str(refusal) for words in _NO_FORWARD_MODE):
                     raise
-                f.base.memo["torch.func"] = False
+                f.base.memo["torch.func"] = max(_trust(f.base), operators.NESTED_WRONG)
                 if right(f) or _inside_torch_func():
                     raise
             return by_autograd(f, *arguments)
@@ -114,10 +115,10 @@ class Func(Batching):
 _NO_FORWARD_MODE = ("forward AD", "forward mode AD")
 
 
-def _by_func(base) -> bool:
-    """False where torch.func has refused a call, or is known to be wrong for some operator in it."""
+def _trust(base) -> int:
+    """How far torch.func is right for a call: by the operators in it, and by what it has refused."""
     if "torch.func" not in base.memo:
-        base.memo["torch.func"] = not operators.suspect(base.call, base.inputs)
+        base.memo["torch.func"] = operators.trust(base.call, base.inputs)
     return base.memo["torch.func"]
 
 

@@ -41,6 +41,11 @@ _alive = torch._C._functorch.unwrap_if_dead
 _rows = torch._C._functorch.is_legacy_batchedtensor
 
 
+def under_a_tracer() -> bool:
+    """True inside torch.compile, torch.export, torch.func and with fake tensors, where values can't be read."""
+    return torch.compiler.is_compiling() or bool(_traced()) or _transformed()
+
+
 def untraced(f):
     """f, which runs as it is (JAX's own frames in it too) where torch.compile meets it between its graphs. Private in torch 2.13."""
     strategy, skip = torch._C._dynamo.eval_frame, torch._C._dynamo.eval_frame._FrameAction.SKIP

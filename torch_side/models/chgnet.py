@@ -55,7 +55,7 @@ class CHGNet(Model):
         cutoff, self.bond_cutoff = float(converter.atom_graph_cutoff), float(converter.bond_graph_cutoff)
         outputs = {*ENERGY_AND_GRADIENTS, *(["node_energies"] if self.network.mlp_first else [])}
         self.card = Card(
-            outputs=outputs | {"magmoms", "embeddings", "hessian"}, cutoff=cutoff, neighbor_list="own",
+            batches=True, outputs=outputs | {"magmoms", "embeddings", "hessian"}, cutoff=cutoff, neighbor_list="own",
             receptive_field=cutoff * self.network.n_conv, elements=range(1, self.network.atom_embedding.embedding.num_embeddings + 1),
             dtype=str(dtype).removeprefix("torch."), device=str(device), sizes=(("F", self.network.atom_fea_dim),),
         )

@@ -70,7 +70,7 @@ class Franken(Model):
         per_atom, M = head.num_species is None, len(self.weights)
         sometimes = [*(SPREAD if M > 1 else ()), *(["node_energies"] if per_atom else ())]
         self.card = Card(
-            outputs={*ENERGY_AND_GRADIENTS, "hessian", "embeddings", "member_energies", MEMBERS[0], *sometimes},
+            batches=True, outputs={*ENERGY_AND_GRADIENTS, "hessian", "embeddings", "member_energies", MEMBERS[0], *sometimes},
             cutoff=float(gnn.cutoff_radius()), neighbor_list="own", elements=_elements(potential),
             receptive_field=gnn.cutoff_radius() * gnn.num_interaction_layers() if per_atom else None,
             dtype=str(dtype).removeprefix("torch."), device=str(device), sizes=(("F", self.n_descriptors), ("M", M)),

@@ -56,7 +56,7 @@ class MACE(Model):
         self.register_buffer("species", species.to(device), persistent=False)
         self.n_species, dipoles = len(elements), "EnergyDipolesMACE" in _classes(network)
         self.card = Card(
-            outputs={*ENERGY_AND_GRADIENTS, "node_energies", "hessian", "dipole" if dipoles else "embeddings"},
+            batches=True, outputs={*ENERGY_AND_GRADIENTS, "node_energies", "hessian", "dipole" if dipoles else "embeddings"},
             required_inputs=Card().required_inputs | set(self.needs.values()),
             cutoff=cutoff, neighbor_list="own", receptive_field=cutoff * len(network.interactions), elements=elements,
             dtype=str(next(self.network.parameters()).dtype).removeprefix("torch."), device=str(device),

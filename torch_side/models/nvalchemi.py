@@ -51,7 +51,7 @@ class Nvalchemi(Model):
         self.__qualname__ = type(wrapper).__name__
 
     def forward(self, inputs, trained=None):
-        return graph.evaluate(partial(self._evaluate, trained=trained), inputs, self.card, self.__qualname__)
+        return graph.evaluate(partial(self._evaluate, trained=trained), inputs, self.card, self.__qualname__, self)
 
     def energies(self, inputs):
         return self._call(inputs, set())
@@ -146,7 +146,7 @@ def _card(wrapper, declared):
     outputs |= {"cell_gradients"} if "stress" in declared.outputs or not declared.supports_pbc else set()
     home = next((p for p in wrapper.parameters() if p.is_floating_point()), None)
     return Card(
-        outputs=outputs | ({"hessian"} if declared.by_autograd else set()), derivative_order=None if declared.by_autograd else 1,
+        batches=True, outputs=outputs | ({"hessian"} if declared.by_autograd else set()), derivative_order=None if declared.by_autograd else 1,
         cutoff=declared.neighbors and declared.neighbors.cutoff, neighbor_list=declared.neighbors and "own",
         supports_pbc=declared.supports_pbc, needs_pbc=declared.needs_pbc,
         required_inputs=Card().required_inputs | (declared.required & set(EXTRAS)), optional_inputs=declared.optional & set(EXTRAS),

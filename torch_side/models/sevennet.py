@@ -53,7 +53,7 @@ class SevenNet(Model):
         self.register_buffer("species", species.to(device), persistent=False)
         self.n_species, self.modal, self.n_modals = len(elements), _modal(modal, modals), len(modals)
         self.card = Card(
-            outputs={*ENERGY_AND_GRADIENTS, "node_energies", "hessian"}, cutoff=float(network.cutoff), neighbor_list="own", elements=elements,
+            batches=True, outputs={*ENERGY_AND_GRADIENTS, "node_energies", "hessian"}, cutoff=float(network.cutoff), neighbor_list="own", elements=elements,
             receptive_field=float(network.cutoff) * sum("convolution" in name for name, _ in network.named_children()),
             dtype=str(dtype).removeprefix("torch."), device=str(device),
         )

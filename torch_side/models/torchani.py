@@ -54,7 +54,7 @@ class TorchANI(Model):
         members = 0 if self.has_charges or not hasattr(network.neural_networks, "members") else len(network)
         more = (["charges"] if self.has_charges else []) + (["member_energies"] if members else [])
         self.card = Card(
-            outputs={*ENERGY_AND_GRADIENTS, "node_energies", "hessian", *more}, optional_inputs={"charge"}, cutoff=float(network.cutoff), neighbor_list="own",
+            batches=True, outputs={*ENERGY_AND_GRADIENTS, "node_energies", "hessian", *more}, optional_inputs={"charge"}, cutoff=float(network.cutoff), neighbor_list="own",
             receptive_field=float(network.cutoff) if local else None, elements=network.atomic_numbers.tolist(),
             dtype=str(dtype).removeprefix("torch."), device=str(device), sizes=(("M", members),) if members else (),
         )
