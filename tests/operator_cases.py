@@ -207,7 +207,7 @@ OTHERS = {
     "lu": lambda a: linalg.lu(a)[1:],
     "lu_solve": lambda a: linalg.lu_solve(*linalg.lu_factor(a), a.mT),
     "inv_ex": lambda a: linalg.inv_ex(a)[0],
-    "pinv hermitian": lambda a: linalg.pinv(symmetric(a), hermitian=True),
+    "pinv hermitian": lambda a: linalg.pinv(definite(a), hermitian=True),
     "matrix_power": lambda a: linalg.matrix_power(a, -2),
     "matrix_norm": linalg.matrix_norm,
     "matrix_norm of order 2": lambda a: linalg.matrix_norm(a, 2),

@@ -99,6 +99,7 @@ FROM_TORCH = {
     "conj": (lambda d: raw(d, 6).view(2, 3).conj(), "the conj bit"),
     "conj transposed": (lambda d: raw(d, 6).view(2, 3).mH, "the conj bit"),
     "neg": (lambda d: torch._neg_view(raw(d, 6).view(2, 3)), "the neg bit"),
+    "zeros": (lambda d: torch._efficientzerotensor((2, 3), dtype=torch_arrays.DTYPES[d]), "zeros that torch keeps without memory"),
 }
 FROM_JAX = {
     "0d": lambda d: raw_jax(d, ()),
@@ -114,7 +115,7 @@ FROM_JAX = {
 
 def applies(layout, dtype):
     """requires_grad needs an inexact dtype, the conj bit a complex one, and a neg bit one with a sign to flip."""
-    if layout.startswith("requires_grad"):
+    if layout.startswith("requires_grad") or layout == "zeros":  # these are tangents
         return dtype.startswith(("float", "bfloat", "complex"))
     if layout.startswith("conj"):
         return dtype.startswith("complex")
@@ -152,7 +153,7 @@ def test_values_shape_dtype_and_memory(direction, dtype, layout):
     assert not getattr(y, "requires_grad", False)
 
 
-@pytest.mark.parametrize("direction,dtype,layout", [r for r in TABLE if r[1] == "float32"])
+@pytest.mark.parametrize("direction,dtype,layout", [r for r in TABLE if r[1] == "float32" and r[2] != "zeros"])  # these have no memory to write to
 def test_copies_are_independent_and_shared_memory_is_one(direction, dtype, layout):
     """The torch end is written to: a copy keeps its bits, shared memory follows."""
     for copy in (True, None):
@@ -519,6 +520,7 @@ CURES = {
     "requires_grad": "detach()",
     "conj": "resolve_conj()",
     "neg": "resolve_neg()",
+    "zeros": "clone()",
     "strided": "contiguous()",
     "stride 0": "contiguous()",
     "unaligned": "clone()",

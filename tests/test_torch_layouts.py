@@ -57,6 +57,7 @@ LAYOUTS = {  # of a (4, 6) float64 or complex128 tensor
     "byte_offset": lambda x: torch.cat([torch.zeros(8, dtype=torch.uint8), x.view(torch.uint8).flatten()])[8:].view(x.dtype).view(4, 6),
     "conj": lambda x: torch.complex(x, -2 * x).conj(),
     "neg": lambda x: torch.complex(x, 2 * x).conj().imag,
+    "zeros": lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype),
     "real_part": lambda x: torch.complex(x, 2 * x).real,
     "read_only": frozen,
     "numpy": lambda x: torch.from_numpy(x.numpy().copy()[::-1].copy()),
