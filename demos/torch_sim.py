@@ -77,7 +77,7 @@ class InTorchSim:
 
     def __init__(self, atoms, energy_fn, dt):
         # The whole of the bridge: a jax-md energy as a torch-sim model.
-        potential = bridge.torch_potential(jax_engine.model(energy_fn), gradients="autodiff")
+        potential = bridge.torch_potential(jax_engine.model(energy_fn, cutoff=CUTOFF), gradients="autodiff")
         self.model = torch_engine.model(potential, dtype=torch.float64, compute_stress=False)
         init, self.step = torch_engine.integrator("nve", self.model, dt=torch.tensor(dt, dtype=torch.float64), kT=torch.tensor(0.0))
         state = ts.io.atoms_to_state([atoms], self.model.device, self.model.dtype)

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bridge.contract import same_dtype
 from bridge.errors import message, missing
 from jax_side.engines.carrying import Carrying, observe
 from jax_side.engines.fractional import fractions, real
+from jax_side.engines.images import check_list, check_width, cutoff_of, known, or_nan, where_sound
 
 
-def energy(potential, box=None, fractional=True):
+def energy(potential, box=None, fractional=True, *, cutoff=None):
     """The potential in jax-md's idiom: `energy_fn(R, **kwargs)` for space.free or space.periodic_general.
 
     `potential` is called as potential(positions, cell) and returns eV, like jax_side.potential's for one system.
@@ -26,11 +28,18 @@ def energy(potential, box=None, fractional=True):
     have one dtype.
 
     Some keywords are read when it is called, the others that jax-md passes on (kT, t, ...) are not: `neighbor`, a jax-md
-    neighbour list of format Sparse, whose edges the potential is given (see `edges`; without it torch finds the
+    neighbour list of format Sparse, whose edges the potential is given (see below; without it torch finds the
     neighbours); `box` in place of the box given here (NPT); and `perturbation` P, a number or a matrix: r -> P r for atoms
     and cell alike. With P = I + e is dE/de at e = 0 the virial W, whence quantity.stress = -W / V and quantity.pressure;
-    jax-md counts compression positive. No minimum image is taken here: which images count is the potential's concern, and
-    small boxes are fine.
+    jax-md counts compression positive. Without `neighbor` no minimum image is taken: which images count is the potential's
+    concern, and small boxes are fine.
+
+    A jax-md list holds one image of each pair, and only what it has room for. So with `neighbor` opposite faces of the box
+    must be twice the cutoff apart, the list must reach as far as the cutoff, and must not have overflowed. The cutoff is that
+    of potential.card, or `cutoff` in Angstrom, or the list's own. What is wrong is an error at the call; where values can't
+    be seen (a box or a list that jit or vmap traces) the energy and all its derivatives are NaN, in that system alone.
+    After a run in jit look at neighbor.did_buffer_overflow, as always in jax-md: positions of before are the ones to go on from.
+    How old a list may be is the caller's concern: update it (list and box) before atoms have moved by half of its skin.
 
     A step of NVE, NVT, Langevin or FIRE evaluates the potential once; one of jax-md's own NPT and FIRE with box twice,
     which `npt_nose_hoover` and `fire_descent_box` here bring to once. Under jax.vmap all replicas are one evaluation.
@@ -39,8 +48,8 @@ def energy(potential, box=None, fractional=True):
     before give, where R moves by inv(box) dr as dr is asked for. Mixed ones in R and box come in two kinds, then: that of
     dE/dr in the box, and that of dE/dbox in r. (space.transform gets the second kind wrong, and forward over forward.)
 
-    Raises: ValueError where R and box differ in dtype or box has another shape; NotImplementedError for `new_box`;
-    ImportError without jax-md.
+    Raises: ValueError where R and box differ in dtype or box has another shape, for a list that lacks edges, and for a cutoff
+    that is not the card's; NotImplementedError for `new_box`; ImportError without jax-md.
 
     >>> energy_fn = energy(lambda r, cell: (r ** 2).sum(), box=2.0)
     >>> R = jnp.full((1, 3), 0.5)
@@ -48,8 +57,9 @@ def energy(potential, box=None, fractional=True):
     (3.0, [[2.0, 2.0, 2.0]])
     """
     space, home = _jax_md().space, box
+    cutoff = cutoff_of(getattr(potential, "card", None), cutoff)
 
-    def energy_fn(R, box=None, perturbation=None, **kwargs):
+    def energy_fn(R, box=None, perturbation=None, neighbor=None, **kwargs):
         if "new_box" in kwargs:
             raise NotImplementedError(message("box=... for a box that changes", "new_box", "pass it as box"))
         box = home if box is None else box
@@ -59,23 +69,27 @@ def energy(potential, box=None, fractional=True):
         if perturbation is not None:
             r = space.raw_transform(perturbation, r)
             cell = None if cell is None else space.raw_transform(perturbation, cell)
-        listed = edges(kwargs["neighbor"], R, box, fractional=fractional) if kwargs.get("neighbor") is not None else {}
-        return potential(r, cell, **listed)
+        if neighbor is None:
+            return potential(r, cell)
+        listed = _minimum_images(neighbor, R, matrix, fractional)
+        sound = check_list(neighbor, _seen(cell, box, perturbation), cutoff, fractional)
+        return potential(r, cell, **listed) if sound is True else _if_sound(sound, potential, r, cell, listed)
 
     return energy_fn
 
 
-def edges(neighbor, R, box=None, *, fractional=True):
+def edges(neighbor, R, box=None, *, fractional=True, cutoff=None):
     """A jax-md neighbour list as the edges of the contract: {"edge_index": (2,capacity), "cell_offsets": (capacity,3)}, int32.
 
     `neighbor` is what jax-md's neighbor_fn.allocate or update gave, in the format Sparse (both directions; its unused slots are
-    the contract's too); R (N,3) and box as in `energy`, of the moment: it takes the minimum image, as jax-md's displacements do, so the
-    list's cutoff, skin included, must be below half the width of the cell. Without a box all offsets are 0. The energy functions
-    of `energy` do this themselves, as `energy_fn(R, neighbor=neighbor)`, so that a step whose positions wrap has the right images.
-    A potential's models leave out edges in the skin. A list that overflowed (neighbor.did_buffer_overflow) lacks edges:
-    allocate it anew, as always in jax-md.
+    the contract's too); R (N,3) and box as in `energy`, of the moment. Each edge is the minimum image, as jax-md's displacements
+    are; without a box all offsets are 0. The energy functions of `energy` do this themselves, as `energy_fn(R, neighbor=neighbor)`, so
+    that a step whose positions wrap has the right images. A potential's models leave out edges in the skin.
 
-    Raises: ValueError for another format.
+    The list is checked as in `energy`, for a `cutoff` in Angstrom, by default the list's own, skin included. Where it can't
+    be seen that edges are missing (inside jit and vmap), all are then -1, which the bridge's models refuse in turn.
+
+    Raises: ValueError for another format, and for a list that lacks edges.
 
     >>> from jax_md import partition, space
     >>> find = partition.neighbor_list(space.free()[0], jnp.array(10.0), 1.5, format=partition.Sparse)
@@ -83,16 +97,14 @@ def edges(neighbor, R, box=None, *, fractional=True):
     >>> sorted(edges(find.allocate(R), R)["edge_index"].T.tolist())[:2]
     [[0, 1], [1, 0]]
     """
-    partition = _jax_md().partition
-    if neighbor.format is not partition.Sparse:
-        raise ValueError(message("a neighbour list of format partition.Sparse", str(neighbor.format), "pass format=partition.Sparse to partition.neighbor_list"))
-    index, s = neighbor.idx.astype(jnp.int32), jax.lax.stop_gradient(R)
-    i, j = jnp.minimum(index, len(R) - 1)
-    s = jnp.zeros_like(s) if box is None else s if fractional else s @ jnp.linalg.inv(_matrix(box, R)).T
-    return {"edge_index": index, "cell_offsets": -jnp.round(s[j] - s[i]).astype(jnp.int32)}
+    matrix = None if box is None else _matrix(box, R)
+    listed = _minimum_images(neighbor, R, matrix, fractional)
+    cell = None if box is None else _seen(matrix.T, box)
+    sound = check_list(neighbor, cell, cutoff_of(None, cutoff), fractional)
+    return listed if sound is True else listed | {"edge_index": jnp.where(sound, listed["edge_index"], -1)}
 
 
-def model(energy_fn, cell="box"):
+def model(energy_fn, cell="box", *, cutoff=None):
     """An energy function of jax-md as a model of the potential contract for one system: a dict in, {"energy": (1,)} out.
 
     The model takes pos (N,3) Cartesian, any image, and cell (1,3,3) by rows, and differentiates in both as the contract has
@@ -107,37 +119,53 @@ def model(energy_fn, cell="box"):
                     exact too; a dependence on the box by other ways than the displacement (an explicit volume) is missed
     None            free space: it is called as energy_fn(positions), and G is zero
 
-    Exact means to jax-md's own constants, which it rounds to float32 here and there. jax-md takes the minimum image: the
-    cutoff must be below half the width of the cell. The gradient in a fractional R that jax-md defines is the real-space
-    one; positions are converted so that its rule comes out right. Models of equal energies are equal, for jit's caches.
+    Exact means to jax-md's own constants, which it rounds to float32 here and there. The gradient in a fractional R that
+    jax-md defines is the real-space one; positions are converted so that its rule comes out right. Models of equal energies
+    are equal, for jit's caches.
 
-    Raises: ValueError for more than one system, an energy that is no scalar, another `cell`; ImportError without jax-md.
+    jax-md takes the minimum image of each pair, in all three directions. So, but in free space, the energy's `cutoff` in Angstrom
+    (its r_cutoff; for a sum the longest) must be given, and opposite faces of the cell must be twice that apart: else the call
+    is an error, and where the cell can't be seen (inside jit and vmap, and in bridge.torch_potential) energy and derivatives are NaN.
+
+    Raises: ValueError for no cutoff with a cell, a cell that is too narrow for it, more than one system, an energy that is no scalar, another
+    `cell`; ImportError without jax-md.
 
     >>> from jax_md import energy, space
     >>> displacement, _ = space.periodic_general(jnp.eye(3), fractional_coordinates=True)
-    >>> lj = model(energy.lennard_jones_pair(displacement, sigma=2.0))
+    >>> lj = model(energy.lennard_jones_pair(displacement, sigma=2.0), cutoff=5.0)
     >>> lj({"pos": jnp.array([[0.0, 0, 0], [0, 0, 9]]), "cell": 11 * jnp.eye(3)[None]})["energy"].round(3).tolist()
     [0.0]
     """
     _jax_md()
     if cell not in ("box", "perturbation", None):
         raise ValueError(message('cell as one of "box", "perturbation", None', repr(cell), "choose one of these"))
-    return _Model(energy_fn, cell)
+    if cell is not None and cutoff is None:
+        expected = "cutoff=... of a jax-md energy with a box, in Angstrom"
+        raise ValueError(message(expected, "none", "pass its r_cutoff, or cell=None in free space"))
+    return _Model(energy_fn, cell, cutoff_of(None, cutoff))
 
 
 @dataclass(frozen=True)
 class _Model:
     energy_fn: Callable
     cell: str | None
+    cutoff: float | None
 
     def __call__(self, inputs: dict) -> dict:
         pos, cell = inputs["pos"], inputs["cell"]
         if cell.shape[0] != 1:
             raise ValueError(message("one system for a jax-md energy", f"{cell.shape[0]} cells", "call the model once for each system"))
+        wide = self.cell is None or self._check(cell)
         energy = self._energy(pos, cell[0])
         if energy.shape:
             raise ValueError(message("a scalar from the jax-md energy", str(energy.shape), "make it without per_particle=True"))
-        return {"energy": energy[None].astype(pos.dtype)}
+        energy = energy.astype(pos.dtype)
+        return {"energy": (energy if wide is True else or_nan(wide, energy))[None]}
+
+    def _check(self, cell):
+        seen = known(cell)
+        cell = cell[0] if seen is None else seen[0]
+        return check_width(cell, self.cutoff, "jax-md", "repeat the structure, or take another potential")
 
     def _energy(self, pos, cell):
         if self.cell is None:
@@ -225,6 +253,42 @@ def _carrying(make, energy_fn, at_start):
     """init and step, the latter jitted as jax-md jits its own."""
     simulator = Carrying(make, energy_fn, at_start)
     return simulator.init, jax.jit(simulator.step)
+
+
+def _minimum_images(neighbor, R, matrix, fractional):
+    """The edges of a list as they are at R, in a box of columns or in free space (None)."""
+    partition = _jax_md().partition
+    listed = isinstance(neighbor, partition.NeighborList)
+    if not listed or neighbor.format is not partition.Sparse:
+        got = str(neighbor.format) if listed else f"a {type(neighbor).__name__}"
+        do = "pass format=partition.Sparse to partition.neighbor_list"
+        raise ValueError(message("a neighbour list of format partition.Sparse", got, do))
+    index, s = neighbor.idx.astype(jnp.int32), jax.lax.stop_gradient(R)
+    i, j = jnp.minimum(index, len(R) - 1)
+    if matrix is None:
+        s = jnp.zeros_like(s)
+    elif not fractional:
+        s = s @ jnp.linalg.inv(jax.lax.stop_gradient(matrix)).T
+    return {"edge_index": index, "cell_offsets": -jnp.round(s[j] - s[i]).astype(jnp.int32)}
+
+
+def _seen(cell, box, perturbation=None):
+    """The cell by rows as NumPy where what it is made of can be seen, inside jit too; else as it is."""
+    columns = known(box)
+    moved = np.eye(3) if perturbation is None else known(perturbation)
+    if columns is None or moved is None:
+        return cell
+    columns = columns if columns.size == 9 else columns.reshape(-1) * np.eye(3)
+    return (moved * columns if moved.ndim == 0 else moved @ columns).T
+
+
+def _if_sound(sound, potential, r, cell, listed):
+    """The energy, NaN where the list is not sound: there the potential is shown atoms far apart, so that a run in jit goes on."""
+    apart = jnp.arange(r.size, dtype=r.dtype).reshape(r.shape)
+    if cell is not None:
+        cell = where_sound(sound, cell, max(r.size, 1) * jnp.eye(3, dtype=cell.dtype))
+    index = jnp.where(sound, listed["edge_index"], len(r))
+    return or_nan(sound, potential(where_sound(sound, r, apart), cell, **listed | {"edge_index": index}))
 
 
 def _matrix(box, R):
