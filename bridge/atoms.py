@@ -5,7 +5,7 @@ ase itself is for the engines of the banks to import: they hand its classes in, 
 
 from __future__ import annotations
 
-from bridge.contract import INPUTS
+from bridge.contract import INFO, INPUTS, OUTPUTS
 from bridge.conventions import to
 from bridge.errors import message
 
@@ -20,12 +20,15 @@ PROPERTIES = {  # ASE's name: the outputs of the contract that it is made of
     "dipole": ("dipole",),
 }
 BY_ATOMS = ("node_energies", "charges", "magmoms", "dipole")  # outputs beside energy and gradients that ASE has a name for
-INFO = ("charge", "spin")  # taken from atoms.info
 
 
 def properties(outputs) -> list[str]:
-    """ASE's names of what these outputs give."""
-    return [name for name, needed in PROPERTIES.items() if set(needed) <= set(outputs)]
+    """ASE's names of what these outputs give, and the contract's of those that ASE has no name for."""
+    named = [name for name, needed in PROPERTIES.items() if set(needed) <= set(outputs)]
+    return named + [name for name in OUTPUTS if name in outputs and name not in _NAMED]
+
+
+_NAMED = {output for needed in PROPERTIES.values() for output in needed}
 
 
 def has_stress(atoms) -> bool:
@@ -54,12 +57,16 @@ def _info(atoms, card) -> dict:
 def results(out: dict, atoms, asked=()) -> dict:
     """ASE's results from outputs of one system, NumPy arrays: energies in eV, forces -g, stress W/V (Voigt), all float64.
 
+    Outputs that ASE has no name for (energy_std, hessian, ...) have the contract's, units and signs included, in the shapes of
+    the contract without the axis of systems.
+
     Raises: ValueError for an asymmetric virial where the stress is `asked` for; else there is none among the results."""
     out = {name: x.astype("float64") for name, x in out.items()}
     found = {"energy": float(out["energy"][0]), "free_energy": float(out["energy"][0])}
     found |= {name: out[key] for name, key in (("energies", "node_energies"), ("charges", "charges"), ("magmoms", "magmoms")) if key in out}
     if "dipole" in out:
         found["dipole"] = out["dipole"][0]
+    found |= {name: _of_one_system(name, x) for name, x in out.items() if name in OUTPUTS and name not in _NAMED}
     if (g := out.get("position_gradients")) is not None:
         found["forces"] = -g
         if "cell_gradients" in out and has_stress(atoms):
@@ -70,6 +77,12 @@ def results(out: dict, atoms, asked=()) -> dict:
                 if "stress" in asked:
                     raise
     return found
+
+
+def _of_one_system(name, x):
+    """An output without its axis of systems; a number where nothing else is left."""
+    x = x[tuple(0 if size == "B" else slice(None) for size in OUTPUTS[name][0])]
+    return float(x) if x.ndim == 0 else x
 
 
 def calculator_class(base, refusal, module: str):
@@ -98,7 +111,8 @@ def calculator_class(base, refusal, module: str):
                 got = "no periodic axis" if not self.atoms.pbc.any() else "a singular cell"
                 raise refusal(message("a periodic system with three cell vectors for a stress", got, "such a system has none"))
             out = self.evaluate(inputs_of(self.atoms, self.card, self.dtype, self.model_name))
-            self.results = results(out, self.atoms, properties)
+            unasked = set(out) - _NAMED - self.card.active_outputs
+            self.results = results({name: x for name, x in out.items() if name not in unasked}, self.atoms, properties)
 
         def _get_name(self):
             return self.model_name.lower()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from bridge.contract import ADDITIVE, ENERGY_AND_GRADIENTS, INPUTS, OUTPUTS, STRUCTURE, dtype_name, output_shapes
+from bridge.contract import ADDITIVE, ENERGY_AND_GRADIENTS, INFO, INPUTS, OUTPUTS, STRUCTURE, dtype_name, output_shapes
 from bridge.errors import message
 
 UNITS = ("eV", "Angstrom")
@@ -20,7 +20,8 @@ class Card:
     outputs           names of bridge.contract.OUTPUTS that it can compute; energy is one of them
     active_outputs    those that it is asked for in each call; None: energy and its gradients, as far as it has them
     required_inputs   keys of the contract without which it can't be called (charge and spin are never guessed)
-    optional_inputs   keys that it uses where they are given
+    optional_inputs   keys that it uses where they are given. A charge or spin that is in neither, and not zero, is an error
+                      (MACE's total_spin is a multiplicity, so that its singlet, 1, is an error for models without spin)
     supports_pbc, needs_pbc   whether axes may be periodic, whether some must be
     cutoff            radius of its neighbour list in Angstrom, None without one
     neighbor_list     "own": it finds its neighbours where no edges are given. "given": it can't do without edge_index and
@@ -98,6 +99,18 @@ class Card:
         if absent := sorted((self.required_inputs | edges) - set(given)):
             do = " and ".join(f"pass {name}=... ({INPUTS[name][2]})" for name in absent)
             raise ValueError(message(f"the inputs that {who} needs ({', '.join(sorted(self.required_inputs | edges))})", f"no {', '.join(absent)}", do))
+
+    def unused(self, given) -> list[str]:
+        """Which of charge and spin are among the names `given`, though the model has no use for them."""
+        return [name for name in INFO if name in given and name not in self.required_inputs | self.optional_inputs]
+
+    def check_unused(self, name: str, values, who: str) -> None:
+        """ValueError naming the first system whose charge or spin is not zero, where the model would pass over it."""
+        for system, value in enumerate(values):
+            if value:
+                expected = f"no {name}, or zero, since {who} has no use for one"
+                do = f"leave it out, take another model, or say that it is used: card=bridge.Card(optional_inputs={{{name!r}}})"
+                raise ValueError(message(expected, f"{name} {value:g} in system {system}", do))
 
     def check_home(self, pos, device=None) -> None:
         """ValueError where positions are not in the model's dtype or on its device (a name, None if it is not known)."""
@@ -178,6 +191,13 @@ class Card:
             empty_systems=self.empty_systems and other.empty_systems,
             batches=self.batches and other.batches,
         )
+
+
+def shared_out(inputs: dict, cards) -> list[dict]:
+    """The inputs of each term of a sum: charge and spin are left out for those that have no use for them, where another has."""
+    kept = [set(card.unused(inputs)) for card in cards]
+    nobody = set.intersection(*kept) if kept else set()
+    return [{name: x for name, x in inputs.items() if name not in unused - nobody} for unused in kept]
 
 
 def symbol(number: int) -> str:

@@ -38,6 +38,7 @@ OUTPUTS = {
     "member_energies": (("M", "B"), "float", "eV, each of a committee"),
     "member_position_gradients": (("M", "N", 3), "float", "eV/Angstrom, each of a committee"),
 }
+INFO = ("charge", "spin")  # inputs of a system that a potential may have no use for
 ADDITIVE = ("energy", "position_gradients", "cell_gradients", "node_energies", "hessian", "dipole")  # outputs that add where potentials do
 STRUCTURE = ("pos", "atomic_numbers", "cell", "pbc", "batch")  # what a structure model takes
 GRAPH = (*STRUCTURE, "edge_index", "cell_offsets")  # what a graph model takes

@@ -302,7 +302,7 @@ def torch_potential(model, params=None, *, gradients="model", cutoff=None, bucke
     buckets = EDGES if buckets is None and cutoff is not None else buckets and _buckets(buckets)
     if buckets and buckets.mask:
         raise ValueError(message("buckets without a mask", f"mask={buckets.mask}", "an index >= N marks an unused slot: fill edge_index with one"))
-    card = card or Card(cutoff=cutoff, neighbor_list=None if cutoff is None else "own")
+    card = card or Card(cutoff=cutoff, neighbor_list=None if cutoff is None else "own", optional_inputs=contract.INFO)
     return JaxPotential(to_torch(outputs, buckets=buckets) if params is None else module(outputs, params, buckets=buckets), cutoff, card)
 
 
@@ -330,7 +330,8 @@ def _model(model, gradients, outputs, cutoff, card) -> Model:
         return model.asking(*outputs) if set(outputs) - model.card.active_outputs else model
     neighbors = None if cutoff is None else "own"
     if card is None:
-        card = Card(outputs={*contract.ENERGY_AND_GRADIENTS, *outputs}, cutoff=cutoff, neighbor_list=neighbors)
+        asked = {*contract.ENERGY_AND_GRADIENTS, *outputs}
+        card = Card(outputs=asked, cutoff=cutoff, neighbor_list=neighbors, optional_inputs=contract.INFO)
     elif cutoff not in (None, card.cutoff):
         raise ValueError(message("one cutoff", f"{cutoff}, and {card.cutoff} on the card", "pass it with one of them"))
     return Wrapped(model, card.asking(*outputs), gradients)

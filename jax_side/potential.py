@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from bridge.card import Card
-from bridge.contract import GRADIENTS, added, check_inputs, check_outputs
+from bridge.card import Card, shared_out
+from bridge.contract import GRADIENTS, INFO, added, check_inputs, check_outputs
 from bridge.errors import message, spec
 from jax_side import strain
 from jax_side.outputs import work
@@ -55,7 +55,10 @@ def potential(model, *, atomic_numbers, pbc=None, batch=None, n_systems=1, card=
     >>> jax.grad(energy)(jnp.ones((2, 3))).tolist()
     [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]
     """
-    return Potential(model, atomic_numbers, pbc, batch, n_systems, extras, card or getattr(model, "card", None) or Card())
+    return Potential(model, atomic_numbers, pbc, batch, n_systems, extras, card or getattr(model, "card", None) or UNKNOWN)
+
+
+UNKNOWN = Card(optional_inputs=INFO)  # of a model that nobody has described: it may use charge and spin
 
 
 class Potential:
@@ -120,8 +123,15 @@ class Potential:
         known = {name: np.asarray(x) for name in ("atomic_numbers", "batch", "pbc") if (x := self._bound(name)) is not None and not isinstance(x, jax.core.Tracer)}
         if {"atomic_numbers", "batch"} <= set(known) and len(known["batch"]) == len(known["atomic_numbers"]):
             self.card.check_elements(known["atomic_numbers"].tolist(), known["batch"].tolist(), _name(self.model))
+        self._check_unused(self.fixed)
         if "pbc" in known:
             self.card.check_pbc(np.broadcast_to(known["pbc"], (self.n_systems, 3)).tolist(), _name(self.model))
+
+    def _check_unused(self, given):
+        """ValueError for a charge or spin that the model would pass over, as far as it can be seen."""
+        for name in self.card.unused(given):
+            if not isinstance(given[name], jax.core.Tracer):
+                self.card.check_unused(name, np.atleast_1d(np.asarray(given[name])).tolist(), _name(self.model))
 
     def _inputs(self, positions, cell, changing):
         """The dict of the contract."""
@@ -130,6 +140,7 @@ class Potential:
             raise ValueError(message("a cell, since pbc is set", "None", "pass cell, or pbc=None"))
         if twice := sorted(set(changing) & set(self.fixed)):
             raise ValueError(message("inputs either bound or given in the call", f"{', '.join(twice)} in both", "leave it out of one of them"))
+        self._check_unused(changing)
         periodic = cell is not None if self.pbc is None else self.pbc
         pbc = np.full((*systems, 3), periodic) if isinstance(periodic, bool) else periodic
         cell = jnp.zeros((*systems, 3, 3), pos.dtype) if cell is None else cell
@@ -211,7 +222,8 @@ class _Sum:
         return " + ".join(map(_name, self.models))
 
     def __call__(self, inputs):
-        return added([model(inputs) for model in self.models])
+        cards = [getattr(model, "card", None) or UNKNOWN for model in self.models]
+        return added([model(given) for model, given in zip(self.models, shared_out(inputs, cards))])
 
 
 @lru_cache

@@ -34,6 +34,8 @@ def evaluate(model: Callable, inputs: dict, card: Card, name: str, owner=None) -
     inputs = {key: x for key, x in inputs.items() if x is not None}
     sizes = check_inputs(inputs)
     card.check_bound(inputs, name)
+    for key in card.unused(inputs):
+        card.check_unused(key, inputs[key].tolist(), name)
     card.check_home(inputs["pos"], str(inputs["pos"].device))
     numbers, batch = values(inputs["atomic_numbers"]), values(inputs["batch"])
     bounds = _check(inputs, card, name, numbers, *sizes)
@@ -43,7 +45,8 @@ def evaluate(model: Callable, inputs: dict, card: Card, name: str, owner=None) -
     inner = _with_edges(inner, card)
     found = model(inner)
     n_systems = len(inner["cell"])
-    check_outputs(found, len(inner["pos"]), n_systems, (), dtype_name(inner["pos"]))
+    active = {key: found[key] for key in card.active_outputs if key in found}
+    check_outputs(active, len(inner["pos"]), n_systems, (), dtype_name(inner["pos"]))
     if n_systems > 1 and not card.batches and "energy" in found:
         shown = range(n_systems) if card.empty_systems else np.unique(batch[numbers != 0])
         batches.check(owner, model, inner, found, name, shown)

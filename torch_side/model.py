@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from bridge.card import Card
+from bridge.card import Card, shared_out
 from bridge.contract import added, named
 from bridge.errors import message
 from torch_side import graph
@@ -101,7 +101,8 @@ class Sum(Model):
         return other
 
     def forward(self, inputs, trained=None):
-        return added([term(inputs, trained=trained) for term in self.terms])
+        each = shared_out(inputs, [term.card for term in self.terms])
+        return added([term(given, trained=trained) for term, given in zip(self.terms, each)])
 
 
 class Wrapped(Model):

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from bridge.card import Card
+from bridge.contract import INFO
 from bridge.errors import message
 from torch_side.model import Wrapped
 from torch_side.strain import with_gradients
@@ -16,7 +17,7 @@ def of_the_contract(model, gradients, cutoff):
     if getattr(model, "card", None) is not None:
         return model
     if cutoff is not None:
-        return Wrapped(model, Card(cutoff=cutoff, neighbor_list="own", batches=True), gradients)  # a property checks that
+        return Wrapped(model, Card(cutoff=cutoff, neighbor_list="own", optional_inputs=INFO, batches=True), gradients)  # a property checks that
     return model if gradients == "model" else with_gradients(model)
 
 

@@ -33,8 +33,9 @@ def calculator(model, *, outputs=(), cutoff=None, card=None, dtype=None):
         energy, free_energy (the same), forces (N,3) = -g, stress (6,) = W / V in Voigt order xx, yy, zz, yz, xz, xy, tension positive,
         energies (N,), charges (N,), magmoms (N,), dipole (3,)  as far as they are active
 
-    from one evaluation; the results are kept until the atoms change, as ASE does it. `outputs` names those of the second line that
-    model returns, by their names in the contract ("node_energies", ...); those active on its `card` (bridge.Card) come anyway. For a
+    from one evaluation; the results are kept until the atoms change, as ASE does it. `outputs` names the further outputs that
+    model returns, by their names in the contract ("node_energies", ...); those active on its `card` (bridge.Card) come anyway. What ASE
+    has no name for (energy_std, hessian, ...) is in `results` by the contract's, with its units and signs, without the axis of systems. For a
     graph model, `cutoff` in Angstrom (or a card with neighbor_list="given") says that ASE's neighbour list makes edge_index and
     cell_offsets at each evaluation, with unused slots (index N) up to a quarter more, so that few programs serve every number of edges.
     pos and cell have the card's dtype, else float64 with x64 and float32 without; `dtype` says another. Where the card requires or

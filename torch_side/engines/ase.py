@@ -23,8 +23,10 @@ def calculator(model, *, outputs=None, dtype=None):
         energies (N,), charges (N,), magmoms (N,), dipole (3,)  as far as the model's card has them
 
     from one call of the model, without a graph; the results are kept until the atoms change, as ASE does it. `outputs` names
-    those of the second line that are wanted, by their names in the contract ("node_energies", "charges", "magmoms", "dipole");
-    None means all on the card. Positions and cells are cast to the dtype of the card, for a model without one to that
+    the further outputs that are wanted, by their names in the contract; None means those of the second line ("node_energies",
+    "charges", "magmoms", "dipole") that are on the card. What ASE has no name for is in `results` (and implemented_properties) by the
+    contract's, with its units and signs: energy_std, position_gradients_std (N,3), member_energies (M,),
+    member_position_gradients (M,N,3), hessian (N,3,N,3), embeddings (N,F). Positions and cells are cast to the dtype of the card, for a model without one to that
     of its parameters, else float64; `dtype` (torch.float32, "float32") says another. Where the card requires or uses charge and spin,
     they are atoms.info["charge"] and atoms.info["spin"], and a change of these is seen. Initial charges and
     magnetic moments are not looked at. The calculator's name, in databases, is that of the model's class.
