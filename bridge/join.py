@@ -282,7 +282,7 @@ def torch_potential(model, params=None, *, gradients="model", cutoff=None, bucke
 
     Raises, when it is called: ValueError for inputs or outputs outside of the contract (checked once for each set of shapes
     and dtypes, as JAX traces), and as neighbor_list does; otherwise as `to_torch`, with params as `module`. ValueError for
-    buckets with a mask: it is the index that marks an unused slot.
+    buckets with a mask: it is the index that marks an unused slot; and for a cutoff that is not the card's.
 
     The module has a `card` (bridge.Card; by default: energy and gradients, this cutoff) and adds to other models: `a + b`.
 
@@ -302,6 +302,9 @@ def torch_potential(model, params=None, *, gradients="model", cutoff=None, bucke
     buckets = EDGES if buckets is None and cutoff is not None else buckets and _buckets(buckets)
     if buckets and buckets.mask:
         raise ValueError(message("buckets without a mask", f"mask={buckets.mask}", "an index >= N marks an unused slot: fill edge_index with one"))
+    if None not in (card, cutoff) and card.cutoff not in (None, cutoff):
+        got = f"{cutoff}, and {card.cutoff} on the card"
+        raise ValueError(message("one cutoff", got, "pass the same with both"))
     card = card or Card(cutoff=cutoff, neighbor_list=None if cutoff is None else "own", optional_inputs=contract.INFO)
     return JaxPotential(to_torch(outputs, buckets=buckets) if params is None else module(outputs, params, buckets=buckets), cutoff, card)
 

@@ -163,6 +163,7 @@ def test_kups_x_absent(monkeypatch):
     (lambda: engine.model(MODEL, gradients="cell"), ValueError, "expected gradients"),
     (lambda: engine.model(MODEL, gradients="positions", filter=3), ValueError, 'expected gradients="positions and cell" with a filter'),
     (lambda: engine.build(positions_only, None), ValueError, "expected a cutoff in Angstrom, by the card or by cutoff=, got none"),
+    (lambda: engine.build(bridge.jax_potential(Embedded()), None, cutoff=2.5), ValueError, "expected a cutoff of at least 3 Angstrom, the potential's, got 2.5; leave"),
 ])  # fmt: skip
 def test_arguments_x_text(call, error, text, monkeypatch):
     core = SimpleNamespace()

@@ -181,6 +181,7 @@ MODELS = {
     "a scalar": (lambda x: x["pos"].sum(), {"gradients": "autodiff"}, r"expected energy as float\[1\], got float64\[\]"),
     "no energy": (lambda x: {"e": x["pos"].sum()}, {"gradients": "autodiff"}, "expected the outputs energy, got only e"),
     "gradients": (pair, {"gradients": "autograd"}, "expected gradients as one of 'model', 'autodiff', got 'autograd'"),
+    "cutoffs": (bonds, {"cutoff": 3.0, "card": bridge.Card(cutoff=4.0, neighbor_list="own")}, "expected one cutoff, got 3.0, and 4.0 on the card"),
     "a mask": (bonds, {"buckets": bridge.Buckets({"edge_index": "2 E"}, mask={"E": "m"})}, "expected buckets without a mask, got mask="),
 }
 
