@@ -16,8 +16,8 @@ class JaxCallable:
     """What bridge.to_jax returns for a callable; its docstring is the documentation. Equal, and equally hashed, for the same
     callable and options.
 
-    `exporter` is the other bank's: `target`, `check()`, `infer(call, inputs)` -> (output types, their tree), and
-    `function(call, inputs, outputs, out_tree, names, owners)`, which gives a base Function."""
+    `exporter` is the other bank's: `target`, `check()`, `check_types(types, names)`, `infer(call, inputs, names)` -> (output types,
+    their tree), and `function(call, inputs, outputs, out_tree, names, owners)`, which gives a base Function."""
 
     def __init__(self, exporter, outputs, lane: str):
         registry.release_retired()
@@ -48,11 +48,14 @@ class JaxCallable:
     def _function(self, signature: Signature) -> Function:
         """The Function for one signature: its output types are inferred or declared here, before anything runs."""
         call = Call(self.__wrapped__, signature.tree, signature.static, tree.tree_flatten)
+        given = signature.names()
+        self._exporter.check_types(signature.inputs, given)
         if self._outputs is None:
-            outputs, out_tree = self._exporter.infer(call, signature.inputs)
+            outputs, out_tree = self._exporter.infer(call, signature.inputs, given)
         else:
             outputs, out_tree = signature.declared(self._outputs)
-        names = signature.names(), output_names(out_tree)
+        names = given, output_names(out_tree)
+        self._exporter.check_types(outputs, [f"output {name}" for name in names[1]])
         for s, name in zip(outputs, names[1], strict=True):
             check_width(s, f"output {name} of {call.name}")
         return self._exporter.function(call, signature.inputs, outputs, out_tree, names, signature.parameters)

@@ -182,7 +182,7 @@ def test_a_sum_in_torch_of_torch_and_jax():
     pure = lambda x: jax.ops.segment_sum((x["pos"] ** 2).sum(-1), x["batch"], num_segments=len(x["cell"]))  # noqa: E731
     a, b, x = MODEL, bridge.torch_potential(pure, gradients="autodiff"), system()
     total = a + b
-    assert total.card.cutoff == CUTOFF and b.card == Card()
+    assert total.card.cutoff == CUTOFF and b.card == Card(optional_inputs={"charge", "spin"})
     for name, y in total(x).items():
         close(y, a(x)[name] + b(x)[name])
     assert abs(b(x)["position_gradients"]).max() > 0.1

@@ -34,6 +34,11 @@ def views(buffers, specs) -> list | tuple:
     return buffers
 
 
+def normal(buffers) -> tuple:
+    """The buffers, tensors that were made in inference mode as others over the same memory."""
+    return tuple(torch.from_dlpack(b) if isinstance(b, torch.Tensor) and b.is_inference() else b for b in buffers)
+
+
 def _view(buffer, spec: Spec) -> torch.Tensor:
     t = buffer if isinstance(buffer, torch.Tensor) else torch.from_dlpack(buffer)
     want = DTYPES[spec.dtype]

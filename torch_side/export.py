@@ -14,6 +14,7 @@ from bridge.errors import message
 from bridge.function import Engine, Function, Spec
 from torch_side import buffers, inference, running, transforms
 from torch_side.adapted import Applied
+from torch_side.arrays import DTYPES
 from torch_side.batching import Axes, Graphs, NativeBatch
 from torch_side.inference import check_output
 
@@ -42,8 +43,15 @@ class Exporter:
     def check(self) -> None:
         inference.check_mode(self.target)
 
-    def infer(self, call: Call, inputs: tuple[Spec, ...]):
-        return inference.infer(call, inputs, self._engine)
+    def check_types(self, types, names) -> None:
+        """TypeError naming the first array of a dtype that torch does not know."""
+        for s, name in zip(types, names, strict=True):
+            if s.dtype not in DTYPES:
+                got = f"{s} as {name}, which only JAX knows"
+                raise TypeError(message("a dtype that both sides know", got, f"cast it to one of {', '.join(DTYPES)}"))
+
+    def infer(self, call: Call, inputs: tuple[Spec, ...], names: tuple[str, ...]):
+        return inference.infer(call, inputs, names, self._engine)
 
     def function(self, call: Call, inputs, outputs, out_tree, names, owners) -> TorchFunction:
         """`owners` gives the parameter that each input belongs to, from the names of the callable's parameters."""

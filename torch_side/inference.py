@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
 import torch
 
 from bridge.errors import message
 from bridge.function import Engine, Spec
 from torch_side import buffers
 
+KNOWN = frozenset(buffers.DTYPES.values())
 RANDOM_IN_TRAINING = (
     torch.nn.modules.dropout._DropoutNd,
     torch.nn.modules.batchnorm._BatchNorm,
@@ -19,6 +24,9 @@ def check_output(leaf, what: str) -> None:
     """An output must be a dense torch.Tensor."""
     if not isinstance(leaf, torch.Tensor):
         raise TypeError(message(f"{what} as a torch.Tensor", f"{type(leaf).__name__} {leaf!r:.60}", "return torch.as_tensor(...) of it, or drop it"))
+    if leaf.dtype not in KNOWN:
+        do = f"cast it to one of {', '.join(buffers.DTYPES)}"
+        raise TypeError(message(f"{what} in a dtype that both sides know", f"{leaf.dtype}, which only torch knows", do))
     if leaf.layout != torch.strided:
         raise TypeError(message(f"{what} as a dense tensor", f"layout {leaf.layout}", "return it .to_dense()"))
 
@@ -37,14 +45,14 @@ def check_mode(target) -> None:
             )
 
 
-def infer(call, inputs: tuple[Spec, ...], engine: Engine):
+def infer(call, inputs: tuple[Spec, ...], names: tuple[str, ...], engine: Engine):
     """Output types and tree of an export.Call, found without running it."""
-    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
     check_mode(call.target)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.set_grad_enabled(engine.differentiates_inside):
-            leaves, tree = on_some_device(call, inputs)
+        with fake(), torch.set_grad_enabled(engine.differentiates_inside):
+            leaves, tree = on_some_device(call, inputs, partial(_unchanged, call, names))
     except (DataDependentOutputException, DynamicOutputShapeException) as e:
         raise ValueError(message(f"output shapes of {call.name} that depend on input shapes alone", "a data-dependent operation", _DECLARE)) from e
     except Exception as e:
@@ -57,6 +65,33 @@ def infer(call, inputs: tuple[Spec, ...], engine: Engine):
 
 
 _DECLARE = "declare outputs= (a pytree of jax.ShapeDtypeStruct, or a function of the inputs' that returns it)"
+
+
+@contextmanager
+def fake():
+    """Fake tensors, outside of inference mode (which has no gradients), compiled code in its Python form: the kernels of a
+    compiled function would read and write through them."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    compiler = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    with torch.inference_mode(False), compiler, FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+def _unchanged(call, names, tensors):
+    """The call; ValueError where it changed an input in place, before there is one that could be harmed."""
+    versions = [t._version for t in tensors]
+    found = call([t.detach() for t in tensors])
+    for t, version, name in zip(tensors, versions, names):
+        if t._version != version:
+            raise changed(call.name, name)
+    return found
+
+
+def changed(who, name) -> ValueError:
+    """An input was changed in place."""
+    do = "use out-of-place operations, or clone the input first"
+    return ValueError(message(f"{who} to leave its inputs as they are", f"input {name} changed in place, and with it the caller's array", do))
 
 
 def on_some_device(call, inputs, run=None):

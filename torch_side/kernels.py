@@ -31,6 +31,8 @@ def check_twice(ys, again: Callable, private=()) -> None:
         cls = node._forward_cls
         if cls in _proven:
             continue
+        if _compiled(cls):
+            raise once_only()
         cotangents, gradients = _backward(node)
         inputs = [edge for edge, _ in node.next_functions if edge is not None]
         only_private = _only_private(inputs, private)
@@ -51,8 +53,11 @@ def check_pushed(ys) -> None:
     Raises: NotImplementedError naming the Function.
     """
     for node in custom(ys):
-        if node._forward_cls not in _proven and not _linear(_backward(node)[1]):
-            raise _cut(node._forward_cls)
+        cls = node._forward_cls
+        if _compiled(cls):
+            raise once_only()
+        if cls not in _proven and not _linear(_backward(node)[1]):
+            raise _cut(cls)
 
 
 def check_given(gradients, again: Callable, who: str) -> None:
@@ -147,6 +152,17 @@ def _changes(node, cotangents, gradients) -> bool:
 def _differ(a, b) -> bool:
     a, b = a.detach(), b.detach()
     return bool((a - b).abs().max() > 0.1 * _MOVE * b.abs().max()) if b.numel() else False
+
+
+def _compiled(cls) -> bool:
+    """A backward that torch.compile made."""
+    return cls.__module__.startswith(("torch._functorch", "torch._dynamo", "torch._inductor"))
+
+
+def once_only() -> NotImplementedError:
+    """For what a compiled model does not have."""
+    got = "a second one, or forward mode by torch.autograd"
+    return NotImplementedError(message("a first backward of a model inside torch.compile", got, "pass the model uncompiled"))
 
 
 def _cut(cls) -> NotImplementedError:

@@ -30,9 +30,7 @@ def trust(call, inputs) -> int:
     """How far torch.func is right for derivatives of a Call, found by its operators.
 
     NESTED_WRONG for a call that runs one of SUSPECTS or a custom autograd Function, or that fake tensors can't look into."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from torch_side.inference import on_some_device
+    from torch_side.inference import fake, on_some_device
 
     def recorded(tensors):
         leaves = [t.requires_grad_() if t.is_floating_point() or t.is_complex() else t for t in tensors]
@@ -40,7 +38,7 @@ def trust(call, inputs) -> int:
             outputs, _ = call(leaves)
         return seen.names, [y for y in outputs if isinstance(y, torch.Tensor)]
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with fake():
         try:
             names, outputs = on_some_device(call, inputs, recorded)
         except Exception:  # whatever it is, the call itself will tell

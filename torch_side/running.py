@@ -8,7 +8,7 @@ import torch
 
 from bridge.errors import message
 from bridge.function import Function
-from torch_side import buffers
+from torch_side import buffers, inference
 
 
 def run(fn: Function, given: tuple, into: tuple | None = None):
@@ -16,6 +16,13 @@ def run(fn: Function, given: tuple, into: tuple | None = None):
 
     Raises ValueError if the user's code changed an input in place or kept a view of one after the call.
     """
+    if not torch.is_inference_mode_enabled():
+        return _run(fn, given, into)
+    with torch.inference_mode(False):  # whose tensors have no versions, by which changes are seen, and no gradients
+        return _run(fn, buffers.normal(given), into and buffers.normal(into))
+
+
+def _run(fn: Function, given: tuple, into: tuple | None):
     direct = into and fn.plain and type(into[0]) is torch.Tensor  # the ffi lane: all are tensors of their dtypes
     tensors = given if direct else buffers.views(given, fn.inputs)
     aliases, before = [], []
@@ -68,7 +75,7 @@ def _accuse(fn, before) -> None:
     """Name the input that was changed or kept; reference cycles are collected before anyone is accused of keeping."""
     for i, (t, version, *_) in enumerate(before):
         if t._version != version:
-            raise ValueError(message(f"{fn.base} to leave its inputs as they are", f"input {_name(fn, i)} changed in place, and with it the caller's array", "use out-of-place operations, or clone the input first"))
+            raise inference.changed(fn.base, _name(fn, i))
     for young in (0, 2):
         gc.collect(young)
         kept = [i for i, (*_, storage, holders) in enumerate(before) if buffers.holders(storage._cdata) > holders]

@@ -85,7 +85,8 @@ class Func(Batching):
     def jvp(self, f, primals, wrt, tangents, outs):
         g, xs = _restrict(f, primals, wrt, outs)
         with _FORWARD_AD, torch.enable_grad():
-            return torch.func.jvp(g, xs, tuple(tangents))[1]
+            ys, found = torch.func.jvp(g, xs, tuple(tangents))
+        return tuple(t.to(y.dtype) for y, t in zip(ys, found))  # of `energy.sum() * 1.0` torch's is float64
 
     @_trusted(_is_base)
     def vjp(self, f, primals, wrt, cotangents, outs):

@@ -7,6 +7,7 @@ import weakref
 import torch
 from torch.autograd import forward_ad
 
+from bridge.errors import message
 from bridge.function import Function, Jvp, Vjp
 from torch_side import library
 from torch_side.buffers import lent, taken
@@ -17,7 +18,7 @@ def call(fn: Function, tensors):
     if not tensors:
         return run(fn, tensors)
     if _transformed() or forward_ad._current_level >= 0:
-        return Bridged.apply(fn, None, *tensors)
+        return _transform(fn, tensors)
     if _traced():  # fake tensors, torch.export: they see one op of torch.library
         return library.call(fn, tensors)
     if _recorded():
@@ -25,6 +26,17 @@ def call(fn: Function, tensors):
         if wrt and fn.differentiable:
             return _apply(fn, Recording(fn.base.record(fn, wrt)), *tensors)
     return taken(fn.program(lent(tensors)))
+
+
+def _transform(fn, tensors):
+    """Under torch.func, or forward mode."""
+    try:
+        return Bridged.apply(fn, None, *tensors)
+    except RuntimeError as error:
+        if "Functionalize rule" not in str(error):
+            raise
+        do = "call it outside of functionalize: it changes nothing in place, and has no operations of torch inside"
+        raise NotImplementedError(message(f"{fn.base} under a transform that torch has rules for", "torch.func.functionalize", do)) from error
 
 
 def run(fn: Function, tensors) -> list:
