@@ -1,4 +1,4 @@
-"""jax-md lists that lack edges: a box narrower than twice the cutoff, no room, a short list. An error, or NaN inside jit."""
+"""jax-md lists that lack edges (narrow boxes, no room, short lists): an error, NaN inside jit."""
 
 from dataclasses import replace
 from functools import cache
@@ -15,15 +15,23 @@ from jax_md import partition, simulate, space
 import bridge
 from jax_side.engines import images
 from jax_side.engines import jax_md as engine
-from jax_side.models.nequip import NequIP
 from tests.graph_cases import CUTOFF, MODEL, close
 
 rng = np.random.default_rng(3)
-SITES = (np.stack(np.meshgrid(range(3), range(2), range(2)), -1).reshape(-1, 3) + 0.1 * rng.normal(size=(12, 3))) / [3, 2, 2] % 1
+SITES = (
+    (
+        np.stack(np.meshgrid(range(3), range(2), range(2)), -1).reshape(-1, 3)
+        + 0.1 * rng.normal(size=(12, 3))
+    )
+    / [3, 2, 2]
+    % 1
+)
 NUMBERS = rng.integers(1, 20, len(SITES))
 ENERGY = bridge.potential(MODEL, atomic_numbers=NUMBERS)
 SKEWED = np.array([[7.0, 3.0, -1.0], [0, 7.0, 2.0], [0, 0, 6.6]])  # columns
-THIN = np.array([[7.0, 4.0, -1.0], [0, 5.2, 2.0], [0, 0, 6.5]])  # columns longer than twice the cutoff, but not so far apart
+THIN = np.array(
+    [[7.0, 4.0, -1.0], [0, 5.2, 2.0], [0, 0, 6.5]]
+)  # columns longer than twice the cutoff, but not so far apart
 BOXES = {  # (fractional coordinates, dtype, wide enough, too narrow, its height)
     "number": (True, float, 6.5, 5.5, "5.5"),
     "vector": (True, float, np.array([6.5, 7, 7.5]), np.array([6.5, 7, 5.75]), "5.75"),
@@ -31,13 +39,23 @@ BOXES = {  # (fractional coordinates, dtype, wide enough, too narrow, its height
     "real": (False, float, SKEWED, THIN, "4.97"),
     "float32": (True, np.float32, SKEWED, THIN, "4.97"),
 }
-NARROW = r"expected at least 6 Angstrom between opposite faces of the box, twice the cutoff of 3, got {}\d*, where a jax-md list has one image of each pair alone; leave neighbor out \(torch then finds all images\), or give the potential edges by bridge.edges"
-OVERFLOWED = "expected a neighbour list that has all pairs, got one that overflowed .did_buffer_overflow.; allocate it anew .neighbor_fn.allocate."
+NARROW = (
+    r"expected at least 6 Angstrom between opposite faces of the box, twice the cutoff of 3, "
+    r"got {}\d*, where a jax-md list has one image of each pair alone; leave neighbor out "
+    r"\(torch then finds all images\), or give the potential edges by bridge.edges"
+)
+OVERFLOWED = (
+    r"expected a neighbour list that has all pairs, got one that overflowed "
+    r"\(did_buffer_overflow\); allocate it anew \(neighbor_fn.allocate\)"
+)
 
 
 def lists(box, reach, fractional=True, skin=0.0, **options):
     displacement, _ = space.periodic_general(box, fractional_coordinates=fractional)
-    options = dict(dr_threshold=skin, fractional_coordinates=fractional, format=partition.Sparse) | options
+    options = (
+        dict(dr_threshold=skin, fractional_coordinates=fractional, format=partition.Sparse)
+        | options
+    )
     return partition.neighbor_list(displacement, box, reach, **options)
 
 
@@ -47,7 +65,7 @@ def with_flags(neighbor, code):
 
 @cache
 def case(name):
-    """(energy of R, box and list, its gradient in R and box as well, R, a wide box, a narrow one, a list)"""
+    """(energy of R, box and list, R, a wide box, a narrow one, a list)"""
     fractional, dtype, wide, narrow, _ = BOXES[name]
     wide, narrow = (jnp.asarray(box, dtype) for box in (wide, narrow))
     R = jnp.asarray(SITES if fractional else SITES @ SKEWED.T, dtype)
@@ -59,7 +77,9 @@ def case(name):
 def all_of(f):
     """Energy, gradients and second derivatives of f(R, box, list)."""
     grad = lambda R, box, n: jax.value_and_grad(f, (0, 1))(R, box, n)  # noqa: E731
-    along = lambda R, box, n: jax.jvp(lambda R: jax.grad(f)(R, box, n), (R,), (jnp.ones_like(R),))[1]  # noqa: E731
+    along = lambda R, box, n: jax.jvp(lambda R: jax.grad(f)(R, box, n), (R,), (jnp.ones_like(R),))[
+        1
+    ]  # noqa: E731
     return lambda R, box, n: (grad(R, box, n), along(R, box, n))
 
 
@@ -96,8 +116,14 @@ def test_what_jit_hides_is_nan_in_all_derivatives(name):
     f, R, wide, narrow, n = case(name)
     run = jax.jit(all_of(f))
     tolerance = 1e-4 if R.dtype == jnp.float32 else 1e-10
-    close(run(R, wide, n), jax.jit(all_of(lambda R, box, _: f(R, box, None)))(R, wide, n), tolerance)
-    assert nan(run(R, narrow, n)) and nan(run(R, wide, with_flags(n, 1))) and nan(run(R, jnp.nan * wide, n))
+    close(
+        run(R, wide, n), jax.jit(all_of(lambda R, box, _: f(R, box, None)))(R, wide, n), tolerance
+    )
+    assert (
+        nan(run(R, narrow, n))
+        and nan(run(R, wide, with_flags(n, 1)))
+        and nan(run(R, jnp.nan * wide, n))
+    )
 
 
 @pytest.mark.parametrize("name", BOXES)
@@ -116,19 +142,25 @@ def test_vmap_gives_nan_for_what_is_wrong_alone(name):
 
 
 @pytest.mark.parametrize("code, got", [
-    (1, "one that overflowed (did_buffer_overflow)"), (2, "one that overflowed (did_buffer_overflow)"),
-    (4, "one that its box has outgrown (cell_size_too_small)"), (12, "one that its box has outgrown"),
+    (1, "one that overflowed (did_buffer_overflow)"),
+    (2, "one that overflowed (did_buffer_overflow)"),
+    (4, "one that its box has outgrown (cell_size_too_small)"),
+    (12, "one that its box has outgrown"),
 ])  # fmt: skip
 def test_flags_of_jax_md(code, got):
     f, R, wide, _, n = case("matrix")
     with pytest.raises(ValueError) as error:
         f(R, wide, with_flags(n, code))
     assert got in str(error.value)
-    free = partition.neighbor_list(space.free()[0], jnp.array(20.0), CUTOFF, format=partition.Sparse).allocate(R @ wide.T)
+    free = partition.neighbor_list(
+        space.free()[0], jnp.array(20.0), CUTOFF, format=partition.Sparse
+    ).allocate(R @ wide.T)
     with pytest.raises(ValueError) as error:
         engine.energy(ENERGY)(R @ wide.T, neighbor=with_flags(free, code))
     assert got in str(error.value)
-    assert np.isfinite(f(R, wide, with_flags(n, 8)))  # jax-md sets it for boxes that are well formed
+    assert np.isfinite(
+        f(R, wide, with_flags(n, 8))
+    )  # jax-md sets it for boxes that are well formed
 
 
 def test_perturbation_counts():
@@ -144,7 +176,7 @@ def test_perturbation_counts():
 
 
 def test_a_run_that_overflows_goes_on_and_says_so():
-    """The way of jax-md: look at the flag after the run, allocate anew, run again from where it was fine."""
+    """The way of jax-md: look at the flag after the run, allocate anew, run again."""
     f, R, wide, _, n = case("matrix")
     energy_fn = engine.energy(ENERGY, wide)
     init, step = engine.observed(simulate.nve, energy_fn, space.periodic_general(wide)[1], 0.02)
@@ -189,27 +221,38 @@ def test_a_box_that_shrinks_in_a_run():
 
 
 def test_the_skin_counts_in_a_skewed_box():
-    """An atom comes closer than the cutoff, in a box of 60 degrees: the list of before had another image, out of its reach."""
+    """An atom comes closer than the cutoff, in a box of 60 degrees; the list saw another image."""
     box = 8.0 * np.array([[1, 0.5, 0], [0, 0.75**0.5, 0], [0, 0, 1]])
     cutoff, skin = 3.46, 1.2
     pair = lambda y: jnp.array([[4, 1, 1], [4, 1 + y, 1]]) @ jnp.linalg.inv(box).T  # noqa: E731
-    n = lists(box, cutoff, skin=skin).allocate(pair(cutoff + 0.1), extra_capacity=4).update(pair(cutoff - 0.05))
-    inside = engine.edges(replace(n, format=partition.Sparse), pair(cutoff - 0.05))["edge_index"] < 2
+    n = (
+        lists(box, cutoff, skin=skin)
+        .allocate(pair(cutoff + 0.1), extra_capacity=4)
+        .update(pair(cutoff - 0.05))
+    )
+    inside = (
+        engine.edges(replace(n, format=partition.Sparse), pair(cutoff - 0.05))["edge_index"] < 2
+    )
     assert not inside.any()  # and it would be: this is what the error is for
     energy_fn = engine.energy(lambda r, cell, **edges: 0.0, box, cutoff=cutoff)
-    expected = r"expected at least 9.32 Angstrom .* twice the cutoff with its skin \(the box is skewed\) of 4.66, got 6.92"
+    expected = r"at least 9.32 .* the cutoff with its skin \(the box is skewed\) of 4.66, got 6.92"
     with pytest.raises(ValueError, match=expected):
         energy_fn(pair(cutoff - 0.05), neighbor=n)
     straight = 7.0 * np.eye(3)
     n = lists(straight, CUTOFF, skin=1.0).allocate(jnp.asarray(SITES))
-    close(engine.energy(ENERGY, straight)(jnp.asarray(SITES), neighbor=n), engine.energy(ENERGY, straight)(jnp.asarray(SITES)))
+    close(
+        engine.energy(ENERGY, straight)(jnp.asarray(SITES), neighbor=n),
+        engine.energy(ENERGY, straight)(jnp.asarray(SITES)),
+    )
 
 
 def test_a_list_in_cells_needs_them_wide_enough():
     """jax-md takes the diagonal of a lower triangular box for its widths."""
     lower = np.array([[12, 0, 0], [9, 12, 0], [7, 9, 12.0]])
     R = jnp.asarray(np.random.default_rng(0).uniform(size=(300, 3)))
-    energy_fn = engine.energy(lambda r, cell, edge_index, cell_offsets: (edge_index[0] < len(r)).sum() / 1.0, cutoff=2.0)
+    energy_fn = engine.energy(
+        lambda r, cell, edge_index, cell_offsets: (edge_index[0] < len(r)).sum() / 1.0, cutoff=2.0
+    )
     for box, fine in ((lower, False), (lower.T, True)):
         n = lists(jnp.asarray(box), 2.0).allocate(R)
         call = lambda box: energy_fn(R, box=box, neighbor=n)  # noqa: B023, E731
@@ -219,7 +262,10 @@ def test_a_list_in_cells_needs_them_wide_enough():
         if fine:
             assert call(box) == jax.jit(call)(box) == pairs
             continue
-        with pytest.raises(ValueError, match="made in cells at least 2 Angstrom wide, its cutoff, got cells of 1.59.*disable_cell_list=True"):
+        with pytest.raises(
+            ValueError,
+            match="at least 2 Angstrom wide, its cutoff, got cells of 1.59.*disable_cell_list=True",
+        ):
             call(box)
         assert nan(jax.jit(call)(box))
 
@@ -227,7 +273,10 @@ def test_a_list_in_cells_needs_them_wide_enough():
 def test_a_list_that_is_too_short():
     f, R, wide, _, _ = case("matrix")
     short = lists(wide, 2.5, skin=0.25).allocate(R)
-    with pytest.raises(ValueError, match="up to the potential's cutoff of 3 Angstrom, got one up to 2.75, skin included; pass a longer r_cutoff"):
+    with pytest.raises(
+        ValueError,
+        match="cutoff of 3 Angstrom, got one up to 2.75, skin included; pass a longer r_cutoff",
+    ):
         f(R, wide, short)
     with pytest.raises(ValueError, match="up to the potential's cutoff of 3 Angstrom"):
         jax.jit(f)(R, wide, short)
@@ -239,7 +288,9 @@ def test_a_list_that_is_too_short():
 def test_whose_cutoff_counts(monkeypatch):
     _, R, wide, narrow, n = case("matrix")
     plain = lambda r, cell, **edges: (r**2).sum()  # noqa: E731
-    with pytest.raises(ValueError, match="expected one cutoff, got 4.0, and 3.0 on the card; leave cutoff out"):
+    with pytest.raises(
+        ValueError, match="expected one cutoff, got 4.0, and 3.0 on the card; leave cutoff out"
+    ):
         engine.energy(ENERGY, wide, cutoff=4.0)
     engine.energy(ENERGY, wide, cutoff=3.0)
     for cutoff in (0.0, -1.0, float("inf"), float("nan")):
@@ -249,18 +300,23 @@ def test_whose_cutoff_counts(monkeypatch):
         engine.energy(plain, narrow)(R, neighbor=n)
     engine.energy(plain, narrow, cutoff=2.4)(R, neighbor=lists(narrow, 2.4).allocate(R))
     monkeypatch.setattr(images, "reach", lambda neighbor: None)  # a jax-md that keeps it elsewhere
-    with pytest.raises(ValueError, match="expected the cutoff of a potential that is given a neighbour list, in Angstrom, got none; pass cutoff"):
+    with pytest.raises(
+        ValueError,
+        match="the cutoff of a potential that is given a neighbour list, .* got none; pass cutoff",
+    ):
         engine.energy(plain, wide)(R, neighbor=n)
     engine.energy(plain, wide, cutoff=3.0)(R, neighbor=n)
     engine.energy(plain)(R, neighbor=n)
 
 
 def test_edges_that_are_missing():
-    """By themselves they can't be NaN: -1, which models in torch refuse, and NequIP answers by NaN."""
+    """They can't be NaN: they are -1, which models in torch refuse."""
     _, R, wide, narrow, n = case("matrix")
     with pytest.raises(ValueError, match="twice the cutoff of 3, got 4.97"):
         engine.edges(n, R, narrow)
-    with pytest.raises(ValueError, match="up to the potential's cutoff of 3.5 Angstrom, got one up to 3"):
+    with pytest.raises(
+        ValueError, match="up to the potential's cutoff of 3.5 Angstrom, got one up to 3"
+    ):
         engine.edges(n, R, wide, cutoff=3.5)
     find = jax.jit(lambda box, n: engine.edges(n, R, box))
     close(find(wide, n), engine.edges(n, R, wide))
@@ -268,16 +324,18 @@ def test_edges_that_are_missing():
         assert (edges["edge_index"] == -1).all()
         with pytest.raises(ValueError, match="expected edges between atoms"):
             ENERGY(R @ wide.T, wide.T, **edges)
-    apply, params = NequIP(sorted({*NUMBERS.tolist()}), CUTOFF, layers=1, hidden="4x0e", harmonics="1x0e", radial=4, dtype="float64")
-    inputs = {"pos": R @ wide.T, "cell": wide.T[None], "pbc": jnp.ones((1, 3), bool), "batch": jnp.zeros(12, int), "atomic_numbers": jnp.asarray(NUMBERS)}
-    value_and_grad = jax.jit(jax.value_and_grad(lambda pos, edges: apply(params, inputs | edges | {"pos": pos})["energy"].sum()))
-    assert np.isfinite(value_and_grad(inputs["pos"], find(wide, n))[0]) and nan(value_and_grad(inputs["pos"], find(narrow, n)))
 
 
 def test_other_lists_are_refused():
     _, R, wide, _, n = case("matrix")
-    for other, got in ((replace(n, format=partition.Dense), "NeighborListFormat.Dense"), (n.idx, "a ArrayImpl")):
-        with pytest.raises(ValueError, match=f"expected a neighbour list of format partition.Sparse, got {got}; pass format=partition.Sparse"):
+    for other, got in (
+        (replace(n, format=partition.Dense), "NeighborListFormat.Dense"),
+        (n.idx, "a ArrayImpl"),
+    ):
+        with pytest.raises(
+            ValueError,
+            match=f"list of format partition.Sparse, got {got}; pass format=partition.Sparse",
+        ):
             engine.energy(ENERGY, wide)(R, neighbor=other)
 
 
@@ -288,7 +346,11 @@ MORSE = dict(sigma=2.75, epsilon=0.5, alpha=1.25, r_onset=2.5, r_cutoff=3.0)
 
 def pairs(kind="box"):
     displacement = space.free()[0] if kind is None else space.periodic_general(jnp.eye(3))[0]
-    return engine.model(jax_md_energy.morse_pair(displacement, **MORSE), kind, cutoff=None if kind is None else MORSE["r_cutoff"])
+    return engine.model(
+        jax_md_energy.morse_pair(displacement, **MORSE),
+        kind,
+        cutoff=None if kind is None else MORSE["r_cutoff"],
+    )
 
 
 def contract(box):
@@ -300,12 +362,15 @@ def contract(box):
 def test_a_jax_md_energy_in_a_narrow_box(kind):
     model = pairs(kind)
     energy = lambda inputs: model(inputs)["energy"][0]  # noqa: E731
-    narrow = r"expected at least 6 Angstrom between opposite faces of the box, twice the cutoff of 3, got 4.97\d*, where jax-md has one image"
+    narrow = r"at least 6 Angstrom .* the cutoff of 3, got 4.97\d*, where jax-md has one image"
     for way in (energy, jax.grad(energy), lambda inputs: jax.jit(lambda: energy(inputs))()):
         with pytest.raises(ValueError, match=narrow + ".*; repeat the structure"):
             way(contract(THIN))
     run = jax.jit(jax.value_and_grad(energy))
-    close(run(contract(SKEWED))[0], jax.jit(model.energy_fn)(jnp.asarray(SITES), box=jnp.asarray(SKEWED)))
+    close(
+        run(contract(SKEWED))[0],
+        jax.jit(model.energy_fn)(jnp.asarray(SITES), box=jnp.asarray(SKEWED)),
+    )
     assert nan(run(contract(THIN)))
     found = jax.jit(jax.vmap(jax.value_and_grad(energy)))(stacked(contract(SKEWED), contract(THIN)))
     assert nan(jax.tree.map(lambda x: x[1], found)) and np.isfinite(found[0][0])
@@ -313,7 +378,11 @@ def test_a_jax_md_energy_in_a_narrow_box(kind):
 
 def test_a_jax_md_energy_in_torch():
     module = bridge.torch_potential(pairs(), gradients="autodiff")
-    more = {"pbc": torch.ones(1, 3, dtype=torch.bool), "batch": torch.zeros(12, dtype=torch.int64), "atomic_numbers": torch.tensor(NUMBERS)}
+    more = {
+        "pbc": torch.ones(1, 3, dtype=torch.bool),
+        "batch": torch.zeros(12, dtype=torch.int64),
+        "atomic_numbers": torch.tensor(NUMBERS),
+    }
     for box, fine in ((SKEWED, True), (THIN, False)):
         out = module({k: torch.from_numpy(np.array(x)) for k, x in contract(box).items()} | more)
         assert all(x.isfinite().all() if fine else x.isnan().all() for x in out.values())
@@ -322,7 +391,10 @@ def test_a_jax_md_energy_in_torch():
 def test_a_jax_md_energy_says_its_cutoff():
     energy_fn = jax_md_energy.morse_pair(space.periodic_general(jnp.eye(3))[0], **MORSE)
     for kind in ("box", "perturbation"):
-        with pytest.raises(ValueError, match="expected cutoff=... of a jax-md energy with a box, in Angstrom, got none; pass its r_cutoff, or cell=None"):
+        with pytest.raises(
+            ValueError,
+            match="cutoff=... of a jax-md energy with a box, .* pass its r_cutoff, or cell=None",
+        ):
             engine.model(energy_fn, kind)
     with pytest.raises(ValueError, match="expected a positive cutoff in Angstrom, got 0"):
         engine.model(energy_fn, cutoff=0)
@@ -331,14 +403,18 @@ def test_a_jax_md_energy_says_its_cutoff():
 
 
 def test_salt_with_sevennet():
-    """README's crystal of 8 atoms, in a box of one cutoff and a bit: -2.916 eV an atom by minimum images."""
+    """README's crystal, in a box of one cutoff and a bit: -2.916 eV an atom by minimum images."""
     from torch_side.models.sevennet import SevenNet
 
     atoms = ase.build.bulk("NaCl", "rocksalt", a=5.64, cubic=True)
     box = jnp.asarray(atoms.cell.array.T, jnp.float32)
     R = jnp.asarray(atoms.get_scaled_positions(), jnp.float32)
-    energy_fn = engine.energy(bridge.potential(SevenNet("7net-0"), atomic_numbers=atoms.numbers, pbc=True), box)
+    energy_fn = engine.energy(
+        bridge.potential(SevenNet("7net-0"), atomic_numbers=atoms.numbers, pbc=True), box
+    )
     n = lists(box, 5.0, skin=0.5).allocate(R)
-    with pytest.raises(ValueError, match="expected at least 10 Angstrom .* twice the cutoff of 5, got 5.64"):
+    with pytest.raises(
+        ValueError, match="expected at least 10 Angstrom .* twice the cutoff of 5, got 5.64"
+    ):
         energy_fn(R, neighbor=n)
     assert abs(float(energy_fn(R)) / 8 + 3.3827) < 1e-3

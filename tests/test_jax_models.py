@@ -143,6 +143,17 @@ def test_nequip_x_unknown_element():
     assert out["energy"].isnan().all() and out["position_gradients"].isnan().any()
 
 
+def test_nequip_x_missing_edges():
+    """-1 says that edges are missing (jax_side.engines.jax_md.edges)."""
+    inputs = crystal()
+    edges, offsets = neighbor_list(*(inputs[k] for k in ("pos", "cell", "pbc")), CUTOFF)
+    for lost in (slice(None), slice(3, 4)):
+        given = edges.clone()
+        given[:, lost] = -1
+        out = potentials("nequip")[1](inputs | {"edge_index": given, "cell_offsets": offsets})
+        assert all(x.isnan().all() for x in out.values())
+
+
 def test_nequip_x_errors(monkeypatch):
     apply, params = trainable("nequip")
     with pytest.raises(ValueError, match="got no edge_index, cell_offsets"):

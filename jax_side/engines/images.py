@@ -1,4 +1,4 @@
-"""Whether minimum images are all that a potential needs, and whether a jax-md list has them: an error, or NaN inside jit."""
+"""Whether minimum images are all that a potential needs, and whether a jax-md list has them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,20 @@ def cutoff_of(card, given):
     if given is None:
         return own
     if not 0 < given < float("inf"):
-        raise ValueError(message("a positive cutoff in Angstrom", str(given), "pass the potential's reach"))
+        raise ValueError(
+            message("a positive cutoff in Angstrom", str(given), "pass the potential's reach")
+        )
     if own is not None and abs(own - given) > ROUNDING * own:
-        raise ValueError(message("one cutoff", f"{given}, and {own} on the card", "leave cutoff out"))
+        raise ValueError(
+            message("one cutoff", f"{given}, and {own} on the card", "leave cutoff out")
+        )
     return float(given)
 
 
 def reach(neighbor):
-    """The cutoff of a jax-md list, skin included, None where it can't be read: jax-md keeps it in a closure alone."""
+    """The cutoff of a jax-md list, skin included; None where it can't be read.
+
+    jax-md keeps it in a closure alone."""
     function = neighbor.update_fn
     kept = inspect.getclosurevars(function).nonlocals if inspect.isfunction(function) else {}
     seen = known(kept.get("cutoff"))
@@ -38,29 +44,32 @@ def reach(neighbor):
 
 
 def check_width(cell, cutoff, who, do, kind="cutoff"):
-    """True where pairs closer than `cutoff` (Angstrom) are minimum images in a cell (3,3) by rows; a traced bool inside jit.
+    """True where pairs closer than `cutoff` are minimum images; a traced bool inside jit.
 
-    They are where opposite faces are twice the cutoff apart, whatever the cell's shape: such a pair is then less than half
-    of each lattice vector apart. `who` takes minimum images; `do` is the cure, `kind` what cutoff it is.
+    The cutoff is in Angstrom, the cell (3,3) by rows. They are where opposite faces are twice the
+    cutoff apart, whatever the shape: such a pair is then less than half of each lattice vector
+    apart. `who` takes minimum images; `do` is the cure, `kind` what cutoff it is.
 
     Raises: ValueError where the cell is known to be narrower."""
     seen = known(cell)
     height = heights(cell if seen is None else seen).min()
     wide = (1 + ROUNDING) * height >= 2 * cutoff
     faces = "between opposite faces of the box"
-    expected = f"at least {_number(cutoff, 2)} Angstrom {faces}, twice the {kind} of {_number(cutoff)}"
+    expected = (
+        f"at least {_number(cutoff, 2)} Angstrom {faces}, twice the {kind} of {_number(cutoff)}"
+    )
     got = f"{_number(height)}, where {who} has one image of each pair alone"
     return _verdict(wide, seen is not None, expected, got, do)
 
 
 def check_list(neighbor, cell, cutoff, fractional):
-    """True where a jax-md list has all edges up to `cutoff` (Angstrom) in a cell by rows; a traced bool inside jit.
+    """True where a jax-md list has all edges up to `cutoff`; a traced bool inside jit.
 
-    A cutoff of None is the list's own; a cell of None is free space. Beyond the cell's width, what counts are the list's own
-    cutoff, jax-md's flags, and the width of the cells that a list is made in (jax-md computes it for boxes that are upper
-    triangular).
+    The cutoff is in Angstrom, None for the list's own; the cell (3,3) by rows, None in free space.
+    Beyond the cell's width, what counts are the list's own cutoff, jax-md's flags, and the width of
+    the cells that a list is made in (jax-md computes it for boxes that are upper triangular).
 
-    Raises: ValueError where edges are known to be missing, and where nobody says what the cutoff is."""
+    Raises: ValueError where edges are known to be missing, and where nobody gives a cutoff."""
     listed = reach(neighbor)
     cutoff = listed if cutoff is None else cutoff
     if cutoff is None and cell is not None:
@@ -69,7 +78,9 @@ def check_list(neighbor, cell, cutoff, fractional):
     if None not in (listed, cutoff) and listed < (1 - ROUNDING) * cutoff:
         expected = f"a neighbour list up to the potential's cutoff of {_number(cutoff)} Angstrom"
         got = f"one up to {_number(listed)}, skin included"
-        raise ValueError(message(expected, got, "pass a longer r_cutoff to partition.neighbor_list"))
+        raise ValueError(
+            message(expected, got, "pass a longer r_cutoff to partition.neighbor_list")
+        )
     verdicts = [_check_flags(neighbor)]
     if cell is not None:
         verdicts.append(_check_images(cell, cutoff, listed or cutoff))
@@ -89,30 +100,41 @@ def _check_flags(neighbor):
     if seen is not None and full:
         got = "one that overflowed (did_buffer_overflow)"
     do = "allocate it anew (neighbor_fn.allocate)"
-    return _verdict(~(full | outgrown), seen is not None, "a neighbour list that has all pairs", got, do)
+    return _verdict(
+        ~(full | outgrown), seen is not None, "a neighbour list that has all pairs", got, do
+    )
 
 
 def _check_images(cell, cutoff, listed):
-    """In a skewed box the skin counts as well: there the nearest image by fractions may be out of the list's reach while another
-    is within."""
+    """In a skewed box the skin counts as well.
+
+    There the nearest image by fractions may be out of the list's reach while another is within."""
     seen = known(cell)
     xp, cell = (jnp, cell) if seen is None else (np, seen)
     products = cell @ cell.T
     sizes = xp.sqrt(xp.diagonal(products))
     skewed = (abs(products) > ROUNDING * sizes * sizes[:, None]).sum() > 3
-    kind = "cutoff with its skin (the box is skewed)" if listed > cutoff and seen is not None and skewed else "cutoff"
-    do = "leave neighbor out (torch then finds all images), or give the potential edges by bridge.edges"
+    kind = (
+        "cutoff with its skin (the box is skewed)"
+        if listed > cutoff and seen is not None and skewed
+        else "cutoff"
+    )
+    do = "leave neighbor out (torch then finds all images), or give the potential edges "
+    do += "by bridge.edges"
     return check_width(cell, xp.where(skewed, listed, cutoff), "a jax-md list", do, kind)
 
 
 def _check_cells(cell, listed, size):
-    """The cells of a list in fractional coordinates, whose atoms have their neighbours in adjacent ones."""
+    """The cells of a list in fractional coordinates: neighbours are in adjacent ones."""
     seen = known(cell)
     along = np.floor(1 / np.asarray(size))  # how many there are on each axis
     width = heights(cell if seen is None else seen).min() / along
-    expected = f"a neighbour list made in cells at least {_number(listed)} Angstrom wide, its cutoff"
+    expected = (
+        f"a neighbour list made in cells at least {_number(listed)} Angstrom wide, its cutoff"
+    )
     got = f"cells of {_number(width)} (jax-md computes them for upper triangular boxes)"
-    do = "allocate it in this box, upper triangular, or pass disable_cell_list=True to partition.neighbor_list"
+    do = "allocate it in this box, upper triangular, or pass disable_cell_list=True to "
+    do += "partition.neighbor_list"
     return _verdict((1 + ROUNDING) * width >= listed, seen is not None, expected, got, do)
 
 

@@ -34,12 +34,15 @@ def energy(potential, box=None, fractional=True, *, cutoff=None):
     jax-md counts compression positive. Without `neighbor` no minimum image is taken: which images count is the potential's
     concern, and small boxes are fine.
 
-    A jax-md list holds one image of each pair, and only what it has room for. So with `neighbor` opposite faces of the box
-    must be twice the cutoff apart, the list must reach as far as the cutoff, and must not have overflowed. The cutoff is that
-    of potential.card, or `cutoff` in Angstrom, or the list's own. What is wrong is an error at the call; where values can't
-    be seen (a box or a list that jit or vmap traces) the energy and all its derivatives are NaN, in that system alone.
-    After a run in jit look at neighbor.did_buffer_overflow, as always in jax-md: positions of before are the ones to go on from.
-    How old a list may be is the caller's concern: update it (list and box) before atoms have moved by half of its skin.
+    A jax-md list holds one image of each pair, and only what it has room for. So with `neighbor`
+    opposite faces of the box must be twice the cutoff apart (in a skewed box, twice the list's own,
+    skin included), the list must reach as far as the cutoff, and must not have overflowed. The cutoff
+    is that of potential.card, or `cutoff` in Angstrom, or the list's own. What is wrong is an error
+    at the call; where values can't be seen (a box or a list that jit or vmap traces) the energy and
+    all its derivatives are NaN, in that system alone. After a run in jit look at
+    neighbor.did_buffer_overflow, as always in jax-md, allocate anew, and run again from before.
+    How old a list may be is the caller's concern: update it (with box=, if that changes) before
+    atoms have moved by half of its skin.
 
     A step of NVE, NVT, Langevin or FIRE evaluates the potential once; one of jax-md's own NPT and FIRE with box twice,
     which `npt_nose_hoover` and `fire_descent_box` here bring to once. Under jax.vmap all replicas are one evaluation.
@@ -48,8 +51,9 @@ def energy(potential, box=None, fractional=True, *, cutoff=None):
     before give, where R moves by inv(box) dr as dr is asked for. Mixed ones in R and box come in two kinds, then: that of
     dE/dr in the box, and that of dE/dbox in r. (space.transform gets the second kind wrong, and forward over forward.)
 
-    Raises: ValueError where R and box differ in dtype or box has another shape, for a list that lacks edges, and for a cutoff
-    that is not the card's; NotImplementedError for `new_box`; ImportError without jax-md.
+    Raises: ValueError where R and box differ in dtype or box has another shape, for a list that lacks
+    edges, and for a cutoff that is not the card's; NotImplementedError for `new_box`; ImportError
+    without jax-md.
 
     >>> energy_fn = energy(lambda r, cell: (r ** 2).sum(), box=2.0)
     >>> R = jnp.full((1, 3), 0.5)
@@ -73,7 +77,9 @@ def energy(potential, box=None, fractional=True, *, cutoff=None):
             return potential(r, cell)
         listed = _minimum_images(neighbor, R, matrix, fractional)
         sound = check_list(neighbor, _seen(cell, box, perturbation), cutoff, fractional)
-        return potential(r, cell, **listed) if sound is True else _if_sound(sound, potential, r, cell, listed)
+        if sound is True:
+            return potential(r, cell, **listed)
+        return _if_sound(sound, potential, r, cell, listed)
 
     return energy_fn
 
@@ -82,12 +88,14 @@ def edges(neighbor, R, box=None, *, fractional=True, cutoff=None):
     """A jax-md neighbour list as the edges of the contract: {"edge_index": (2,capacity), "cell_offsets": (capacity,3)}, int32.
 
     `neighbor` is what jax-md's neighbor_fn.allocate or update gave, in the format Sparse (both directions; its unused slots are
-    the contract's too); R (N,3) and box as in `energy`, of the moment. Each edge is the minimum image, as jax-md's displacements
-    are; without a box all offsets are 0. The energy functions of `energy` do this themselves, as `energy_fn(R, neighbor=neighbor)`, so
-    that a step whose positions wrap has the right images. A potential's models leave out edges in the skin.
+    the contract's too); R (N,3) and box as in `energy`, of the moment. Each edge is the minimum image,
+    as jax-md's displacements are; without a box all offsets are 0. The energy functions of `energy` do
+    this themselves, as `energy_fn(R, neighbor=neighbor)`, so that a step whose positions wrap has the
+    right images. A potential's models leave out edges in the skin.
 
-    The list is checked as in `energy`, for a `cutoff` in Angstrom, by default the list's own, skin included. Where it can't
-    be seen that edges are missing (inside jit and vmap), all are then -1, which the bridge's models refuse in turn.
+    The list is checked as in `energy`, for a `cutoff` in Angstrom, by default the list's own, skin
+    included. Where jit or vmap hides the values, a list that lacks edges has -1 for all of them, which
+    models in torch refuse, as do the -1 of any other list.
 
     Raises: ValueError for another format, and for a list that lacks edges.
 
@@ -98,10 +106,12 @@ def edges(neighbor, R, box=None, *, fractional=True, cutoff=None):
     [[0, 1], [1, 0]]
     """
     matrix = None if box is None else _matrix(box, R)
-    listed = _minimum_images(neighbor, R, matrix, fractional)
+    found = _minimum_images(neighbor, R, matrix, fractional)
     cell = None if box is None else _seen(matrix.T, box)
     sound = check_list(neighbor, cell, cutoff_of(None, cutoff), fractional)
-    return listed if sound is True else listed | {"edge_index": jnp.where(sound, listed["edge_index"], -1)}
+    if sound is True:
+        return found
+    return found | {"edge_index": jnp.where(sound, found["edge_index"], -1)}
 
 
 def model(energy_fn, cell="box", *, cutoff=None):
@@ -119,16 +129,17 @@ def model(energy_fn, cell="box", *, cutoff=None):
                     exact too; a dependence on the box by other ways than the displacement (an explicit volume) is missed
     None            free space: it is called as energy_fn(positions), and G is zero
 
-    Exact means to jax-md's own constants, which it rounds to float32 here and there. The gradient in a fractional R that
-    jax-md defines is the real-space one; positions are converted so that its rule comes out right. Models of equal energies
-    are equal, for jit's caches.
+    Exact means to jax-md's own constants, which it rounds to float32 here and there. The gradient in a
+    fractional R that jax-md defines is the real-space one; positions are converted so that its rule
+    comes out right. Models of equal energies are equal, for jit's caches.
 
-    jax-md takes the minimum image of each pair, in all three directions. So, but in free space, the energy's `cutoff` in Angstrom
-    (its r_cutoff; for a sum the longest) must be given, and opposite faces of the cell must be twice that apart: else the call
-    is an error, and where the cell can't be seen (inside jit and vmap, and in bridge.torch_potential) energy and derivatives are NaN.
+    jax-md takes the minimum image of each pair, in all three directions. So, but in free space, the
+    energy's `cutoff` in Angstrom (its r_cutoff; for a sum the longest) must be given, and opposite
+    faces of the cell must be twice that apart: else the call is an error, and where the cell can't be
+    seen (inside jit and vmap, and in bridge.torch_potential) energy and derivatives are NaN.
 
-    Raises: ValueError for no cutoff with a cell, a cell that is too narrow for it, more than one system, an energy that is no scalar, another
-    `cell`; ImportError without jax-md.
+    Raises: ValueError for no cutoff with a cell, a cell that is too narrow for it, more than one
+    system, an energy that is no scalar, another `cell`; ImportError without jax-md.
 
     >>> from jax_md import energy, space
     >>> displacement, _ = space.periodic_general(jnp.eye(3), fractional_coordinates=True)
@@ -165,7 +176,8 @@ class _Model:
     def _check(self, cell):
         seen = known(cell)
         cell = cell[0] if seen is None else seen[0]
-        return check_width(cell, self.cutoff, "jax-md", "repeat the structure, or take another potential")
+        do = "repeat the structure, or take another potential"
+        return check_width(cell, self.cutoff, "jax-md", do)
 
     def _energy(self, pos, cell):
         if self.cell is None:
@@ -273,7 +285,7 @@ def _minimum_images(neighbor, R, matrix, fractional):
 
 
 def _seen(cell, box, perturbation=None):
-    """The cell by rows as NumPy where what it is made of can be seen, inside jit too; else as it is."""
+    """The cell by rows as NumPy where its making can be seen, inside jit too; else as it is."""
     columns = known(box)
     moved = np.eye(3) if perturbation is None else known(perturbation)
     if columns is None or moved is None:
@@ -283,12 +295,15 @@ def _seen(cell, box, perturbation=None):
 
 
 def _if_sound(sound, potential, r, cell, listed):
-    """The energy, NaN where the list is not sound: there the potential is shown atoms far apart, so that a run in jit goes on."""
+    """The energy, NaN where the list is not sound.
+
+    There the potential is shown atoms far apart, for a run in jit to go on to where it is looked at."""
     apart = jnp.arange(r.size, dtype=r.dtype).reshape(r.shape)
     if cell is not None:
         cell = where_sound(sound, cell, max(r.size, 1) * jnp.eye(3, dtype=cell.dtype))
     index = jnp.where(sound, listed["edge_index"], len(r))
-    return or_nan(sound, potential(where_sound(sound, r, apart), cell, **listed | {"edge_index": index}))
+    found = potential(where_sound(sound, r, apart), cell, **listed | {"edge_index": index})
+    return or_nan(sound, found)
 
 
 def _matrix(box, R):

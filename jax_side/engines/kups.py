@@ -63,8 +63,8 @@ def build(potential, state, filter=None, *, cutoff=None, extras=None, neighbors=
     Angstrom, by default that of the potential's card; it comes back as the Table of kUPS, for
     UniversalNeighborlistParameters.estimate. `neighbors` is kUPS's neighborlist_factory (default AdaptiveNeighborList.from_state).
 
-    Raises: as `model`; ValueError where neither card nor caller gives a cutoff (kUPS makes a list in any case), and for one that is
-    shorter than the card's.
+    Raises: as `model`; ValueError where neither card nor caller gives a cutoff (kUPS makes a list in any
+    case), and for one that is shorter than the card's.
 
     >>> potential, cutoff = build(model, identity_lens(MdState))                     # doctest: +SKIP
     >>> propagator = make_md_propagator(identity_lens(MdState), "verlet", potential)  # doctest: +SKIP
@@ -73,7 +73,8 @@ def build(potential, state, filter=None, *, cutoff=None, extras=None, neighbors=
     own = _card(fn.potential).cutoff
     if None not in (own, cutoff) and cutoff < own:
         expected = f"a cutoff of at least {own:.7g} Angstrom, the potential's"
-        raise ValueError(message(expected, f"{cutoff:.7g}", "leave cutoff out: edges would be missing"))
+        do = "leave cutoff out: edges would be missing"
+        raise ValueError(message(expected, f"{cutoff:.7g}", do))
     cutoff = own if cutoff is None else cutoff
     if cutoff is None:
         raise ValueError(message("a cutoff in Angstrom, by the card or by cutoff=", "none", "pass the reach of the neighbour list that kUPS makes"))

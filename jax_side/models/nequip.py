@@ -26,7 +26,8 @@ def NequIP(
     atomic_numbers (N,), edge_index (2,E), cell_offsets (E,3), with r_ij = r_j - r_i + cell_offsets @ cell[batch[i]] and both
     directions listed. Edges with an index >= N and those longer than the cutoff contribute nothing, nor do atoms of number 0.
     An atom of another element has energy and gradients NaN, and where an index is negative (edges are missing:
-    jax_side.engines.jax_md.edges) the energy and all gradients are, since values can't be seen while JAX traces. The energy is invariant under
+    jax_side.engines.jax_md.edges) all energies and gradients are, since values can't be seen while JAX
+    traces. The energy is invariant under
     rotation, reflection, translation and permutation, and differentiates in pos, cell and params as often as JAX likes;
     for g and G see jax_side.strain.with_gradients, or bridge.torch_potential(apply, params, gradients="autodiff").
     apply is hashable, equal for equal settings, and can be pickled.
@@ -64,10 +65,11 @@ class _NequIP:
         _, n_systems = check_inputs(inputs, GRAPH)
         numbers = inputs["atomic_numbers"]
         whole = jnp.where((inputs["edge_index"] < 0).any(), jnp.nan, 1).astype(inputs["pos"].dtype)
-        inputs = inputs | {"pos": whole * inputs["pos"]}  # where edges are missing all forces are NaN
+        inputs = inputs | {"pos": whole * inputs["pos"]}  # edges are missing: NaN in all forces
         one_hot = numbers[:, None] == jnp.asarray(self.elements)
         nodes = _call(self._network().apply, params, one_hot, *self._edges(inputs)).astype(inputs["pos"].dtype)
-        nodes *= whole * jnp.where(one_hot.any(-1), 1, jnp.where(numbers == 0, 0, jnp.nan)).astype(nodes.dtype)  # unknown: NaN in forces, too
+        nodes *= whole
+        nodes *= jnp.where(one_hot.any(-1), 1, jnp.where(numbers == 0, 0, jnp.nan)).astype(nodes.dtype)  # unknown: NaN in forces, too
         return {"energy": jax.ops.segment_sum(nodes, inputs["batch"], num_segments=n_systems), "node_energies": nodes}
 
     def init(self, seed, dtype):
