@@ -44,12 +44,18 @@ def doctor() -> int:
 
 def check(options) -> int:
     """A line for each property as it is done, the text of each failure."""
+    from bridge.subject import kind_of
     from bridge.testing import run_checks
 
     given = {"kind": options.kind, "gradients": options.gradients, "cutoff": options.cutoff, "dtype": options.dtype, "elements": options.elements}
-    failed = 0
-    for found in run_checks(model_of(options.model), max_examples=options.examples, **given):
-        print("FAILED" if found.failure else "--    " if found.skipped else "ok    ", found.name + (f" ({found.skipped})" if found.skipped else ""), flush=True)
+    failed, model = 0, model_of(options.model)
+    if options.kind is None and kind_of(model) is None:
+        got = f"a {type(model).__name__}, which may be either"
+        raise TypeError(message("--kind torch or --kind jax", got, "say which framework its arrays are of"))
+    for found in run_checks(model, max_examples=options.examples, **given):
+        state = "FAILED" if found.failure else "--    " if found.skipped else "warned" if found.warning else "ok    "
+        why = found.skipped or found.warning
+        print(state, found.name + (f" ({why})" if why else ""), flush=True)
         if found.failure:
             failed += 1
             print("\n".join("       " + line for line in found.failure.splitlines()[1:]), flush=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bridge import continuity
 from bridge.contract import ENERGY_AND_GRADIENTS, check_outputs
 from bridge.strategies import pad, systems_of, with_edges
 
@@ -38,7 +39,8 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class Property:
-    """`check(model, structure, rng)` raises Mismatch. `needs`: "systems" (several), "pbc" (a periodic axis), "edges", "jax" or nothing."""
+    """`check(model, structure, rng)` raises Mismatch, or returns the text of a warning. `needs`: "systems" (several), "pbc" (a periodic
+    axis), "edges", "lanes", "transforms", "scan" (many evaluations, so few structures) or nothing."""
 
     check: object
     needs: frozenset = frozenset()
@@ -202,6 +204,16 @@ def extensive(model, s, rng):
         out = model(one)
         twice = {"energy": 2 * out["energy"], "position_gradients": np.concatenate([out["position_gradients"]] * 2)}
         same(model, model(one | double), twice, f"from the structure alone, its energy twice; got for it {copies}")
+
+
+@holds("continuous where neighbours come and go", "scan")
+def continuous(model, s, rng):
+    reach = model.cutoff or continuity.UNKNOWN_REACH
+    path = continuity.path_of(model, s, rng, reach)
+    jump, kink = continuity.search(path, reach, continuity.RESOLUTIONS[model.dtype])
+    if jump:
+        raise Mismatch(f"{jump} (a probe, Z = {path.structure['atomic_numbers'][-1]}, that moves from it along {path.direction.round(3).tolist()})")
+    return kink
 
 
 @holds("batched equals single", "systems")

@@ -22,7 +22,7 @@ class Subject:
 
     def __init__(self, model, *, kind=None, gradients=None, cutoff=None, dtype=None, extras=None, tolerance=1.0):
         one_of("gradients", gradients, ("model", "autograd", "autodiff", None))
-        self.raw, self.card, self.kind = model, getattr(model, "card", None), one_of("kind", kind or _kind(model), ("torch", "jax"))
+        self.raw, self.card, self.kind = model, getattr(model, "card", None), one_of("kind", kind or _said(model), ("torch", "jax"))
         self.torch, self.gradients = side("torch"), gradients or "model"
         self.cutoff = cutoff if self.card is None else self.card.cutoff
         self.extras, self.factor = _extras(extras, self.card), tolerance
@@ -104,11 +104,17 @@ def side(kind):
     return importlib.import_module(SIDES[kind])
 
 
-def _kind(model):
-    """torch for nn.Modules and models with a card."""
+def kind_of(model) -> str | None:
+    """torch for nn.Modules and models with a card; None for what may be either."""
     torch_module = any(c.__module__.startswith("torch.nn.") for c in type(model).__mro__)
     if torch_module or getattr(model, "card", None) is not None and not type(model).__module__.startswith("jax_side"):
         return "torch"
+    return None
+
+
+def _said(model) -> str:
+    if kind := kind_of(model):
+        return kind
     raise TypeError(message('kind="torch" or kind="jax"', f"a {type(model).__name__}, which may be either", "say what its tensors are"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import dataclass, field
 
 import hypothesis as h
@@ -33,7 +34,8 @@ def check_potential(model, structures=None, *, checks=ALL, kind=None, gradients=
     These properties are checked (`checks` names some of them; bridge.testing.ALL has all), each on structures that hypothesis draws:
     g, G and the virial W = R^T g + h^T G (all nine components) against finite differences of the energy; invariance under translation,
     rotation, permutation, change of periodic image and of lattice basis, by which g and G change as they must; extensivity; systems in a batch
-    as alone; padding (models that take edges); same results and dtypes again, float64 to the last digits, inputs left alone; shapes;
+    as alone; continuity where a neighbour comes and goes (a kink in second derivatives is a warning alone); padding (models that take edges);
+    same results and dtypes again, float64 to the last digits, inputs left alone; shapes;
     both lanes and all transforms of the bridge against the model itself.
 
     structures    a strategy of one structure (`crystals`, `molecules`), or a list of ase.Atoms or dicts; None: crystals and molecules with
@@ -50,7 +52,7 @@ def check_potential(model, structures=None, *, checks=ALL, kind=None, gradients=
     the same way each time, and nothing is stored. A failure names the property, both numbers, where, and the structure as ase.Atoms(...).
 
     Raises: AssertionError for a model that breaks a property, or raises an exception itself (its __cause__); TypeError for a model of unknown kind;
-    ValueError for arguments that make no sense; ImportError without hypothesis.
+    ValueError for arguments that make no sense; ImportError without hypothesis. Warns (UserWarning) of a kink in second derivatives.
 
     >>> import torch
     >>> from bridge.testing import check_potential
@@ -65,6 +67,9 @@ def check_potential(model, structures=None, *, checks=ALL, kind=None, gradients=
     found = list(run_checks(model, structures, checks=checks, **options))
     if checks is not ALL and (skipped := [f for f in found if f.skipped]):
         raise ValueError(message("checks that apply to this model", f"{skipped[0].name}, but {skipped[0].skipped}", "leave it out"))
+    for f in found:
+        if f.warning:
+            warnings.warn(f"{f.name}: {f.warning}", stacklevel=2)
     if failures := [f for f in found if f.failure]:
         names = ", ".join(f.name for f in failures)
         text = [f"{len(failures)} of {len(found)} properties failed: {names}", *(f.failure for f in failures)]
@@ -73,11 +78,14 @@ def check_potential(model, structures=None, *, checks=ALL, kind=None, gradients=
 
 @dataclass(frozen=True)
 class Found:
-    """What became of one property: the text of its failure, or why it does not apply to this model; neither where it holds."""
+    """What became of one property: the text of its failure, or why it does not apply to this model; neither where it holds.
+
+    `warning` tells of what is no failure and may surprise: a kink in second derivatives."""
 
     name: str
     failure: str = ""
     skipped: str = ""
+    warning: str = ""
     error: BaseException | None = field(default=None, compare=False)
 
 
@@ -96,9 +104,9 @@ def run_checks(model, structures=None, *, checks=ALL, max_examples=20, elements=
         through = needs & {"lanes", "transforms"}
         batch = batches(single, (2, 2 if subject.kind == "jax" else 3))
         drawn = several if through else periodic if "pbc" in needs else batch if "systems" in needs else single
-        rare = through or subject.kind == "jax" and "edges" in needs
-        text, error = _failure(name, subject, drawn, subject.few(max_examples) if rare else max_examples)
-        yield Found(name, text, error=error)
+        rare = through or "scan" in needs or subject.kind == "jax" and "edges" in needs
+        text, error, warning = _failure(name, subject, drawn, subject.few(max_examples) if rare else max_examples)
+        yield Found(name, text, error=error, warning=warning)
 
 
 def _drawn(structures, card, elements, pbc, min_distance, n_atoms):
@@ -117,15 +125,15 @@ def _drawn(structures, card, elements, pbc, min_distance, n_atoms):
 
 
 def _failure(name, subject, structures, max_examples):
-    """(text of the smallest failure that hypothesis finds or "", the exception of the model or None)."""
-    last, failed, since = [None], set(), []
+    """(text of the smallest failure that hypothesis finds or "", the exception of the model or None, a warning or "")."""
+    last, failed, since, told = [None], set(), [], []
 
     def run(s, seed):
         known = repr((s, seed))
         if since and time.monotonic() - since[0] > SECONDS and known not in failed:
             return  # no more time to look for a smaller one
         try:
-            PROPERTIES[name].check(subject, s, np.random.default_rng(seed))
+            told.append(PROPERTIES[name].check(subject, s, np.random.default_rng(seed)) or "")
         except Exception as error:
             since.append(time.monotonic())
             failed.add(known)
@@ -140,10 +148,10 @@ def _failure(name, subject, structures, max_examples):
             raise
         again = "\n  (the next time it was otherwise: the model is not deterministic)" if isinstance(end, Flaky) else ""
     if last[0] is None:
-        return "", None
+        return "", None, next(filter(None, told), "")
     s, error = last[0]
     what = str(error) if isinstance(error, Mismatch) else f"the check raised {type(error).__name__}: {error}"
-    return f"FAILED {name}\n  {what}{again}\n  smallest structure found:\n{pasted(s)}", None if isinstance(error, Mismatch) else error
+    return f"FAILED {name}\n  {what}{again}\n  smallest structure found:\n{pasted(s)}", None if isinstance(error, Mismatch) else error, ""
 
 
 def _given(run, structures, max_examples):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import time
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,8 @@ def facts() -> list[Row]:
         ("64-bit dtypes", True, "on" if jax.config.jax_enable_x64 else 'off, float64 is an error: call jax.config.update("jax_enable_x64", True)'),
         ("lending arrays", *_lending()),
         ("asynchronous dispatch", True, dispatch),
+        ("compilation cache", True, _cache()),
+        ("small reductions on the CPU", True, _reductions()),
         ("XLA_FLAGS", True, os.environ.get("XLA_FLAGS", "none")),
     ]
 
@@ -46,6 +49,50 @@ def _check(what: str, call, x) -> Row:
         return what, False, f"{type(e).__name__}: {str(e).splitlines()[0]:.120}"
     right = np.allclose(y, 3.0) or np.allclose(y, 3.0 * np.asarray(x))
     return what, right, "right" if right else f"wrong: {y}"
+
+
+def _cache() -> str:
+    """Is what XLA compiles kept for the next process?"""
+    folder = jax.config.jax_compilation_cache_dir
+    if not folder or not jax.config.jax_enable_compilation_cache:
+        do = 'jax.config.update("jax_compilation_cache_dir", "/a/folder") keeps programs for the next process'
+        return f"off, each process compiles anew: {do} (those without a call into torch)"
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
+    return f"on, in {folder}, for what takes {least:g} s or more to compile (jax_persistent_cache_min_compile_time_secs)"
+
+
+# jaxlib hands sums over short axes, of which e3nn-like models are full, to YNNPACK; no fusion type takes them back.
+XLAS_OWN = {"xla_cpu_experimental_ynn_fusion_type": ""}
+SLOWER = 2.0  # of what is measured as 8 to 12; on a busy machine it wavers by a third
+
+
+def _reductions() -> str:
+    """Time of a sum over an axis of 3, as jaxlib has it and by XLA's own code, in turn."""
+    option = f"compiler_options={XLAS_OWN}"
+    x = jnp.ones((2048, 64, 3), "float32")
+    ways = [jax.jit(_norms), jax.jit(_norms, compiler_options=XLAS_OWN)]
+    try:
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            times = [[_seconds(way, x) for way in ways] for _ in range(8)]
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" not in str(error):
+            raise
+        return "by XLA's own code: this jaxlib does not know the option that changes it"
+    usual, own = (min(column) for column in zip(*times[1:]))
+    ratio = usual / own
+    if ratio < SLOWER:
+        return f"{ratio:.1f} times the time of XLA's own code: fine"
+    return f"{ratio:.0f} times slower than XLA's own code (YNNPACK): for JAX models pass jax.jit {option}, and measure"
+
+
+def _norms(x):
+    return (x * x).sum(-1)
+
+
+def _seconds(call, x) -> float:
+    start = time.perf_counter()
+    call(x).block_until_ready()
+    return time.perf_counter() - start
 
 
 def _lending() -> tuple[bool, str]:

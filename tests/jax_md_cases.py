@@ -41,7 +41,7 @@ def lennard_jones(inputs):
     return {"energy": r2.new_zeros(systems).index_add(0, batch[inputs["edge_index"][0]], each)}
 
 
-MODEL = Wrapped(lennard_jones, Card(cutoff=LJ["r_cutoff"], neighbor_list="own"), "autograd")
+MODEL = Wrapped(lennard_jones, Card(cutoff=LJ["r_cutoff"], neighbor_list="own", batches=True), "autograd")
 
 
 @cache

@@ -274,6 +274,33 @@ def mean_jax(x):
     return right_jax(x)["energy"] / jax.ops.segment_sum(jnp.ones(len(x["pos"])), x["batch"], num_segments=len(x["cell"]))
 
 
+def radial(f):
+    """A graph model of pairs: the sum of f(r) over its edges."""
+
+    def energy(x):
+        i = x["edge_index"][0]
+        return per_system(edge_vectors(x)[:, 0].new_zeros(len(x["pos"])).index_add(0, i, f(edge_vectors(x).norm(dim=-1))), x)
+
+    return energy
+
+
+def jumps_jax(x):
+    """Distances in a cell that is none: the model has no cutoff of its own."""
+    i, j = x["edge_index"]
+    r = jnp.sqrt((edges_jax(x) ** 2).sum(-1))
+    used = (i < len(x["pos"])) & (r < CUTOFF)
+    each = jax.ops.segment_sum(jnp.where(used, jnp.exp(-r), 0), jnp.where(used, i, 0), num_segments=len(x["pos"]))
+    return jax.ops.segment_sum(each, x["batch"], num_segments=len(x["cell"]))
+
+
+def edges_jax(x):
+    pos, cell, batch, (i, j) = x["pos"], x["cell"], x["batch"], x["edge_index"]
+    used = (i < len(pos)) & (j < len(pos))
+    i, j = jnp.where(used, i, 0), jnp.where(used, j, 0)
+    r = pos[j] - pos[i] + jnp.einsum("ea,eab->eb", x["cell_offsets"].astype(pos.dtype), cell[batch[i]])
+    return jnp.where(used[:, None], r, CUTOFF)
+
+
 class Wrong(NamedTuple):
     """`make()` gives the model, `caught` is the property that it breaks."""
 
@@ -293,6 +320,13 @@ def _jax(model, caught, gradients="autodiff"):
 _energy = functools.partial(_torch, gradients="autograd")
 DIGITS = "deterministic and dtype kept"
 PADDING = "padding changes nothing"
+CONTINUOUS = "continuous where neighbours come and go"
+
+
+def _radial(f):
+    return Wrong(lambda: radial(f), CONTINUOUS, {"kind": "torch", "gradients": "autograd", "cutoff": CUTOFF})
+
+
 GALLERY = {
     "forces as gradients": _torch(forces_as_gradients, FINITE),
     "twice the cell gradient": _torch(twice_the_cell_gradient, CELL),
@@ -318,6 +352,12 @@ GALLERY = {
     "counter": Wrong(Counter, "lanes agree", {"kind": "torch"}),
     "writes to its inputs": _torch(writes_to_its_inputs, "shapes of the contract"),
     "cell gradients of one system": _torch(cell_gradients_of_one, "shapes of the contract"),
+    "energy jumps at the cutoff": _radial(lambda r: torch.exp(-r)),
+    "energy jumps a little": _radial(lambda r: (1 - r / CUTOFF) ** 3 + 1e-5),
+    "forces jump at the cutoff": _radial(lambda r: CUTOFF - r),
+    "energy jumps at an inner radius": _radial(lambda r: (1 - r / CUTOFF) ** 4 * (1 + 0.1 * (r < 2.2))),
+    "energy jumps, structure model": _energy(lambda x: radial(lambda r: torch.exp(-r))(edged(x)), CONTINUOUS),
+    "energy jumps at the cutoff, JAX": _jax(jumps_jax, CONTINUOUS),
     "padding counted": Wrong(CountsPadding, PADDING, {}),
     "padding counted, JAX": _jax(counts_padding_jax, PADDING),
     "padding atoms counted, JAX": _jax(counts_padding_atoms_jax, PADDING),

@@ -147,7 +147,7 @@ def test_arguments_x_errors(options, error, text):
 
 
 def test_every_property_x_a_name():
-    assert len(testing.ALL) == 15 and testing.ALL == tuple(checks.PROPERTIES) and set(testing.__all__) <= set(dir(testing))
+    assert len(testing.ALL) == 16 and testing.ALL == tuple(checks.PROPERTIES) and set(testing.__all__) <= set(dir(testing))
 
 
 def test_a_stale_cache_x_each_call_anew():

@@ -92,7 +92,7 @@ def test_a_jax_model_x_float32(check):
         (["models_here:nothing"], "expected 'nothing' in models_here, got only "),
         (["models_here:broken", "--kind", "torch"], "No module named 'a_package_that_is_not_there'"),
         (["models_here:Parametrised"], "expected a class of no arguments, got Parametrised: missing a required argument: 'cutoff'"),
-        (["models_here:factory"], 'expected kind="torch" or kind="jax", got a function'),
+        (["models_here:factory"], "expected --kind torch or --kind jax, got a function, which may be either; say which framework"),
         (["models_here:factory", "--elements", "Si,Qq"], "expected symbols of elements, got Qq; write them as Si,O"),
         (["models_here:factory", "--kind", "tf"], "invalid choice: 'tf'"),
         (["models_here:factory", "--cutoff", "far"], "invalid float value: 'far'"),

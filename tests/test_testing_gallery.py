@@ -1,12 +1,15 @@
 """bridge.testing.check_potential x wrong models: each is caught by the property named, and the right one passes them all."""
 
+import warnings
+
 import ase
 import pytest
 import torch
 from ase.build import bulk
 
 from bridge.testing import ALL, check_potential, run_checks
-from tests.planted import CUTOFF, DIGITS, FINITE, GALLERY, nodes, per_system, right, right_jax, structure
+from tests.adapters import MODELS
+from tests.planted import CONTINUOUS, CUTOFF, DIGITS, FINITE, GALLERY, nodes, per_system, radial, right, right_jax, structure
 from tests.model_cases import skewed
 from torch_side.graph import edge_vectors
 
@@ -14,7 +17,7 @@ FEW = [skewed(bulk("NaCl", "rocksalt", 5.0)), ase.Atoms("Si2", positions=[[0, 0,
 
 
 def settings(wrong):
-    return wrong.options | ({"structures": FEW} if wrong.options.get("kind") == "jax" else {})
+    return wrong.options | ({"structures": FEW} if wrong.options.get("kind") == "jax" or wrong.caught == CONTINUOUS else {})
 
 
 def rebuilt(text):
@@ -72,6 +75,24 @@ def test_a_float32_model_x_its_card():
     check_potential(model, checks=[DIGITS, FINITE, "rotation"], max_examples=5)
     with pytest.raises(AssertionError, match="the check raised ValueError: expected pos as float32"):
         check_potential(model, checks=["rotation"], dtype="float64", max_examples=2)
+
+
+def test_a_kink_in_second_derivatives_is_a_warning():
+    """(1 - r / cutoff)^2 has continuous forces, and a second derivative that ends at the cutoff."""
+    options = dict(kind="torch", gradients="autograd", cutoff=CUTOFF, checks=[CONTINUOUS])
+    with pytest.warns(UserWarning, match=f"{CONTINUOUS}: second derivatives jump by 0\\.\\d+ .* where a probe is .* Angstrom from atom"):
+        check_potential(radial(lambda r: (1 - r / CUTOFF) ** 2), **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_potential(radial(lambda r: (1 - r / CUTOFF) ** 4), **options)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_continuity_x_adapters(name):
+    case = MODELS[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        check_potential(case.build(case.dtype), checks=[CONTINUOUS], max_examples=1)
 
 
 def test_a_small_float32_error_x_digits():
