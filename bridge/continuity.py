@@ -24,7 +24,7 @@ class Resolution:
 
 RESOLUTIONS = {
     "float64": Resolution(1e-4, 1e-7, 1e-5, 1e-3),
-    "float32": Resolution(2e-2, 2e-5, 5e-3, None),
+    "float32": Resolution(2e-3, 2e-5, 5e-3, None),
 }
 
 
