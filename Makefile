@@ -17,11 +17,13 @@ APART := zarr==3.1.6 donfig==0.8.1.post1 google-crc32c==1.9.0 plum-dispatch==2.1
 RIVALS := torch-jax-interop==0.0.8 jax2torch==0.0.7 chex==0.1.92
 # torchani allows torch up to 2.13 only, but runs with later ones: on Python 3.12 it comes without dependencies, and these beside it.
 BESIDE_TORCHANI := h5py ninja typer rich pandas pyarrow 'zarr<3' huggingface_hub
-LATEST := .venv-latest
+LATEST ?= .venv-latest
+# What `make test-latest` installs there: VERSIONS='torch==2.11.* jax==0.11.2' LATEST=.venv-2.11 for what many clusters have.
+VERSIONS ?= torch jax
 PYTHON312 ?= $(or $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12)),python3.12)
 WORKERS ?= 2
 
-.PHONY: help setup demo demo-jax-in-torch demo-npt demo-torch-sim demo-relax demo-mc test test-latest check-mc bench bench-engines bench-mc gpu-check clean
+.PHONY: help setup demo demo-jax-in-torch demo-npt demo-torch-sim demo-relax demo-mc test test-all test-latest test-older check-mc bench bench-engines bench-mc gpu-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -62,10 +64,16 @@ test-latest:  ## the whole suite, and kUPS, on Python 3.12 with the newest jax, 
 	@$(PYTHON312) -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || { \
 		echo "expected Python 3.12 or later, got none as PYTHON312=$(PYTHON312); install it (pyenv install 3.12), or make test-latest PYTHON312=/path/to/python3.12"; exit 1; }
 	test -x $(LATEST)/bin/python || $(PYTHON312) -m venv $(LATEST)
-	$(LATEST)/bin/pip install --quiet --disable-pip-version-check --upgrade torch jax kups $(BESIDE_TORCHANI) -e '.[test,kups]'
+	$(LATEST)/bin/pip install --quiet --disable-pip-version-check --upgrade $(VERSIONS) kups $(BESIDE_TORCHANI) -e '.[test,kups]'
 	$(LATEST)/bin/pip install --quiet --disable-pip-version-check --no-deps $(BARE) torchani==2.9.0
 	$(LATEST)/bin/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(LATEST)/nvalchemi $(APART)
-	OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal -o norecursedirs='.* long' $(ARGS)
+	OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal -o norecursedirs='.* long full' $(ARGS)
+
+test-older:  ## the same with torch 2.11 and jax 0.11.2, as many clusters have them
+	$(MAKE) test-latest LATEST=.venv-2.11 VERSIONS="'torch==2.11.*' jax==0.11.2"
+
+test-all: setup  ## all tests, and the full tables: every operator of torch, every kind of compiled model (30 minutes)
+	OMP_NUM_THREADS=1 XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(RUN) -m pytest -n $(WORKERS) --dist worksteal tests tests/full $(ARGS)
 
 check-mc: setup  ## Monte Carlo against known physics: NIST's Lennard-Jones fluid, ideal gas, dimers (about 10 minutes)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal -rP tests/long $(ARGS)

@@ -48,13 +48,15 @@ def to_jax(x, *, copy=None, outputs=None, batched="vmap", derivatives="func", la
     be in evaluation mode if it has dropout or batch norm; its weights are read at each call (to train them from JAX use
     `functional`). The callable must be pure: it may neither change its inputs nor keep a view of them.
 
-    outputs      None: shapes are found with torch's fake tensors, without running; or a pytree of jax.ShapeDtypeStruct;
-                 or a function of ShapeDtypeStructs in the shape of the arguments that returns such a pytree
+    outputs      None: shapes are found with torch's fake tensors, without running, and a change of an input in place is an
+                 error before anything runs; or a pytree of jax.ShapeDtypeStruct; or a function of ShapeDtypeStructs in
+                 the shape of the arguments that returns such a pytree (a change in place is then seen after the first call)
     batched      how vmap is served. "vmap": torch.func.vmap. "sequential": one call after another. An int: the model
                  takes a batch axis there in every input and gives it there in every output. A dict {argument: axis}:
                  only these inputs take a batch axis, outputs have it first (or at the axis named "return"). The shape
                  of a natively batched output is checked; that its rows are independent is your word
-    derivatives  "func": torch.func (a first gradient by torch.autograd, the same and faster). "autograd": torch.autograd, for models that torch.func refuses (TorchScript, an
+    derivatives  "func": torch.func (a first gradient by torch.autograd, the same and faster; what torch.func gets wrong, or has
+                 no forward mode for, by torch.autograd, one point after another). "autograd": torch.autograd, for models that torch.func refuses (TorchScript, an
                  inner torch.autograd.grad, requires_grad_); vmap of derivatives then wants batched="sequential" or an axis
     lane         "ffi": an XLA custom call on XLA's own buffers and stream (CPU, CUDA). "host": jax.pure_callback
                  (everywhere). "auto": ffi where it exists, else host. An eager call goes by neither
@@ -64,7 +66,8 @@ def to_jax(x, *, copy=None, outputs=None, batched="vmap", derivatives="func", la
 
     Raises: TypeError for an argument of the wrong kind or an output that is no tensor; ValueError for shapes and dtypes
     that are not what was inferred or declared, 64-bit outputs while x64 is off, a module in training mode;
-    NotImplementedError for a transform that can't be served as asked. Exceptions of the callable: see `raising`.
+    NotImplementedError for a transform that can't be served as asked, and for second derivatives that a custom
+    autograd Function cuts off or a compiled model does not have. Exceptions of the callable: see `raising`.
 
     >>> import jax, torch, bridge
     >>> energy = bridge.to_jax(lambda x: (x**2).sum())
