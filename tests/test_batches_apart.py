@@ -104,6 +104,24 @@ def test_error_x_jax_models_in_torch():
         model(inputs)
 
 
+def test_evaluations_x_jax_models_with_unused_slots():
+    """Edges that point nowhere belong to no system."""
+
+    def bonds(x):
+        (i, j), n = x["edge_index"], len(x["pos"])
+        each = jnp.where(i < n, ((x["pos"][jnp.minimum(j, n - 1)] - x["pos"][jnp.minimum(i, n - 1)]) ** 2).sum(-1), 0)
+        nodes = jax.ops.segment_sum(each, jnp.minimum(i, n - 1), num_segments=n)
+        return jax.ops.segment_sum(nodes, x["batch"], num_segments=len(x["cell"]))
+
+    model = bridge.torch_potential(bonds, gradients="autodiff", cutoff=2.0)
+    inputs = {
+        "pos": torch.arange(12.0, dtype=torch.float64).reshape(4, 3), "cell": torch.zeros(2, 3, 3, dtype=torch.float64), "pbc": torch.zeros(2, 3, dtype=torch.bool),
+        "batch": torch.tensor([0, 0, 1, 1]), "atomic_numbers": torch.ones(4, dtype=torch.int64),
+        "edge_index": torch.tensor([[0, 1, 9, 2, 3, 4], [1, 0, 9, 3, 2, 4]]), "cell_offsets": torch.zeros(6, 3, dtype=torch.int64),
+    }  # fmt: skip
+    assert model(inputs)["energy"].tolist() == [54, 54]
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_sequential_x_a_model_that_ignores_batch(way):
     """What the error advises is right."""

@@ -26,23 +26,23 @@ def check(owner, model: Callable, inputs: dict, found: dict, name: str, systems)
     if strange or owner in _keep_apart:
         return
     last = len(inputs["cell"]) - 1
-    together = found["energy"].detach()
     outputs = model(_system(inputs, last))
     check_outputs(outputs, int((inputs["batch"] == last).sum()), 1)
-    energy, alone = float(together[last]), float(outputs["energy"].detach())
-    scale = max(1.0, float(together.abs().max()), abs(alone))
-    if abs(energy - alone) > torch.finfo(together.dtype).eps ** 0.5 * scale:
+    energy, alone = float(found["energy"].detach()[last]), float(outputs["energy"].detach())
+    rounding = torch.finfo(found["energy"].dtype).eps ** 0.5 * max(1.0, abs(energy), abs(alone))
+    if abs(energy - alone) > rounding:
         got = f"{energy:.8g} eV for system {systems[last]} in the call, {alone:.8g} eV alone"
         do = (
             'add up what belongs to each system by x["batch"] (index_add), or, for vmap, pass batched="sequential"; '
             "card=bridge.Card(batches=True) vouches for a model whose energies differ for another reason"
         )
         raise ValueError(message(f"systems of one call that don't see one another in {name}", got, do))
-    _keep_apart.add(owner)
+    if owner is not None:
+        _keep_apart.add(owner)
 
 
 def _system(inputs, number) -> dict:
-    """One system of several, without the caller's graph."""
+    """One system of several, without the caller's graph and without unused slots of edges."""
     inputs = {key: x.detach() if isinstance(x, torch.Tensor) else x for key, x in inputs.items()}
     batch = inputs["batch"]
     index = {
@@ -50,6 +50,8 @@ def _system(inputs, number) -> dict:
         "B": torch.tensor([number], device=batch.device),
     }
     if "edge_index" in inputs:
-        centres = inputs["edge_index"][0].long()
-        index["E"] = (batch[centres] == number).nonzero()[:, 0]
+        edges = inputs["edge_index"].long()
+        used = (edges < len(batch)).all(0)
+        centres = torch.where(used, edges[0], 0)
+        index["E"] = (used & (batch[centres] == number)).nonzero()[:, 0]
     return padding.taken(inputs, index)

@@ -41,7 +41,7 @@ def check_twice(ys, again: Callable, private=()) -> None:
         if only_private:
             continue
         found = [g.grad_fn for g in gradients if g.requires_grad]
-        if not _reaches(found, inputs) and _changes(custom(again())[at], cotangents, gradients):
+        if not _reaches(found, inputs) and _changes(custom(again())[at:], node, cotangents, gradients):
             raise _cut(cls)
         if any(g.any() for g in gradients):
             _proven.add(cls)
@@ -141,12 +141,18 @@ def _cotangent_is_fixed(ys, node) -> bool:
     return not any(seen)
 
 
-def _changes(node, cotangents, gradients) -> bool:
-    """True where the backward of the same Function at moved inputs gives other gradients."""
+def _changes(rest, node, cotangents, gradients) -> bool:
+    """True where the backward of the same Function at moved inputs, the first of `rest`, gives other gradients (or is gone)."""
+    if not rest or _shape(rest[0]) != _shape(node):
+        return True
     with torch.no_grad():
-        found = node.apply(*cotangents)
+        found = rest[0].apply(*cotangents)
     found = [g for g in (found if isinstance(found, tuple) else (found,)) if g is not None]
     return any(_differ(a, b) for a, b in zip(found, gradients, strict=True) if b.numel())
+
+
+def _shape(node):
+    return node._forward_cls, [tuple(m.shape) for m in node._input_metadata]
 
 
 def _differ(a, b) -> bool:

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_side import kernels
 
-# Where torch.func is wrong and torch.autograd, one point after another, is right (torch 2.11 to 2.15; tests/full finds them).
+# Where torch.func is wrong and torch.autograd, one point after another, is right (torch 2.11 to 2.14; tests/full finds them).
 # A vmap of one backward is wrong already:
 MISBATCHED = frozenset({"aten::_cdist_forward"})
 # Wrong formulas of forward mode: cholesky_inverse, scatter_reduce. The others differentiate by linalg_lu_solve, which takes
