@@ -287,7 +287,8 @@ def torch_potential(model, params=None, *, gradients="model", cutoff=None, bucke
     and dtypes, as JAX traces), and as neighbor_list does; otherwise as `to_torch`, with params as `module`. ValueError for
     buckets with a mask: it is the index that marks an unused slot; and for a cutoff that is not the card's.
 
-    The module has a `card` (bridge.Card; by default: energy and gradients, this cutoff) and adds to other models: `a + b`.
+    The module has a `card` (bridge.Card; by default: energy and gradients, this cutoff, and the model's word where it has an
+    attribute `batches` that it keeps systems apart) and adds to other models: `a + b`.
 
     >>> import bridge, jax, torch
     >>> spring = lambda p, x: p["k"] * jax.ops.segment_sum((x["pos"] ** 2).sum(-1), x["batch"], num_segments=len(x["cell"]))
@@ -308,7 +309,9 @@ def torch_potential(model, params=None, *, gradients="model", cutoff=None, bucke
     if None not in (card, cutoff) and card.cutoff not in (None, cutoff):
         got = f"{cutoff}, and {card.cutoff} on the card"
         raise ValueError(message("one cutoff", got, "pass the same with both"))
-    card = card or Card(cutoff=cutoff, neighbor_list=None if cutoff is None else "own", optional_inputs=contract.INFO)
+    if card is None:
+        neighbors, vouched = None if cutoff is None else "own", getattr(model, "batches", False)
+        card = Card(cutoff=cutoff, neighbor_list=neighbors, optional_inputs=contract.INFO, batches=vouched)
     return JaxPotential(to_torch(outputs, buckets=buckets) if params is None else module(outputs, params, buckets=buckets), cutoff, card)
 
 

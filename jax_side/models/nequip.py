@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +61,7 @@ class _NequIP:
     elements: tuple[int, ...]
     cutoff: float
     settings: tuple
+    batches: ClassVar[bool] = True  # it keeps the systems of one call apart, as bridge.Card has it
 
     def __call__(self, params, inputs: dict) -> dict:
         _, n_systems = check_inputs(inputs, GRAPH)
