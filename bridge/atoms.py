@@ -39,9 +39,10 @@ def has_stress(atoms) -> bool:
 def inputs_of(atoms, card, dtype: str, who: str) -> dict:
     """The dict of the contract for one ase.Atoms, as fresh NumPy arrays: pos and cell in `dtype`, integers int64.
 
-    charge and spin are atoms.info["charge"] and atoms.info["spin"], where the card requires or uses them.
+    charge and spin are atoms.info["charge"] and atoms.info["spin"], where the card requires or uses them. Elsewhere atoms.info is not
+    looked at, for files and other codes leave their own notes there: such a charge is not an explicit one.
 
-    Raises: ValueError where the card requires one that atoms.info lacks."""
+    Raises: ValueError where the card requires one that atoms.info lacks, or what is there is not a number."""
     numbers, cell = atoms.numbers.astype("int64"), atoms.cell.array.astype(dtype)[None]
     found = {"pos": atoms.positions.astype(dtype), "atomic_numbers": numbers, "cell": cell, "pbc": atoms.pbc.copy()[None], "batch": 0 * numbers}
     for name in (n for n in INFO if n in card.required_inputs and n not in atoms.info):
@@ -51,7 +52,14 @@ def inputs_of(atoms, card, dtype: str, who: str) -> dict:
 
 def _info(atoms, card) -> dict:
     """Charge and spin as far as the card has a use for them."""
-    return {n: float(atoms.info[n]) for n in INFO if n in card.required_inputs | card.optional_inputs and n in atoms.info}
+    return {n: _number(n, atoms.info[n]) for n in INFO if n in card.required_inputs | card.optional_inputs and n in atoms.info}
+
+
+def _number(name, value) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(message(f"a number as atoms.info[{name!r}]", repr(value), "set one, or take it out")) from error
 
 
 def results(out: dict, atoms, asked=()) -> dict:
@@ -113,6 +121,14 @@ def calculator_class(base, refusal, module: str):
             out = self.evaluate(inputs_of(self.atoms, self.card, self.dtype, self.model_name))
             unasked = set(out) - _NAMED - self.card.active_outputs
             self.results = results({name: x for name, x in out.items() if name not in unasked}, self.atoms, properties)
+
+        def export_properties(self):
+            known, found = {name: x for name, x in self.results.items() if name in PROPERTIES}, self.results
+            self.results = known
+            try:
+                return super().export_properties()
+            finally:
+                self.results = found
 
         def _get_name(self):
             return self.model_name.lower()

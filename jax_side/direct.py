@@ -12,10 +12,12 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from bridge.call import one_of
-from bridge.contract import GRADIENTS, check_inputs, check_outputs
+from bridge.card import Card, shared_out
+from bridge.contract import GRADIENTS, INFO, check_inputs, check_outputs
 from bridge.errors import message
 from jax_side.cache import Cache, CachedPotential, cached, select_systems
-from jax_side.outputs import work
+from jax_side.outputs import check_unused, marked, work
+from jax_side.potential import UNKNOWN
 from jax_side.potential_out import EMPTY, HESSIANS, KINDS, NAMES, EmptyType, Linear, Positions, PositionsAndCell, PotentialOut
 
 __all__ = [
@@ -78,7 +80,7 @@ def direct(model, gradients="positions and cell", hessians=None, *, derivative_o
 
 
 class Potential(Linear):
-    """What `direct` describes: sums, scalings and narrowings of potentials are potentials."""
+    """What `direct` describes: sums, scalings and narrowings of potentials are potentials. `takes`: charge and spin, as far as it uses them."""
 
     def __add__(self, other):
         return sum_potentials(self, other) if isinstance(other, Potential) else NotImplemented
@@ -100,9 +102,12 @@ class DirectPotential(Potential):
     gradients: str | None
     hessians: str | None
     derivative_order: int | None
+    card = property(lambda self: _card(self.model) or UNKNOWN)
+    takes = property(lambda self: frozenset(INFO) - set(self.card.unused(INFO)))
 
     def __call__(self, inputs) -> PotentialOut:
         check_inputs(inputs)
+        check_unused(self.card, inputs, _name(self.model))
         return PotentialOut.of(_evaluate(self, inputs), self.gradients, self.hessians)
 
     def _narrowed(self, gradients, hessians):
@@ -121,7 +126,7 @@ class DirectPotential(Potential):
             do = "ask for what it gives, or make gradients of an energy by jax_side.strain.with_gradients"
             raise ValueError(message(asked, f"only {', '.join(out) or 'other outputs'}", do))
         check_outputs(out, inputs["pos"].shape[0], inputs["cell"].shape[0])
-        return out
+        return marked(out, inputs, self.card.unused(inputs))
 
 
 @partial(tree.register_dataclass, data_fields=("potentials",), meta_fields=())
@@ -130,9 +135,11 @@ class SummedPotential(Potential):
     potentials: tuple
     gradients = property(lambda self: self.potentials[0].gradients)
     hessians = property(lambda self: self.potentials[0].hessians)
+    takes = property(lambda self: frozenset().union(*(p.takes for p in self.potentials)))
 
     def __call__(self, inputs) -> PotentialOut:
-        return reduce(PotentialOut.__add__, [p(inputs) for p in self.potentials])
+        each = shared_out(inputs, [Card(optional_inputs=p.takes) for p in self.potentials])
+        return reduce(PotentialOut.__add__, [p(given) for p, given in zip(self.potentials, each)])
 
     def _narrowed(self, *kinds):
         return SummedPotential(tuple(p.narrowed(*kinds) for p in self.potentials))
@@ -145,6 +152,7 @@ class ScaledPotential(Potential):
     scale: Any
     gradients = property(lambda self: self.potential.gradients)
     hessians = property(lambda self: self.potential.hessians)
+    takes = property(lambda self: self.potential.takes)
 
     def __call__(self, inputs) -> PotentialOut:
         return self.potential(inputs) * self.scale

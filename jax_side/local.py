@@ -16,6 +16,7 @@ from bridge.errors import message
 from jax_side import cells as lists
 from jax_side import states
 from jax_side.cells import Layout
+from jax_side.outputs import check_unused, marked
 from jax_side.states import Cache, Change, Proposal
 from jax_side.summing import plus, total
 
@@ -179,6 +180,7 @@ class LocalPotential:
     def __call__(self, inputs):
         """The contract's dict, with edges -> energy (B,) and node_energies (N,)."""
         check_inputs(inputs, GRAPH)
+        traced = check_unused(self.card, inputs, type(self).__name__)
         pos, numbers, (i, j) = inputs["pos"], inputs["atomic_numbers"].astype(jnp.int32), inputs["edge_index"]
         here = numbers > 0
         used = (i < len(pos)) & (j < len(pos))
@@ -188,9 +190,10 @@ class LocalPotential:
         nodes = self._nodes(numbers, here)
         sums = jax.ops.segment_sum(self._messages(nodes[i], nodes[j], r, used), i, len(pos))
         energies = self._energies(nodes, sums, here)
-        return {"energy": jax.ops.segment_sum(energies, inputs["batch"], len(inputs["cell"])), "node_energies": energies}
+        each = jax.ops.segment_sum(energies, inputs["batch"], len(inputs["cell"]))
+        return marked({"energy": each, "node_energies": energies}, inputs, traced)
 
-    card = property(lambda self: Card(outputs={"energy", "node_energies"}, cutoff=self.cutoff))
+    card = property(lambda self: Card(outputs={"energy", "node_energies"}, cutoff=self.cutoff, neighbor_list="given"))
 
     @cached_property
     def _compiled(self):

@@ -12,11 +12,45 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from bridge.contract import GRADIENTS, check_inputs, check_outputs
+from bridge.contract import GRADIENTS, OUTPUTS, check_inputs, check_outputs
 from bridge.errors import message
 from jax_side.strain import with_gradients
 
 tree = jax.tree_util
+
+
+def check_unused(card, given: dict, who: str) -> tuple:
+    """Which of charge and spin are given, traced, though the model has no use for them: what `marked` is for.
+
+    Raises: ValueError for one whose value is known and not zero, naming the system."""
+    names = [name for name in card.unused(given) if given[name] is not None]
+    traced = tuple(name for name in names if isinstance(given[name], jax.core.Tracer))
+    for name in names:
+        if name not in traced:
+            card.check_unused(name, np.ravel(given[name]).tolist(), who)
+    return traced
+
+
+def marked(out: dict, inputs: dict, names) -> dict:
+    """Outputs of a model that passes over the inputs `names` (B,): energy and gradients are NaN in systems where one is not zero."""
+    for name in names:
+        wrong = {"B": inputs[name] != 0, "N": (inputs[name] != 0)[inputs["batch"]]}
+        for key in {"energy", *GRADIENTS.values()} & set(out):
+            rows = wrong[OUTPUTS[key][0][0]].reshape(-1, *[1] * (out[key].ndim - 1))
+            factor = jnp.where(rows, jnp.nan, 1).astype(out[key].dtype)  # so that derivatives are NaN as well
+            out = out | {key: out[key] * factor}
+    return out
+
+
+@dataclass(frozen=True)
+class Marking:
+    """A model whose outputs are `marked`. Equal for equal models."""
+
+    model: Callable
+    names: tuple
+
+    def __call__(self, inputs):
+        return marked(self.model(inputs), inputs, self.names)
 
 
 @dataclass(frozen=True)

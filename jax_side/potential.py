@@ -14,7 +14,7 @@ from bridge.card import Card, shared_out
 from bridge.contract import GRADIENTS, INFO, added, check_inputs, check_outputs
 from bridge.errors import message, spec
 from jax_side import strain
-from jax_side.outputs import work
+from jax_side.outputs import Marking, check_unused, work
 
 
 def potential(model, *, atomic_numbers, pbc=None, batch=None, n_systems=1, card=None, **extras):
@@ -44,7 +44,8 @@ def potential(model, *, atomic_numbers, pbc=None, batch=None, n_systems=1, card=
     energies of the same atoms: what adds is added, what only one gives is kept.
 
     `card` (bridge.Card; None: the model's own, if it has one) says what the model has and needs; elements, boundaries, inputs, the dtype and the order of derivatives
-    are checked against it before anything runs.
+    are checked against it before anything runs. A charge or spin without use on it must be zero; where it is traced, so that nobody sees
+    it, energy and gradients are NaN in systems where it is not. Without a card the model is given what is given here.
 
     Raises: ValueError for what the card does not have, for shapes, dtypes or outputs outside the contract, for positions and cell of unlike dtype, for
     floats that JAX would narrow (float64 without x64) and for pbc without a cell; NotImplementedError for a
@@ -76,18 +77,18 @@ class Potential:
         self._hash = hash(self._key)
 
     def __call__(self, positions, cell=None, **changing):
-        energy = _energy(self._model, self._inputs(positions, cell, changing))
+        energy = _energy(*self._bind(positions, cell, changing))
         return energy[0] if self.single else energy
 
     def outputs(self, positions, cell=None, **changing):
-        return _outputs(self._model, self._inputs(positions, cell, changing))
+        return _outputs(*self._bind(positions, cell, changing))
 
     def forces(self, positions, cell=None, **changing):
         return -_need(self.outputs(positions, cell, **changing), "pos")
 
     def stress(self, positions, cell=None, **changing):
-        inputs = self._inputs(positions, cell, changing)
-        out = _outputs(self._model, inputs)
+        model, inputs = self._bind(positions, cell, changing)
+        out = _outputs(model, inputs)
         g, G = _need(out, "pos"), _need(out, "cell")
         virial = strain.virial(g, G, inputs["pos"], inputs["batch"], inputs["cell"])
         result = strain.stress(virial, inputs["cell"], inputs["pbc"])
@@ -123,15 +124,15 @@ class Potential:
         known = {name: np.asarray(x) for name in ("atomic_numbers", "batch", "pbc") if (x := self._bound(name)) is not None and not isinstance(x, jax.core.Tracer)}
         if {"atomic_numbers", "batch"} <= set(known) and len(known["batch"]) == len(known["atomic_numbers"]):
             self.card.check_elements(known["atomic_numbers"].tolist(), known["batch"].tolist(), _name(self.model))
-        self._check_unused(self.fixed)
+        check_unused(self.card, self.fixed, _name(self.model))
         if "pbc" in known:
             self.card.check_pbc(np.broadcast_to(known["pbc"], (self.n_systems, 3)).tolist(), _name(self.model))
 
-    def _check_unused(self, given):
-        """ValueError for a charge or spin that the model would pass over, as far as it can be seen."""
-        for name in self.card.unused(given):
-            if not isinstance(given[name], jax.core.Tracer):
-                self.card.check_unused(name, np.atleast_1d(np.asarray(given[name])).tolist(), _name(self.model))
+    def _bind(self, positions, cell, changing):
+        """The model, and the dict of the contract that it is called with."""
+        traced = check_unused(self.card, self.fixed | changing, _name(self.model))
+        inputs = self._inputs(positions, cell, changing)
+        return Marking(self._model, traced) if traced else self._model, inputs
 
     def _inputs(self, positions, cell, changing):
         """The dict of the contract."""
@@ -140,7 +141,6 @@ class Potential:
             raise ValueError(message("a cell, since pbc is set", "None", "pass cell, or pbc=None"))
         if twice := sorted(set(changing) & set(self.fixed)):
             raise ValueError(message("inputs either bound or given in the call", f"{', '.join(twice)} in both", "leave it out of one of them"))
-        self._check_unused(changing)
         periodic = cell is not None if self.pbc is None else self.pbc
         pbc = np.full((*systems, 3), periodic) if isinstance(periodic, bool) else periodic
         cell = jnp.zeros((*systems, 3, 3), pos.dtype) if cell is None else cell

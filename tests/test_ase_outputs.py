@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms, io
-from ase.calculators.calculator import PropertyNotImplementedError
+from ase.calculators.calculator import PropertyNotImplementedError, all_properties
+from ase.calculators.singlepoint import SinglePointCalculator
 
 from bridge.card import Card
 from jax_side.engines import ase as in_jax
@@ -98,6 +99,19 @@ def test_what_is_not_asked_for_is_not_there(bank):
     assert set(atoms.calc.results) - named == {"energy", "free_energy", "forces", "stress", "energy_std"}
     with pytest.raises(PropertyNotImplementedError):
         atoms.calc.get_property("hessian", atoms)
+
+
+@banks
+def test_ases_own_x_outputs_without_a_name_in_ase(bank):
+    """What ASE exports are properties that it knows; the results keep all."""
+    atoms = crystal()
+    atoms.calc = BANKS[bank](*SHAPES)
+    found = atoms.get_properties(["energy", "forces"])
+    named = {"energy", "free_energy", "forces", "stress", "energies", "charges", "magmoms", "dipole"}
+    assert set(found) - {"natoms"} == named and set(atoms.calc.export_properties()) == set(found)
+    assert set(atoms.calc.results) == named | {name for name in SHAPES if name not in ("node_energies",)}
+    frozen = SinglePointCalculator(atoms, **{name: x for name, x in atoms.calc.results.items() if name in all_properties})
+    assert frozen.get_property("energy", atoms) == atoms.get_potential_energy()
 
 
 @banks

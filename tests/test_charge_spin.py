@@ -1,18 +1,28 @@
 """A charge or spin that a potential has no use for is an error, unless it is zero; never passed over."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from ase import Atoms
 
 import bridge
 from bridge.card import Card, shared_out
 from jax_side import potential as jax_side_potential
+from jax_side.direct import direct
+from jax_side.engines import ase as in_jax
+from jax_side.engines import kups
+from jax_side.local import LocalPotential
 from jax_side.strain import with_gradients
 from tests.adapters import MODELS
 from tests.model_cases import inputs
+from tests.test_kups_engine import shuffled
 from torch_side.committee import Committee
+from torch_side.engines import ase as in_torch
+from torch_side.engines import torch_sim
 from torch_side.model import Wrapped
 
 R = jnp.array([[0.0, 0, 0], [1, 0, 0]])
@@ -71,12 +81,138 @@ WAYS = {
 }  # fmt: skip
 
 
+def carded(energies, card):
+    """A JAX model that carries its card."""
+    whole = with_gradients(energies)
+
+    def model(x):
+        return whole(x)
+
+    model.card = card
+    return model
+
+
+def springs(x):
+    return jax.ops.segment_sum((x["pos"] ** 2).sum(-1), x["batch"], num_segments=len(x["cell"]))
+
+
+PURE = carded(springs, PLAIN)
+CHARGED = carded(lambda x: springs(x) * (1 + x["charge"]), ION)
+IN_TORCH = bridge.torch_potential(PURE, card=PLAIN)
+LOCAL = LocalPotential(lambda z: jnp.ones((len(z), 1)), lambda a, b, r: (r**2).sum(-1, keepdims=True), lambda a, s: s[:, 0], 6.0)
+EDGES = {"edge_index": jnp.array([[0, 1, 2, 3], [1, 0, 3, 2]]), "cell_offsets": jnp.zeros((4, 3), int)}
+
+
+def arrays(charge):
+    """As many systems of two atoms as there are charges."""
+    return {name: jnp.asarray(x.numpy()) for name, x in structure(len(charge)).items()} | {"charge": charge}
+
+
+def tensors(charge):
+    return structure(len(charge)) | {"charge": torch.tensor(np.array(charge))}
+
+
+def in_kups(charge, graph):
+    return kups.evaluate(PURE, SimpleNamespace(graph=graph, parameters=charge), extras=lambda inp: {"charge": inp.parameters})
+
+
+WAYS |= {
+    "jax, in the call": lambda model, value: jax_side_potential.potential(PURE, atomic_numbers=NUMBERS)(R, charge=value),
+    "direct": lambda model, value: direct(PURE)(arrays(value)),
+    "direct, in a sum": lambda model, value: (2 * direct(PURE) + direct(PURE))(arrays(value)),
+    "local": lambda model, value: LOCAL(arrays(value) | EDGES),
+    "kups": lambda model, value: in_kups(jnp.append(value, 0.0), shuffled()),
+    "torch_potential": lambda model, value: IN_TORCH(tensors(value)),
+    "torch_potential, in a sum": lambda model, value: (IN_TORCH + model)(tensors(value)),
+    "torch_sim": lambda model, value: torch_sim.model(model, charge=float(value[0])),
+}
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_error_x_ways(way):
     model = Wrapped(spring, PLAIN, "autograd")
     WAYS[way](model, jnp.zeros(1))
     with pytest.raises(ValueError, match=text("charge", -1)), bridge.raising():
         WAYS[way](model, jnp.array([-1.0]))
+
+
+def energy_of_two(**options):
+    return jax_side_potential.potential(PURE, atomic_numbers=np.ones(4, int), batch=np.arange(4) // 2, n_systems=2, **options)
+
+
+def in_call(charge):
+    energy = lambda r: energy_of_two()(r, charge=charge)  # noqa: E731
+    r = jnp.asarray(structure(2)["pos"].numpy())
+    return energy(r), jax.grad(lambda r: energy(r).sum())(r)
+
+
+def in_bound(charge):
+    energy, r = energy_of_two(charge=charge), jnp.asarray(structure(2)["pos"].numpy())
+    return energy(r), energy.outputs(r)["position_gradients"]
+
+
+def in_direct(charge):
+    out = (direct(PURE) + direct(PURE))(arrays(charge))
+    return out.total_energies, out.gradients.positions
+
+
+def in_local(charge):
+    out = with_gradients(LOCAL)(arrays(charge) | EDGES)
+    return out["energy"], out["position_gradients"]
+
+
+def in_engine(charge):
+    energy, g, _ = in_kups(charge, GRAPH)
+    return energy, g
+
+
+GRAPH = shuffled()  # of two systems, the first of four atoms
+TRACED = {"in the call": in_call, "bound": in_bound, "direct": in_direct, "local": in_local, "kups": in_engine}
+CHARGED_ATOMS = {"kups": np.asarray(GRAPH.particles.data.system.indices) == 1}
+
+
+@pytest.mark.parametrize("way", TRACED)
+def test_traced_x_ways(way):
+    """Nobody sees the value while it is traced: energy and gradients are NaN in those systems, and in no other."""
+    run = jax.jit(TRACED[way])
+    energy, g = run(jnp.zeros(2))
+    assert jnp.isfinite(energy).all() and jnp.isfinite(g).all()
+    energy_2, g_2 = run(jnp.array([0.0, 2.0]))
+    wrong = CHARGED_ATOMS.get(way, np.arange(4) >= 2)
+    np.testing.assert_array_equal(energy_2, np.where([False, True], np.nan, energy))
+    np.testing.assert_array_equal(g_2, np.where(wrong[:, None], np.nan, g))
+
+
+def test_traced_in_torch():
+    def energy(q):
+        return IN_TORCH(structure(2) | {"charge": q})["energy"]
+
+    charges = torch.tensor([[0.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
+    plain = IN_TORCH(structure(2))["energy"]
+    want = torch.stack([plain, torch.where(charges[1] == 0, plain, torch.nan)])
+    torch.testing.assert_close(torch.func.vmap(energy)(charges), want, equal_nan=True, rtol=0, atol=0)
+
+
+def test_info_x_banks():
+    """ASE: atoms.info is read where the model has a use for it, or nobody has said; elsewhere it is a note of someone else's."""
+    atoms = Atoms("H2", np.asarray(R), info={"charge": 2})
+    told = [in_torch.calculator(Wrapped(spring, ION, "autograd")), in_jax.calculator(CHARGED)]
+    untold = in_jax.calculator(with_gradients(lambda x: springs(x) * (1 + x["charge"])))
+    plain = [in_torch.calculator(Wrapped(spring, PLAIN, "autograd")), in_jax.calculator(PURE)]
+    for calculators, want in ((told, 3), ([untold], 3), (plain, 1)):
+        for atoms.calc in calculators:
+            assert atoms.get_potential_energy() == want
+    atoms.info["charge"] = "a cation"
+    for atoms.calc in [*told, untold]:
+        with pytest.raises(ValueError, match=r"expected a number as atoms.info\['charge'\], got 'a cation'; set one, or take it out"):
+            atoms.get_potential_energy()
+
+
+def test_direct_x_sums():
+    """The term that uses a charge gets it, the other is not asked to."""
+    want = 4 * springs(arrays(jnp.zeros(1)))
+    for total in (direct(CHARGED) + direct(PURE), direct(PURE) + 1.0 * direct(CHARGED), direct(PURE) + (direct(CHARGED) + direct(PURE).scaled(0.0))):
+        np.testing.assert_array_equal(total(arrays(jnp.array([2.0]))).total_energies, want)
 
 
 def test_a_model_that_nobody_described_gets_what_is_given():

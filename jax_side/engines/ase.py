@@ -68,7 +68,7 @@ def calculator(model, *, outputs=(), cutoff=None, card=None, dtype=None):
 def _card(card, outputs, cutoff):
     """The card, its outputs active."""
     if card is None:
-        card = Card(outputs={*ENERGY_AND_GRADIENTS, *outputs})
+        card = Card(outputs={*ENERGY_AND_GRADIENTS, *outputs}, optional_inputs=INFO)
     if cutoff is not None:
         if card.cutoff not in (None, cutoff):
             raise ValueError(message("one cutoff", f"{cutoff}, and {card.cutoff} on the card", "leave it out here"))

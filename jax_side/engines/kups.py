@@ -9,10 +9,10 @@ from typing import Any
 import jax.numpy as jnp
 
 from bridge.call import one_of
-from bridge.card import Card
 from bridge.contract import ENERGY_AND_GRADIENTS, check_inputs, check_outputs
 from bridge.errors import message, missing
-from jax_side.potential import Potential
+from jax_side.outputs import check_unused, marked
+from jax_side.potential import UNKNOWN, Potential
 
 KINDS = {"positions and cell": ENERGY_AND_GRADIENTS, "positions": ENERGY_AND_GRADIENTS[:2]}  # asked for -> outputs of the contract
 
@@ -143,7 +143,7 @@ def evaluate(potential, inp, gradients="positions and cell", extras=None):
     card.check_bound(given, name)
     card.check_home(given["pos"])
     card.check_pbc([inp.graph.systems.data.cell.periodic] * sizes[1], name)
-    out = run(given)
+    out = marked(run(given), given, check_unused(card, given, name))
     check_outputs(out, *sizes, KINDS[gradients])
     g = jnp.where(inp.graph.particles.data.system.valid_mask[:, None], out["position_gradients"][place], 0)
     return out["energy"], g, out.get("cell_gradients")
@@ -160,7 +160,7 @@ def _on_frame(core, cell, G):
 
 
 def _card(potential):
-    return getattr(potential, "card", None) or Card()
+    return getattr(potential, "card", None) or UNKNOWN
 
 
 def _callable(potential):

@@ -41,7 +41,8 @@ def model(potential, *, dtype=None, device=None, compute_stress=None, compute_fo
                     the largest batch
     batched         "graph": one call with all systems. "sequential": one call for each system, for potentials of one system
                     (jax_side.engines.jax_md.model)
-    charge, spin    a number for all systems, passed on as given; a state that has such a field goes before
+    charge, spin    a number for all systems, passed on as given; a state that has such a field goes before. One that is not zero
+                    is an error where the potential has no use for it
 
     Raises: TypeError for a potential that is no Model; ValueError for other values of the arguments, a dtype or device that is
     not the potential's, and, when called, for a state of another dtype or device, and as the potential does;
@@ -63,6 +64,8 @@ def model(potential, *, dtype=None, device=None, compute_stress=None, compute_fo
     _one_of("memory_scales_with", memory_scales_with, figures)
     _one_of("batched", batched, ("graph", "sequential"))
     home, given = _home(potential, dtype, device), {"charge": charge, "spin": spin}
+    for name in potential.card.unused([name for name, number in given.items() if number is not None]):
+        potential.card.check_unused(name, [float(given[name])], type(potential).__name__)
     return TorchSim(potential, home, compute_stress, compute_forces, memory_scales_with, batched, given)
 
 
