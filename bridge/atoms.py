@@ -123,8 +123,9 @@ def calculator_class(base, refusal, module: str):
             self.results = results({name: x for name, x in out.items() if name not in unasked}, self.atoms, properties)
 
         def export_properties(self):
-            known, found = {name: x for name, x in self.results.items() if name in PROPERTIES}, self.results
-            self.results = known
+            """Those of the results that ASE has a name for: it refuses others."""
+            found = self.results
+            self.results = {name: x for name, x in found.items() if name in PROPERTIES}
             try:
                 return super().export_properties()
             finally:

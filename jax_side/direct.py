@@ -80,7 +80,9 @@ def direct(model, gradients="positions and cell", hessians=None, *, derivative_o
 
 
 class Potential(Linear):
-    """What `direct` describes: sums, scalings and narrowings of potentials are potentials. `takes`: charge and spin, as far as it uses them."""
+    """What `direct` describes: sums, scalings and narrowings of potentials are potentials.
+
+    `takes` holds those of charge and spin that it has a use for; a sum gives them to the terms that have one."""
 
     def __add__(self, other):
         return sum_potentials(self, other) if isinstance(other, Potential) else NotImplemented

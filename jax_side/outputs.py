@@ -33,7 +33,7 @@ def check_unused(card, given: dict, who: str) -> tuple:
 
 def marked(out: dict, inputs: dict, names) -> dict:
     """Outputs of a model that passes over the inputs `names` (B,): energy and gradients are NaN in systems where one is not zero."""
-    for name in names:
+    for name in (name for name in names if inputs[name] is not None):
         wrong = {"B": inputs[name] != 0, "N": (inputs[name] != 0)[inputs["batch"]]}
         for key in {"energy", *GRADIENTS.values()} & set(out):
             rows = wrong[OUTPUTS[key][0][0]].reshape(-1, *[1] * (out[key].ndim - 1))

@@ -183,6 +183,12 @@ def test_traced_x_ways(way):
     np.testing.assert_array_equal(g_2, np.where(wrong[:, None], np.nan, g))
 
 
+def test_no_charge_in_direct():
+    """None is no charge."""
+    run = jax.jit(lambda pos: direct(PURE)(arrays(jnp.zeros(1)) | {"pos": pos, "charge": None}).total_energies)
+    assert run(R) == 1
+
+
 def test_traced_in_torch():
     def energy(q):
         return IN_TORCH(structure(2) | {"charge": q})["energy"]

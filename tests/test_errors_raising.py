@@ -4,6 +4,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -220,6 +222,17 @@ def test_a_reference_cycle_is_no_crime(lane):
 
     with bridge.raising():
         assert jax.jit(bridge.to_jax(cyclic, lane=lane))(X).tolist() == (2 * X).tolist()
+
+
+def test_another_thread_lets_go_a_moment_later(lane):
+    """As XLA does with the inputs of a JAX function inside."""
+
+    def read(x):
+        threading.Thread(target=lambda x: time.sleep(0.02), args=(x.view(-1),)).start()
+        return x * 2
+
+    with bridge.raising():
+        assert jax.jit(bridge.to_jax(read, lane=lane))(X).tolist() == (2 * X).tolist()
 
 
 # Raised before anything runs.

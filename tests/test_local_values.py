@@ -12,6 +12,7 @@ import torch
 import bridge
 from jax_side import strain
 from jax_side.local import Change, Layout, LocalPotential
+from jax_side.potential import potential as bound
 from tests.local_cases import CELLS, CUTOFF, arrays, bits, brute, close, differentiable, functions, potential, quick, system
 from torch_side.neighbors import neighbor_list
 
@@ -109,6 +110,16 @@ def test_contract_x_full(name):
     out = quick(potential())(with_edges(graph))
     close(out["node_energies"], found.node_energies)
     close(out["energy"], found.energy[None])
+
+
+def test_potential_x_full():
+    """Bound to its atoms, by its card, which wants edges."""
+    graph, found = cached("slab")
+    edges = {name: with_edges(graph)[name] for name in ("edge_index", "cell_offsets")}
+    energy = bound(potential(), atomic_numbers=np.asarray(graph["atomic_numbers"]), pbc=np.asarray(graph["pbc"], bool))
+    close(energy(graph["pos"], graph["cell"], **edges), found.energy)
+    with pytest.raises(ValueError, match="got no cell_offsets, edge_index; pass"):
+        energy(graph["pos"], graph["cell"])
 
 
 @pytest.mark.parametrize("bridged", MIXED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 
 import torch
 
@@ -71,13 +72,22 @@ def _culprits(target) -> str:
     return f" (TorchScript parts: {', '.join(scripted[:3])})" if scripted else ""
 
 
+# Seconds to wait, and the generation up to which garbage is collected then.
+_PATIENCE = ((0, 0), (0.001, 2), (0.01, 0), (0.1, 0), (0.5, 0))
+
+
 def _accuse(fn, before) -> None:
-    """Name the input that was changed or kept; reference cycles are collected before anyone is accused of keeping."""
+    """Name the input that was changed or kept.
+
+    Before anyone is accused of keeping one, reference cycles are collected, and other threads get time
+    to let go: XLA drops the inputs of a JAX function a moment after its outputs are ready.
+    """
     for i, (t, version, *_) in enumerate(before):
         if t._version != version:
             raise inference.changed(fn.base, _name(fn, i))
-    for young in (0, 2):
-        gc.collect(young)
+    for pause, oldest in _PATIENCE:
+        time.sleep(pause)
+        gc.collect(oldest)
         kept = [i for i, (*_, storage, holders) in enumerate(before) if buffers.holders(storage._cdata) > holders]
         if not kept:
             return

@@ -35,11 +35,13 @@ def calculator(model, *, outputs=(), cutoff=None, card=None, dtype=None):
 
     from one evaluation; the results are kept until the atoms change, as ASE does it. `outputs` names the further outputs that
     model returns, by their names in the contract ("node_energies", ...); those active on its `card` (bridge.Card) come anyway. What ASE
-    has no name for (energy_std, hessian, ...) is in `results` by the contract's, with its units and signs, without the axis of systems. For a
-    graph model, `cutoff` in Angstrom (or a card with neighbor_list="given") says that ASE's neighbour list makes edge_index and
+    has no name for is in `results` (and implemented_properties) by the contract's, with its units and signs: energy_std (a float),
+    position_gradients_std (N,3), member_energies (M,), member_position_gradients (M,N,3), hessian (N,3,N,3), embeddings (N,F). Files and
+    databases leave these out. For a graph model, `cutoff` in Angstrom (or a card with neighbor_list="given") says that ASE's neighbour list makes edge_index and
     cell_offsets at each evaluation, with unused slots (index N) up to a quarter more, so that few programs serve every number of edges.
     pos and cell have the card's dtype, else float64 with x64 and float32 without; `dtype` says another. Where the card requires or
-    uses charge and spin, they are atoms.info["charge"] and atoms.info["spin"], and a change of these is seen.
+    uses charge and spin, or where there is no card, they are atoms.info["charge"] and atoms.info["spin"], and a change of these is
+    seen. Else atoms.info is not looked at: what other codes and files have left there is no error.
 
     Raises: TypeError for what is no callable; ValueError for outputs that the card does not have, a cutoff beside another one, an energy of
     several systems; ImportError without ase. When used: ValueError for atoms that the card can't serve, or that are not those of a bound

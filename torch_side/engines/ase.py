@@ -25,11 +25,14 @@ def calculator(model, *, outputs=None, dtype=None):
     from one call of the model, without a graph; the results are kept until the atoms change, as ASE does it. `outputs` names
     the further outputs that are wanted, by their names in the contract; None means those of the second line ("node_energies",
     "charges", "magmoms", "dipole") that are on the card. What ASE has no name for is in `results` (and implemented_properties) by the
-    contract's, with its units and signs: energy_std, position_gradients_std (N,3), member_energies (M,),
-    member_position_gradients (M,N,3), hessian (N,3,N,3), embeddings (N,F). Positions and cells are cast to the dtype of the card, for a model without one to that
-    of its parameters, else float64; `dtype` (torch.float32, "float32") says another. Where the card requires or uses charge and spin,
-    they are atoms.info["charge"] and atoms.info["spin"], and a change of these is seen. Initial charges and
-    magnetic moments are not looked at. The calculator's name, in databases, is that of the model's class.
+    contract's, with its units and signs: energy_std (a float), position_gradients_std (N,3), member_energies (M,),
+    member_position_gradients (M,N,3), hessian (N,3,N,3), embeddings (N,F). Files and databases
+    leave these out, and SinglePointCalculator takes none of them.
+
+    Positions and cells are cast to the dtype of the card, for a model without one to that of its parameters, else float64; `dtype`
+    (torch.float32, "float32") says another. Where the card requires or uses charge and spin, they are atoms.info["charge"] and
+    atoms.info["spin"], and a change of these is seen; else atoms.info is not looked at: what other codes and files have left there is
+    no error. Initial charges and magnetic moments are not looked at. The calculator's name, in databases, is that of the model's class.
 
     Raises: TypeError for what is no Model; ValueError for outputs that the card does not have; ImportError without ase. When
     used: ValueError as torch_side.graph.evaluate and where atoms.info lacks a required charge; ASE's
