@@ -26,11 +26,11 @@ def then(x, f):
     return x._replace(make=lambda package: f(x.make(package))) if isinstance(x, Rival) else f(x)
 
 
-def group(*baselines, share=1.0, judge=lambda times: []):
+def group(*baselines, share=1.0, judge=lambda times: [], rounds=None):
     """Register a group: a function that gives {variant: run(n calls), or a Rival}; one round takes `share` of --calls.
 
-    judge(times) gives (what, value, limit) for each goal."""
-    return lambda make: GROUPS.setdefault(make.__name__, (make, baselines, share, judge)) and make
+    judge(times) gives (what, value, limit) for each goal; `rounds` is the most that a slow group takes."""
+    return lambda make: GROUPS.setdefault(make.__name__, (make, baselines, share, judge, rounds)) and make
 
 
 def goals(*asked):
@@ -54,9 +54,9 @@ def bare(f, *args):
     return run
 
 
-def one_by_one(f, *args):
+def one_by_one(f, *args, **kwargs):
     """n calls from Python, each waited for."""
-    return bare(lambda: jax.block_until_ready(f(*args)))
+    return bare(lambda: jax.block_until_ready(f(*args, **kwargs)))
 
 
 def dispatched(f, *args):
@@ -84,7 +84,8 @@ def attempt(rival: Rival):
 
 def rows_of(name: str, calls: int, rounds: int) -> list[dict]:
     """Measure a group: the figures of its variants, or why there are none, and its goals."""
-    make, baselines, share, judge = GROUPS[name]
+    make, baselines, share, judge, most = GROUPS[name]
+    rounds = min(rounds, most or rounds)
     variants = {v: attempt(run) if isinstance(run, Rival) else run for v, run in make().items()}
     times = measure({v: run for v, run in variants.items() if callable(run)}, max(1, int(calls * share)), rounds)
     found = records(baselines, times)

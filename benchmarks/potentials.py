@@ -9,11 +9,14 @@ import torch
 
 import bridge
 from benchmarks.harness import bare, goals, group, one_by_one
-from torch_side.graph import edge_vectors
+from torch_side.geometry import edge_vectors
 from torch_side.neighbors import neighbor_list
 from torch_side.strain import with_gradients
 
 CUTOFF, REPLICAS = 4.0, 16
+SKIN, EMPTY = 0.3, 0.1  # Angstrom, and the part of a list's slots that is not used
+OF_HAND = {4: 2.0, 10: 1.3, 46: 1.3, 100: 1.3}  # limits, by repeats of the cell
+OF_VESIN = 1.5
 
 
 def embedded(inputs):
@@ -55,6 +58,91 @@ def potential_step():
         x, r, h = dict_of(pos, cell), jnp.asarray(pos), jnp.asarray(cell)
         steps = {lane: jax.jit(jax.value_and_grad(bound(64, lane=lane), (0, 1))) for lane in ("ffi", "host")}
         return {"bare torch": bare(bare_model, x), **{lane: wide(one_by_one(step, r, h)) for lane, step in steps.items()}}
+
+
+def pairs(inputs):
+    """A pair potential of each system over its edges."""
+    r2 = edge_vectors(inputs).square().sum(-1)
+    halves = 0.5 * (1 - r2 / CUTOFF**2) ** 3
+    nodes = r2.new_zeros(len(inputs["pos"])).index_add(0, inputs["edge_index"][0], halves)
+    return r2.new_zeros(len(inputs["cell"])).index_add(0, inputs["batch"], nodes)
+
+
+def by_hand(pos, cell, i, j, offsets):
+    """The same energy, g and G as torch alone is written for one periodic system and a list with a skin."""
+    pos, cell = pos.detach().requires_grad_(), cell.detach().requires_grad_()
+    r = pos.index_select(0, j) - pos.index_select(0, i) + offsets @ cell
+    r2 = r.square().sum(-1)
+    energy = torch.where(r2 < CUTOFF**2, 0.5 * (1 - r2 / CUTOFF**2) ** 3, 0).sum()
+    return energy.detach(), *torch.autograd.grad(energy, (pos, cell))
+
+
+def with_list(repeats):
+    """Energy, g and G of a pair potential on one list: by hand, as a module, and through XLA."""
+    with jax.enable_x64(True):
+        pos, cell = crystal(repeats)
+        x, n = dict_of(pos, cell), len(pos)
+        skin, empty = (SKIN, EMPTY) if n > 64 else (0.0, 0.0)
+        edges, offsets = neighbor_list(x["pos"], x["cell"], x["pbc"], CUTOFF + skin, x["batch"])
+        spare = int(empty * len(offsets))
+        index = jnp.pad(edges.int().numpy(), ((0, 0), (0, spare)), constant_values=n)
+        slots = {"edge_index": index, "cell_offsets": jnp.pad(offsets.int().numpy(), ((0, spare), (0, 0)))}
+        card = bridge.Card(cutoff=CUTOFF, neighbor_list="given", batches=True)
+        energy = bridge.potential(pairs, atomic_numbers=np.full(n, 29), gradients="autograd", card=card)
+        step, r, h = jax.jit(jax.value_and_grad(energy, (0, 1))), jnp.asarray(pos), jnp.asarray(cell)
+        module, graph = with_gradients(pairs), x | {"edge_index": edges, "cell_offsets": offsets}
+        if skin:  # a module leaves out nothing by itself
+            near = edge_vectors(graph).norm(dim=-1) < CUTOFF
+            graph |= {"edge_index": edges[:, near], "cell_offsets": offsets[near]}
+        hand = x["pos"], x["cell"][0], *edges, offsets.double()
+        want, (got, gradients) = by_hand(*hand), step(r, h, **slots)
+        for a, b in zip(want, (got, *gradients), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+        return {
+            "by hand": bare(by_hand, *hand),
+            "with_gradients, without skin": bare(module, graph),
+            "bridge": wide(one_by_one(step, r, h, **slots)),
+        }
+
+
+def list_group(repeats, share, rounds=None):
+    limit = goals(("bridge", "by hand", OF_HAND[repeats]))
+
+    def make():
+        return with_list(repeats)
+
+    make.__name__ = f"potential_list_{repeats**3}"
+    make.__doc__ = with_list.__doc__
+    group("by hand", share=share, judge=limit, rounds=rounds)(make)
+
+
+list_group(4, 0.2)
+list_group(10, 0.02)
+list_group(46, 0.0005, rounds=9)
+list_group(100, 0.0005, rounds=5)
+
+
+@group("vesin, unsorted", judge=goals(("bridge.edges", "vesin, unsorted", OF_VESIN)), share=0.0005, rounds=5)
+def edges_of_a_million():
+    """The list of 10^6 atoms."""
+    import vesin
+
+    with jax.enable_x64(True):
+        pos, cell = crystal(100)
+        r, h = jnp.asarray(pos), jnp.asarray(cell)
+        threads = torch.get_num_threads()
+
+        def search(ordered):
+            found = vesin.NeighborList(cutoff=CUTOFF, full_list=True, sorted=ordered, n_threads=threads)
+            return found.compute(pos, cell, True, quantities="PS")
+
+        capacity = int(1.1 * len(search(False)[0]))
+        find = jax.jit(bridge.edges(CUTOFF, capacity))
+        return {
+            "vesin, unsorted": bare(search, False),
+            "vesin, sorted": bare(search, True),
+            "bridge.edges": wide(one_by_one(find, r, h)),
+        }
 
 
 @group("torch.autograd, forward once", judge=goals(("jax.hessian", "torch.autograd, forward once", 1.5)), share=0.002)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from bridge.card import Card
-from torch_side.graph import edge_vectors
+from torch_side.geometry import edge_vectors
 from torch_side.model import Model, Wrapped
 
 CUTOFF = 3.0

@@ -10,7 +10,7 @@ import torch
 
 from bridge.card import Card
 from jax_side.strain import with_gradients as jax_with_gradients
-from torch_side.graph import edge_vectors
+from torch_side.geometry import edge_vectors
 from torch_side.neighbors import neighbor_list
 from torch_side.strain import lattice_gradient_from_virial, virial, with_gradients
 

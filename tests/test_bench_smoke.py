@@ -11,10 +11,13 @@ import jax
 import pytest
 import torch
 
-from benchmarks.bench import main
+from benchmarks.bench import GROUPS, main
 
 ROOT = Path(__file__).resolve().parents[1]
 RIVALS, SCALAR, WAYS = ("torch_jax_interop.WrappedJaxFunction", "jax2torch"), "torch_jax_interop.WrappedJaxScalarFunction", ("", ", .backward()")
+
+
+LARGE = "potential_list_97336", "potential_list_1000000", "edges_of_a_million"  # minutes, which make bench alone takes
 
 
 def both(*names):
@@ -42,6 +45,7 @@ CASES = {
     "potential_step": ["bare torch", "ffi", "host"],
     "potential_hessian": ["torch.autograd, forward once", "jax.hessian", "jacrev of grad", "row by row in lax.map"],
     "potential_replicas": ["vmap, one graph", 'vmap, batched="sequential"'],
+    **{f"potential_list_{n}": ["by hand", "with_gradients, without skin", "bridge"] for n in (64, 1000)},
     "acceptance": [
         *("empty: us that ffi adds to bare torch", "empty: ffi / host", "to_torch_forward: bridge / bare jit dispatch"),
         *(f"to_torch_forward: bridge / {rival}" for rival in ("torch_jax_interop.jax_to_torch", "jax2torch")),
@@ -50,6 +54,7 @@ CASES = {
         *(f"to_torch_energy: bridge{how} / {rival}{how}" for rival in (*RIVALS, SCALAR) for how in WAYS),
         *(f"to_torch_training: bridge.module / {rival}" for rival in RIVALS),
         f"to_torch_training: bridge.module, loss in JAX / {SCALAR}, loss in JAX",
+        *("potential_list_64: bridge / by hand", "potential_list_1000: bridge / by hand"),
         *("potential_hessian: jax.hessian / torch.autograd, forward once", 'potential_replicas: vmap, one graph / vmap, batched="sequential"'),
     ],
     "passes": ["energy_and_forces", "training_step"],
@@ -64,7 +69,9 @@ def bench(where, *options):
 
 
 def test_every_case_is_one_json_line_and_one_row_of_the_table(tmp_path):
-    lines, text = bench(tmp_path, "--out", str(tmp_path / "lines"))
+    small = [name for name in CASES if name not in ("acceptance", "passes")]
+    assert set(GROUPS) == {*small, *LARGE}
+    lines, text = bench(tmp_path, "--out", str(tmp_path / "lines"), "--only", *small)
     rows = {r["name"]: r for r in map(json.loads, lines)}
     assert len(rows) == len(lines)
     assert set(rows) == {"environment", *(f"{group}/{case}" for group, cases in CASES.items() for case in cases)}

@@ -12,7 +12,7 @@ from torch import nn
 import bridge
 from bridge.card import Card
 from tests.model_cases import CRYSTALS, MODELS, MOLECULES, inputs, mace_network
-from torch_side import graph
+from torch_side import geometry, graph
 from torch_side.committee import Committee
 from torch_side.model import Wrapped
 from torch_side.models.mace import MACE
@@ -41,7 +41,7 @@ class Pairs(nn.Module):
     def forward(self, x):
         self.calls.append(1)
         i, j = x["edge_index"]
-        r = graph.edge_vectors(x).norm(dim=-1)
+        r = geometry.edge_vectors(x).norm(dim=-1)
         cut = (torch.cos(r * torch.pi / CUTOFF) + 1) / 2
         radial = self.act(torch.exp(-((r[:, None] - self.centres) ** 2)) @ self.first) * cut[:, None]
         numbers = x["atomic_numbers"]

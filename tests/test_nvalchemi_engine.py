@@ -18,7 +18,7 @@ from bridge.card import Card
 from tests.graph_cases import CELL, CUTOFF, NUMBERS, POS, Embedded, close, embedded, joined, seen, system
 from torch_side import strain
 from torch_side.engines import nvalchemi as engine
-from torch_side.graph import edge_vectors
+from torch_side.geometry import edge_vectors
 from torch_side.model import Model
 from torch_side.models.nvalchemi import Nvalchemi
 

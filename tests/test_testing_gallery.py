@@ -11,7 +11,7 @@ from bridge.testing import ALL, check_potential, run_checks
 from tests.adapters import MODELS
 from tests.planted import CONTINUOUS, CUTOFF, DIGITS, FINITE, GALLERY, nodes, per_system, radial, right, right_jax, structure
 from tests.model_cases import skewed
-from torch_side.graph import edge_vectors
+from torch_side.geometry import edge_vectors
 
 FEW = [skewed(bulk("NaCl", "rocksalt", 5.0)), ase.Atoms("Si2", positions=[[0, 0, 0], [0.7, 1.5, 1.2]])]  # for JAX, which compiles for each shape
 

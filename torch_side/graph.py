@@ -10,7 +10,7 @@ import torch
 from bridge.card import Card, symbol
 from bridge.contract import check_inputs, check_outputs, dtype_name
 from bridge.errors import message
-from torch_side import batches, kernels, padding
+from torch_side import batches, geometry, kernels, padding
 from torch_side.neighbors import bounds_of, check_values, neighbor_list, system_of, values
 
 TOUCHING = 1e-4  # Angstrom: atoms closer than this are one on top of the other
@@ -42,8 +42,9 @@ def evaluate(model: Callable, inputs: dict, card: Card, name: str, owner=None) -
     inner, restore = _real(inputs, card, numbers, batch, *sizes)
     if not len(inner["pos"]):
         return _nothing(inputs, card)
-    inner = _with_edges(inner, card)
-    found = model(inner)
+    inner, made = _with_edges(inner, card)
+    with geometry.handing_on(made):
+        found = model(inner)
     n_systems = len(inner["cell"])
     active = {key: found[key] for key in card.active_outputs if key in found}
     check_outputs(active, len(inner["pos"]), n_systems, (), dtype_name(inner["pos"]))
@@ -55,13 +56,6 @@ def evaluate(model: Callable, inputs: dict, card: Card, name: str, owner=None) -
     out = restore(found)
     _check_finite(out, bounds, name)
     return out
-
-
-def edge_vectors(inputs: dict) -> torch.Tensor:
-    """r_ij = r_j - r_i + cell_offsets @ cell (E,3), differentiable in pos and cell."""
-    pos, cell, (i, j) = inputs["pos"], inputs["cell"], inputs["edge_index"]
-    shift = torch.einsum("ea,eab->eb", inputs["cell_offsets"].to(cell.dtype), cell[inputs["batch"][i]])
-    return pos[j] - pos[i] + shift
 
 
 def _check(inputs, card, name, numbers, n_atoms, n_systems) -> list:
@@ -86,56 +80,101 @@ def _real(inputs, card, numbers, batch, n_atoms, n_systems):
     systems = None if card.empty_systems else np.unique(batch if atoms is None else batch[atoms])
     kept = {"N": atoms, "B": systems if systems is not None and len(systems) < n_systems else None}
     if "edge_index" in inputs:
-        kept["E"] = _used(values(inputs["edge_index"]), numbers, batch)
+        edges = torch.from_numpy(values(inputs["edge_index"]))
+        kept["E"] = _used(edges if edges.dtype == torch.int32 else edges.long(), numbers, batch, n_systems)
     if all(index is None for index in kept.values()):
         return inputs, lambda out: out
-    index = {axis: None if i is None else torch.from_numpy(i).to(inputs["pos"].device) for axis, i in kept.items()}
+    index = {axis: _on(inputs["pos"].device, x) for axis, x in kept.items()}
     inner = padding.taken(inputs, index)
     sizes = {"N": n_atoms, "B": n_systems}
     return inner, lambda out: {key: padding.put_back(key, x, index, sizes) for key, x in out.items()}
 
 
-def _used(edges, numbers, batch):
-    """Which edge slots are used, None if all are."""
-    if (edges < 0).any():
-        slot = int(np.argmax((edges < 0).any(0)))
-        raise ValueError(message("edges between atoms, or slots marked unused by an index >= N", f"{edges[:, slot].tolist()} in slot {slot}", "mark unused slots by N"))
-    inside = (edges < len(numbers)).all(0)
-    i, j = edges[:, inside]
-    if (apart := batch[i] != batch[j]).any():
-        slot = int(np.flatnonzero(inside)[np.argmax(apart)])
-        a, b = edges[:, slot]
-        raise ValueError(message("edges within one system", f"atoms {a} of system {batch[a]} and {b} of system {batch[b]} in slot {slot}", "look at how the edges were made"))
-    inside[inside] = (numbers[i] != 0) & (numbers[j] != 0)
-    return None if inside.all() else np.flatnonzero(inside)
+def _on(device, kept):
+    """Positions as a tensor there; a number and None as they are."""
+    kept = torch.from_numpy(kept) if isinstance(kept, np.ndarray) else kept
+    return kept.to(device) if isinstance(kept, torch.Tensor) else kept
 
 
-def _with_edges(inputs, card) -> dict:
-    """The inputs with edges shorter than the cutoff, if there is one."""
+def _used(edges, numbers, batch, n_systems):
+    """Which slots of edges are used: their positions, or how many where they come first; None if all are."""
+    if not edges.numel():
+        return None
+    n_atoms = len(numbers)
+    lowest, highest = map(int, edges.aminmax())
+    if lowest < 0:
+        slot = int((edges < 0).any(0).int().argmax())
+        raise ValueError(
+            message(
+                "edges between atoms, or slots marked unused by an index >= N",
+                f"{edges[:, slot].tolist()} in slot {slot}",
+                "mark unused slots by N",
+            )
+        )
+    slots = None if highest < n_atoms else _slots((edges[0] < n_atoms) & (edges[1] < n_atoms))
+    i, j = padding.rows("edge_index", edges, {"E": slots})
+    if n_systems > 1:
+        _check_within_systems(i, j, torch.from_numpy(batch), slots)
+    if numbers.all():
+        return slots
+    real = torch.from_numpy(numbers != 0)
+    among = _slots(real.index_select(0, i) & real.index_select(0, j))
+    if slots is None or among is None:
+        return slots if among is None else among
+    return torch.arange(len(i))[among] if isinstance(slots, int) else slots[among]
+
+
+def _slots(used):
+    """The positions where `used` (E,) is True; their number where they come first; None where all are."""
+    n = int(used.sum())
+    if n == len(used):
+        return None
+    return n if used[:n].all() else used.nonzero()[:, 0]
+
+
+def _check_within_systems(i, j, batch, slots):
+    """ValueError naming an edge from one system to another."""
+    apart = batch.index_select(0, i) != batch.index_select(0, j)
+    if not apart.any():
+        return
+    edge = int(apart.int().argmax())
+    slot = edge if slots is None or isinstance(slots, int) else int(slots[edge])
+    a, b = int(i[edge]), int(j[edge])
+    got = f"atoms {a} of system {batch[a]} and {b} of system {batch[b]} in slot {slot}"
+    raise ValueError(message("edges within one system", got, "look at how the edges were made"))
+
+
+def _with_edges(inputs, card):
+    """The inputs with edges shorter than the cutoff, if there is one, and their vectors."""
+    for key in ("edge_index", "batch"):  # torch is slow with other indices
+        if key in inputs:
+            inputs = inputs | {key: inputs[key].long().contiguous()}
     if card.cutoff is None:
-        return inputs
+        return inputs, None
     given = "edge_index" in inputs
     if not given:
         edges = neighbor_list(*(inputs[k] for k in ("pos", "cell", "pbc")), card.cutoff, inputs["batch"])
         inputs = inputs | dict(zip(("edge_index", "cell_offsets"), edges))
     elif "cell_offsets" not in inputs:
         raise ValueError(message("cell_offsets with edge_index", "edge_index alone", "pass both: r_ij = r_j - r_i + cell_offsets @ cell"))
-    with torch.no_grad():
-        length = torch.linalg.vector_norm(edge_vectors(inputs), dim=-1)
-    _check_apart(inputs, length)
-    if given and not (near := length < card.cutoff).all():
-        near = near.nonzero()[:, 0]
-        inputs = inputs | {key: padding.rows(key, inputs[key], {"E": near}) for key in ("edge_index", "cell_offsets")}
-    return inputs
+    made = geometry.make(inputs)
+    if not len(made.vectors):
+        return inputs, made
+    length = torch.linalg.vector_norm(made.vectors, dim=-1)
+    shortest, longest = length.aminmax()
+    if shortest < TOUCHING:
+        _refuse_touching(inputs, length)
+    if given and not longest < card.cutoff:
+        made = made.where(length < card.cutoff)
+    return made.inputs, made
 
 
-def _check_apart(inputs, length):
+def _refuse_touching(inputs, length):
     """ValueError naming two atoms that lie one on top of the other."""
-    if len(length) and length.min() < TOUCHING:
-        slot = int(length.argmin())
-        i, j = inputs["edge_index"][:, slot].tolist()
-        got = f"atoms {i} and {j} of system {int(inputs['batch'][i])} {float(length[slot]):.1g} Angstrom apart"
-        raise ValueError(message("atoms apart from one another", got, "take one of them out, or look at the step before"))
+    slot = int(length.argmin())
+    i, j = inputs["edge_index"][:, slot].tolist()
+    got = f"atoms {i} and {j} of system {int(inputs['batch'][i])} {float(length[slot]):.1g} Angstrom apart"
+    raise ValueError(message("atoms apart from one another", got, "take one of them out, or look at the step before"))
 
 
 def _check_own_gradients(model, inputs, found, name) -> None:

@@ -16,6 +16,7 @@ from torch.autograd.function import BackwardCFunction
 from bridge.errors import message
 
 _MOVE = 1e-4  # relative change of the inputs, of which a constant must not show the tenth part
+_vouched = set()
 _proven = weakref.WeakSet()  # classes of Functions that were found to be differentiable
 
 
@@ -74,7 +75,13 @@ def check_given(gradients, again: Callable, who: str) -> None:
 def custom(ys) -> list:
     """The nodes of custom Functions in the graph of `ys`, in the order of a walk that is the same each time."""
     roots = [y.grad_fn for y in ys if y.requires_grad and y.grad_fn is not None]
-    return [node for node in _walk(roots) if isinstance(node, BackwardCFunction)]
+    found = [node for node in _walk(roots) if isinstance(node, BackwardCFunction)]
+    return [node for node in found if node._forward_cls not in _vouched]
+
+
+def vouch(cls) -> None:
+    """Say of a Function that its backward is written in operations of torch: nothing here looks at it."""
+    _vouched.add(cls)
 
 
 def moved(tensors) -> list[torch.Tensor]:

@@ -22,7 +22,7 @@ class Model(nn.Module):
 
     `energies(inputs)` takes the dict of the contract without padding, with edges (edge_index, cell_offsets) if
     card.cutoff is set, and returns a dict with energy (B,) in eV and other outputs of bridge.contract.OUTPUTS that
-    card.active_outputs asks for (or that cost nothing). It must be differentiable in pos and cell: `graph.edge_vectors(inputs)`
+    card.active_outputs asks for (or that cost nothing). It must be differentiable in pos and cell: `geometry.edge_vectors(inputs)`
     gives the r_ij that are. It need not check anything: see graph.evaluate for what is checked.
 
     Calling the model gives these outputs with position_gradients g = dE/dr at fixed cell (N,3) and cell_gradients G = dE/dh at

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +39,12 @@ def neighbor_list(pos, cell, pbc, cutoff, batch=None):
     >>> edges.tolist(), sorted(offsets.tolist())
     ([[0, 0], [0, 0]], [[-1, 0, 0], [1, 0, 0]])
     """
+    parts = _found(pos, cell, pbc, cutoff, batch)
+    return _written(parts, pos.device, np.int64, _count(parts))
+
+
+def _found(pos, cell, pbc, cutoff, batch):
+    """The edges of each system that has atoms."""
     inputs = {"pos": pos, "cell": cell, "pbc": pbc} | ({} if batch is None else {"batch": batch})
     n_atoms, n_systems = check_inputs(inputs, ("pos", "cell", "pbc"))
     x, h, periodic = (values(a) for a in (pos, cell, pbc))
@@ -45,9 +52,35 @@ def neighbor_list(pos, cell, pbc, cutoff, batch=None):
     if not 0 < cutoff < np.inf:
         raise ValueError(message("a positive cutoff in Angstrom", f"{cutoff}", "pass the model's cutoff"))
     check_values(x, h, periodic, bounds)
-    parts = [_edges(x[a:b], h[s], periodic[s], cutoff, a) for s, (a, b) in enumerate(zip(bounds, bounds[1:])) if b > a]
-    ij, offsets = zip(*parts) if parts else ([np.empty((2, 0), int)], [np.empty((0, 3), int)])
-    return tuple(torch.from_numpy(np.concatenate(a, axis)).to(pos.device) for a, axis in ((ij, 1), (offsets, 0)))
+    atoms = enumerate(zip(bounds, bounds[1:]))
+    return [_edges(x[a:b], h[s], periodic[s], cutoff, a) for s, (a, b) in atoms if b > a]
+
+
+class _Part(NamedTuple):
+    """Pairs (E,2) and offsets (E,3) of one system, whose atoms begin at `first`; their memory is that of `owner`."""
+
+    first: int
+    pairs: np.ndarray
+    offsets: np.ndarray
+    owner: object
+
+
+def _count(parts) -> int:
+    return sum(len(part.offsets) for part in parts)
+
+
+def _written(parts, device, dtype, capacity, unused=0):
+    """edge_index (2,capacity), each row dense (torch's scatter is faster so), and cell_offsets (capacity,3)."""
+    index, shifts = np.empty((2, capacity), dtype), np.empty((capacity, 3), dtype)
+    end = 0
+    for part in parts:
+        here = slice(end, end + len(part.offsets))
+        index[0, here], index[1, here], shifts[here] = part.pairs[:, 0], part.pairs[:, 1], part.offsets
+        if part.first:
+            index[:, here] += part.first
+        end = here.stop
+    index[:, end:], shifts[end:] = unused, 0
+    return torch.from_numpy(index).to(device), torch.from_numpy(shifts).to(device)
 
 
 @dataclass(frozen=True)
@@ -62,13 +95,15 @@ class Padded:
     capacity: int
 
     def __call__(self, inputs: dict) -> dict:
-        edges, offsets = neighbor_list(*(inputs[k] for k in ("pos", "cell", "pbc")), self.cutoff, inputs["batch"])
-        n, spare = len(inputs["pos"]), self.capacity - len(offsets)
-        if spare < 0:
-            got = f"{len(offsets)} edges shorter than {self.cutoff} Angstrom"
-            raise ValueError(message(f"at most {self.capacity} edges, the capacity", got, f"pass capacity={len(offsets)} or more, with some room to spare"))
-        pad = torch.nn.functional.pad
-        return {"edge_index": pad(edges, (0, spare), value=n).int(), "cell_offsets": pad(offsets, (0, 0, 0, spare)).int()}
+        pos = inputs["pos"]
+        parts = _found(pos, inputs["cell"], inputs["pbc"], self.cutoff, inputs["batch"])
+        needed = _count(parts)
+        if needed > self.capacity:
+            got = f"{needed} edges shorter than {self.cutoff} Angstrom"
+            do = f"pass capacity={needed} or more, with some room to spare"
+            raise ValueError(message(f"at most {self.capacity} edges, the capacity", got, do))
+        edges, offsets = _written(parts, pos.device, np.int32, self.capacity, len(pos))
+        return {"edge_index": edges, "cell_offsets": offsets}
 
 
 def values(tensor):
@@ -83,15 +118,15 @@ def values(tensor):
         return tensor.double().numpy() if tensor.is_floating_point() else tensor.numpy()
 
 
-def _edges(x, h, periodic, cutoff, start):
-    """Edges of one system, whose first atom has index start."""
+def _edges(x, h, periodic, cutoff, first) -> _Part:
+    """Edges of one system, whose first atom has index `first`."""
     try:
         import vesin
     except ImportError as error:
         raise missing("vesin", "neighbour lists") from error
     search = vesin.NeighborList(cutoff=cutoff, full_list=True, sorted=True, n_threads=torch.get_num_threads())  # sums by centre run faster
-    pairs, offsets = search.compute(x, _complete(h, periodic), periodic, quantities="PS")
-    return np.ascontiguousarray(pairs.T, np.int64) + start, offsets.astype(np.int64)  # each row dense: torch's scatter is faster so
+    pairs, offsets = search.compute(x, _complete(h, periodic), periodic, quantities="PS", copy=False)
+    return _Part(first, pairs, offsets, search)
 
 
 def _complete(h, periodic):

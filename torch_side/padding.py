@@ -11,8 +11,8 @@ from bridge.errors import message
 def taken(inputs: dict, index: dict) -> dict:
     """The inputs with only what `index` keeps, batch and edge_index counted anew.
 
-    `index` has the positions to keep (int tensors; None or absent: all) along the axes "N", "B" and "E". What is kept of
-    batch and edge_index must point to what is kept.
+    `index` has the positions to keep (int tensors; None or absent: all) along the axes "N", "B" and "E"; of edges a
+    number k stands for the first k. What is kept of batch and edge_index must point to what is kept.
 
     Raises: ValueError for a tensor outside of the contract, whose axes nobody knows.
     """
@@ -31,8 +31,11 @@ def rows(key, x, index):
             raise ValueError(message("inputs of the contract where there is padding", f"{key}", do))
         return x
     for axis, size in enumerate(INPUTS[key][0]):
-        if index.get(size) is not None:
-            x = x.index_select(axis, index[size])
+        kept = index.get(size)
+        if isinstance(kept, int):
+            x = x.narrow(axis, 0, kept)
+        elif kept is not None:
+            x = x.index_select(axis, kept)
     return x
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bridge.errors import message
-from torch_side import graph, strain
+from torch_side import geometry, strain
 from torch_side.model import Model
 from torch_side.models.nvalchemi import EXTRAS, NAMES, OLD, Nvalchemi, package, sign
 
@@ -184,7 +184,7 @@ def _edges(data, inputs, cutoff):
     pairs, shifts = pairs.long(), torch.zeros_like(pairs[:, :1]).expand(-1, 3) if shifts is None else shifts
     used = (pairs < len(inputs["pos"])).all(1)
     edges = {"edge_index": pairs[used].T, "cell_offsets": shifts[used].long()}
-    near = graph.edge_vectors(inputs | edges).detach().norm(dim=-1) < cutoff
+    near = geometry.edge_vectors(inputs | edges).detach().norm(dim=-1) < cutoff
     return {"edge_index": edges["edge_index"][:, near], "cell_offsets": edges["cell_offsets"][near]}
 
 

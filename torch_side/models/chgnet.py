@@ -12,7 +12,7 @@ import torch
 from bridge.card import Card
 from bridge.contract import ENERGY_AND_GRADIENTS
 from bridge.errors import message, missing
-from torch_side.graph import edge_vectors
+from torch_side.geometry import edge_vectors
 from torch_side.model import Model
 
 VERSIONS = ("0.3.0", "r2scan", "0.2.0")  # in the wheel of chgnet

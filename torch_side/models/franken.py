@@ -12,7 +12,7 @@ from torch import nn
 from bridge.card import Card
 from bridge.contract import ENERGY_AND_GRADIENTS, dtype_name
 from bridge.errors import message, missing, spec
-from torch_side import graph
+from torch_side import geometry, graph
 from torch_side.hessian import hessian
 from torch_side.model import Model
 
@@ -105,7 +105,7 @@ class Franken(Model):
 
     def _descriptors(self, inputs):
         """All systems as one graph: the edges are r_ij, with all atoms at the origin and the unit matrix as cell."""
-        r = graph.edge_vectors(inputs)
+        r = geometry.edge_vectors(inputs)
         numbers = inputs["atomic_numbers"].long()
         return self.potential.gnn.descriptors(
             self.configuration(

@@ -10,6 +10,7 @@ from torch import nn
 from bridge.card import Card
 from bridge.contract import ENERGY_AND_GRADIENTS
 from bridge.errors import message, missing
+from torch_side.geometry import edge_shifts
 from torch_side.model import Model
 
 DEBYE = 1e-11 / 299792458 / 1.602176634e-19  # e Angstrom
@@ -80,11 +81,11 @@ class MACE(Model):
     def _graph(self, inputs):
         """MACE's own dict. Positions that do not require grad are detached, for MACE would change that on the caller's tensor."""
         pos, cell, batch, edges = inputs["pos"], inputs["cell"], inputs["batch"].long(), inputs["edge_index"].long()
-        offsets, sizes = inputs["cell_offsets"].to(cell.dtype), torch.bincount(batch, minlength=len(cell))
+        sizes = torch.bincount(batch, minlength=len(cell))
         graph = {
             "positions": pos if pos.requires_grad else pos.detach(),
             "node_attrs": nn.functional.one_hot(self.species[inputs["atomic_numbers"].long()], self.n_species).to(pos.dtype),
-            "edge_index": edges, "unit_shifts": offsets, "shifts": torch.einsum("ea,eab->eb", offsets, cell[batch[edges[0]]]),
+            "edge_index": edges, "unit_shifts": inputs["cell_offsets"].to(cell.dtype), "shifts": edge_shifts(inputs),
             "cell": cell.reshape(-1, 3), "pbc": inputs["pbc"], "batch": batch, "ptr": nn.functional.pad(sizes.cumsum(0), (1, 0)),
             "head": torch.full_like(sizes, self.head), "charges": inputs.get("charges", torch.zeros_like(pos[:, 0])),
         }

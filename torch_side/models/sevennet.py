@@ -8,7 +8,7 @@ from torch import nn
 from bridge.card import Card
 from bridge.contract import ENERGY_AND_GRADIENTS
 from bridge.errors import message, missing
-from torch_side.graph import edge_vectors
+from torch_side.geometry import edge_vectors
 from torch_side.model import Model
 
 

@@ -9,7 +9,7 @@ import torch
 from bridge.card import Card
 from bridge.contract import ENERGY_AND_GRADIENTS
 from bridge.errors import message, missing
-from torch_side.graph import edge_vectors
+from torch_side.geometry import edge_vectors
 from torch_side.model import Model
 
 
@@ -116,8 +116,7 @@ def _pairs(inputs):
     if 2 * len(once) != edges.shape[1]:
         got = f"{len(once)} of {edges.shape[1]} in one of them"
         raise ValueError(message("each edge once in both directions", got, "look at how the edges were made, or pass none"))
-    half = {"edge_index": edges[:, once], "cell_offsets": inputs["cell_offsets"][once]}
-    return half["edge_index"].long(), edge_vectors(inputs | half)
+    return edges.long().index_select(1, once), edge_vectors(inputs).index_select(0, once)
 
 
 def _check_neutral(charge):
