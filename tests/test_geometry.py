@@ -7,7 +7,7 @@ import torch
 from tests.graph_cases import CUTOFF, Embedded, joined, system
 from tests.adapters import MODELS
 from tests.model_cases import inputs
-from torch_side import geometry
+from torch_side import geometry, graph, padding
 from torch_side.geometry import edge_vectors
 from torch_side.model import Wrapped
 from torch_side.neighbors import neighbor_list
@@ -206,6 +206,28 @@ def test_unused_slots(name, where, skin, padded):
     torch.testing.assert_close(out["cell_gradients"], want["cell_gradients"], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(out["position_gradients"][real], want["position_gradients"], rtol=1e-12, atol=1e-12)
     assert not out["position_gradients"][~real].any()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_used_slots_x_masks(seed):
+    """Unused slots and edges of padding atoms, each first, last, among the others or absent: what a mask leaves."""
+    rng = np.random.default_rng(seed)
+    numbers = np.array([29, 29, 29, *[0] * (seed % 3 > 0)])
+    edges = rng.integers(0, len(numbers) + seed % 2, (2, 6))
+    used = (edges < len(numbers)).all(0)
+    used[used] = (numbers[edges[:, used]] > 0).all(0)
+    order = {0: np.argsort(used), 1: np.argsort(~used)}.get(seed // 2 % 3, np.arange(6))
+    edges, used = edges[:, order], used[order]
+    kept = graph._used(torch.from_numpy(edges), numbers, np.zeros(len(numbers), int), 1)
+    got = padding.rows("edge_index", torch.from_numpy(edges), {"E": kept})
+    np.testing.assert_array_equal(got, edges[:, used])
+
+
+@pytest.mark.parametrize("padding_edges_last", [True, False])
+def test_unused_slots_in_front_x_padding_atoms(padding_edges_last):
+    edges = torch.tensor([[3, 0, 1, 2, 0], [3, 1, 0, 0, 2]])[:, [0, 1, 2, 3, 4] if padding_edges_last else [3, 0, 1, 4, 2]]
+    kept = graph._used(edges, np.array([29, 29, 0]), np.zeros(3, int), 1)
+    assert padding.rows("edge_index", edges, {"E": kept}).tolist() == [[0, 1], [1, 0]]
 
 
 def test_unused_slots_only():

@@ -29,15 +29,13 @@ def edge_vectors(inputs: dict) -> torch.Tensor:
     made = None if torch.compiler.is_compiling() else _MADE.get()
     if made is not None and made.are_of(inputs):
         return _Handed.apply(pos, cell, made)
-    edges, offsets = inputs["edge_index"].long(), inputs["cell_offsets"].to(cell.dtype)
-    return _vectors(pos, cell, edges, offsets, _systems(cell, edges, inputs["batch"]))
+    return _vectors(pos, cell, *_parts(inputs))
 
 
 def edge_shifts(inputs: dict) -> torch.Tensor:
     """cell_offsets @ cell (E,3) in Angstrom, differentiable in cell: `inputs` as for edge_vectors."""
-    cell = inputs["cell"]
-    systems = _systems(cell, inputs["edge_index"].long(), inputs["batch"])
-    return _shifts(cell, inputs["cell_offsets"].to(cell.dtype), systems)
+    _, offsets, systems = _parts(inputs)
+    return _shifts(inputs["cell"], offsets, systems)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,11 +69,9 @@ class Made:
 
 def make(inputs: dict) -> Made:
     """The vectors of a graph, for edge_vectors: `inputs` as there. Nothing is differentiated."""
-    pos, cell = inputs["pos"], inputs["cell"]
-    edges, offsets = inputs["edge_index"].long(), inputs["cell_offsets"].to(cell.dtype)
-    systems = _systems(cell, edges, inputs["batch"])
+    edges, offsets, systems = _parts(inputs)
     with torch.no_grad():
-        vectors = _vectors(pos, cell, edges, offsets, systems)
+        vectors = _vectors(inputs["pos"], inputs["cell"], edges, offsets, systems)
     return Made(inputs, vectors, edges, offsets, systems, _versions(inputs, vectors))
 
 
@@ -139,9 +135,11 @@ def _shifts(cell, offsets, systems):
     return a * rows[:, :3] + b * rows[:, 3:6] + c * rows[:, 6:]
 
 
-def _systems(cell, edges, batch):
-    """The system of each edge (E,) int64; None where there is one system."""
-    return None if len(cell) == 1 else batch.long().index_select(0, edges[0])
+def _parts(inputs):
+    """edge_index as int64, offsets (E,3) as floats, and the system of each edge (E,) int64: None where there is one."""
+    cell, edges = inputs["cell"], inputs["edge_index"].long()
+    systems = None if len(cell) == 1 else inputs["batch"].long().index_select(0, edges[0])
+    return edges, inputs["cell_offsets"].to(cell.dtype), systems
 
 
 def _same(x, y) -> bool:

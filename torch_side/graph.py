@@ -119,9 +119,11 @@ def _used(edges, numbers, batch, n_systems):
         return slots
     real = torch.from_numpy(numbers != 0)
     among = _slots(real.index_select(0, i) & real.index_select(0, j))
-    if slots is None or among is None:
-        return slots if among is None else among
-    return torch.arange(len(i))[among] if isinstance(slots, int) else slots[among]
+    if among is None:
+        return slots
+    if isinstance(slots, torch.Tensor):
+        return slots[:among] if isinstance(among, int) else slots[among]
+    return among  # of all slots or of the first ones, where positions are the same
 
 
 def _slots(used):
