@@ -102,6 +102,11 @@ class Function:
         raise NotImplementedError
 
     @property
+    def evaluator(self):
+        """What serves many calls: `__call__`."""
+        return self.__call__
+
+    @property
     def base(self) -> Function:
         """The user's own call, beneath all transforms."""
         return self

@@ -99,10 +99,9 @@ def _register(tensor_type: type) -> None:
 def _enter_cpu(number, *buffers):
     outside = here.depth
     try:
-        fn, depth = functions.get(number) or unknown(number)
+        _, depth, n, enter = functions.get(number) or unknown(number)
         here.depth = depth + 1
-        n = len(fn.inputs)
-        return fn.base.run(fn, buffers[:n], buffers[n:])
+        return enter(buffers[:n], buffers[n:])
     except BaseException as e:
         buffers = None
         error = carried(e)
@@ -113,8 +112,7 @@ def _enter_cpu(number, *buffers):
 
 def _enter_gpu(number, stream, *buffers):
     try:
-        fn, _ = functions.get(number) or unknown(number)
-        n = len(fn.inputs)
+        fn, _, n, _ = functions.get(number) or unknown(number)
         with fn.base.on_stream(stream, buffers):
             return fn.base.run(fn, buffers[:n], buffers[n:])
     except BaseException as e:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import secrets
 import threading
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
+from typing import NamedTuple
 
 import jax
 
@@ -22,14 +25,28 @@ class Owner:
         self.number = number
 
 
+class Called(NamedTuple):
+    """What a number stands for: a Function, the depth of the programs that call it, and what they enter by."""
+
+    fn: Function
+    depth: int
+    n: int
+    enter: Callable
+
+
 lock = threading.RLock()
-functions: dict[str, tuple[Function, int]] = {}  # the Function, and the depth of the programs that call it
+functions: dict[str, Called] = {}
 _numbers: dict[tuple[Function, int], str] = {}
 _owners: weakref.WeakValueDictionary[str, Owner] = weakref.WeakValueDictionary()
 _retired: set[str] = set()
 _pinned: set[Owner] = set()
 # A short string: of a numeric attribute jax-tvm-ffi 0.1.3 keeps 16 bytes for each call, for ever; strings above 7 bytes crash.
 _next = map("{:x}".format, itertools.count(1))
+
+
+def _entry(fn: Function) -> Callable:
+    """What a lane calls."""
+    return fn.base.runner(fn) if fn.plain else functools.partial(fn.base.run, fn)
 
 
 def own(fn: Function) -> Owner:
@@ -40,7 +57,7 @@ def own(fn: Function) -> Owner:
         number = _numbers.setdefault(called, next(_next))
         if (owner := _owners.get(number)) is None:
             owner = _owners[number] = Owner(number)
-            functions[number] = called
+            functions[number] = Called(*called, len(fn.inputs), _entry(fn))
             _retired.discard(number)
             weakref.finalize(owner, _retire, number).atexit = False
         return owner
@@ -50,7 +67,7 @@ def own_forever(fn: Function) -> Owner:
     """For a program that jax.export writes: it lives until the process ends, by a number that no other process has."""
     number = "x" + secrets.token_urlsafe(6)[:6]
     owner = _owners[number] = Owner(number)
-    functions[number] = fn, here.depth
+    functions[number] = Called(fn, here.depth, len(fn.inputs), _entry(fn))
     _pinned.add(owner)
     return owner
 
@@ -69,7 +86,7 @@ def release_retired() -> None:
             for number in gone:
                 _retired.discard(number)
                 if number in functions and number not in _owners:
-                    del _numbers[functions.pop(number)]
+                    del _numbers[functions.pop(number)[:2]]
 
 
 def unknown(number: str):

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import bridge
+from jax_side import registry
+from torch_side.export import TorchFunction
 
 
 class Counted(torch.autograd.Function):
@@ -84,19 +86,22 @@ def test_forwards_and_backwards_in_an_eager_call(transform):
 
 def _calls_into_torch(program, *args):
     """Runs of the whole Function (one lookup by XLA each), counted at the lane."""
-    from torch_side.export import TorchFunction
+    run, before, n = TorchFunction.run, dict(registry.functions), [0]
 
-    run, n = TorchFunction.run, [0]
+    def counting(run):
+        def counted(*a, **k):
+            n[0] += 1
+            return run(*a, **k)
 
-    def counting(*a, **k):
-        n[0] += 1
-        return run(*a, **k)
+        return counted
 
-    TorchFunction.run = staticmethod(counting)
+    TorchFunction.run = staticmethod(counting(run))
+    registry.functions.update({number: c._replace(enter=counting(c.enter)) for number, c in before.items()})
     try:
         jax.block_until_ready(program(*args))
     finally:
         TorchFunction.run = staticmethod(run)
+        registry.functions.update(before)
     return n[0]
 
 

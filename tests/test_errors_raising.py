@@ -180,6 +180,27 @@ def _keep_view(x):
     return x * 2
 
 
+def _keep_graph(x):
+    with torch.enable_grad():  # which keeps x for the gradient of the weight
+        kept.append(x * torch.ones(3, dtype=x.dtype, requires_grad=True))
+    return x * 2
+
+
+def _keep_storage(x):
+    kept.append(x.untyped_storage())
+    return x * 2
+
+
+def _keep_array(x):
+    kept.append(x.numpy())
+    return x * 2
+
+
+def _keep_capsule(x):
+    kept.append(x.__dlpack__())
+    return x * 2
+
+
 def _in_place(x):
     x.add_(1.0)
     return x
@@ -194,6 +215,10 @@ class Caches(torch.nn.Module):
 CULPRITS = {
     "a tensor kept": (_keep, "expected _keep to keep no view of its inputs after the call .* got input argument 0 still referenced; store a .detach.*clone"),
     "a view kept": (_keep_view, "expected _keep_view to keep no view .* got input argument 0 still referenced"),
+    "a graph kept": (_keep_graph, "expected _keep_graph to keep no view .* got input argument 0 still referenced"),
+    "a storage kept": (_keep_storage, "expected _keep_storage to keep no view .* got input argument 0 still referenced"),
+    "an array kept": (_keep_array, "expected _keep_array to keep no view .* got input argument 0 still referenced"),
+    "a capsule kept": (_keep_capsule, "expected _keep_capsule to keep no view .* got input argument 0 still referenced"),
     "kept by a module": (Caches(), "expected Caches to keep no view .* got input argument 0 still referenced"),
     "changed in place": (_in_place, "expected _in_place to leave its inputs as they are, got input argument 0 changed in place"),
     "no tensor": (lambda x: 3.0, r"expected output 0 of .*lambda.* as a torch.Tensor, got float 3.0; return torch.as_tensor"),
@@ -201,6 +226,7 @@ CULPRITS = {
     "wrong dtype": (lambda x: x.float(), r"expected output 0 of .* as float64\[3\], got float32\[3\]"),
     "another structure": (lambda x: {"energy": x}, "expected outputs .* got .*energy"),
     "sparse": (lambda x: x.to_sparse(), "as a dense tensor, got layout torch.sparse_coo; return it .to_dense"),
+    "sparse rows": (lambda x: x[None].to_sparse_csr(), "as a dense tensor, got layout torch.sparse_csr; return it .to_dense"),
 }
 
 
@@ -212,6 +238,16 @@ def test_what_a_call_must_not_do(culprit, way):
     with pytest.raises((TypeError, ValueError), match=text), bridge.raising():
         (g if way == "eager" else jax.jit(g))(X + 0)
     kept.clear()
+
+
+def test_a_look_at_the_storage_is_no_crime(lane):
+    def looking(x):
+        assert x.untyped_storage().nbytes() >= 8 * x.numel() and x.numpy().shape == x.shape
+        return x * 2
+
+    with bridge.raising():
+        f = jax.jit(bridge.to_jax(looking, outputs=SAME, lane=lane))
+        assert f(f(X)).tolist() == (4 * X).tolist()
 
 
 def test_a_reference_cycle_is_no_crime(lane):

@@ -184,15 +184,17 @@ class Recorded(TorchDispatchMode):
 @pytest.mark.parametrize("lane, expected", [(None, ["sin"]), ("ffi", ["sin", "copy_"]), ("host", ["sin", "copy_"])])
 def test_copies_x_output(lane, expected, monkeypatch):
     """Eager gives torch's own memory to JAX; the lanes write once, ffi into the buffer that becomes the JAX array."""
-    run, ops, written = export.TorchFunction.run, Recorded(), []
+    base, ops, written = export.TorchFunction, Recorded(), []
+    run, runner = base.run, base.runner
 
-    def recorded(fn, given, into=None):
+    def recorded(run, given, into=None):
         with ops:
-            results = run(fn, given, into)
+            results = run(given, into)
         written.extend(torch.as_tensor(b).data_ptr() for b in into or results)
         return results
 
-    monkeypatch.setattr(export.TorchFunction, "run", staticmethod(recorded))
+    monkeypatch.setattr(base, "run", staticmethod(lambda fn, *buffers: recorded(partial(run, fn), *buffers)))
+    monkeypatch.setattr(base, "runner", staticmethod(lambda fn: partial(recorded, runner(fn))))
     f = bridge.to_jax(torch.sin, lane=lane or "auto")
     y = (jax.jit(f) if lane else f)(jnp.ones((8, 16), jnp.float32)).block_until_ready()
     assert [n for n in ops.names if n != "detach"] == expected

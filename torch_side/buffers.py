@@ -59,9 +59,10 @@ def fresh(t: torch.Tensor) -> torch.Tensor:
     return t
 
 
-# Private in torch 2.13, for microseconds: the number of C++ owners of a storage (its Python wrapper included), by its
-# `_cdata`; and what torch.no_grad() does, without the context manager.
+# Private in torch 2.13, for microseconds: the number of C++ owners of a storage (its Python wrapper included, where one was
+# made), by its `_cdata`, which `storage` finds without making one; and what torch.no_grad() does, without the context manager.
 holders = torch._C._storage_Use_Count
+storage = torch._C._storage_address
 set_grad_enabled = torch._C._set_grad_enabled
 
 

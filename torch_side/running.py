@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Callable
+from operator import gt
+from sys import getrefcount
 
 import torch
 
@@ -17,53 +20,89 @@ def run(fn: Function, given: tuple, into: tuple | None = None):
 
     Raises ValueError if the user's code changed an input in place or kept a view of one after the call.
     """
-    if not torch.is_inference_mode_enabled():
-        return _run(fn, given, into)
-    with torch.inference_mode(False):  # whose tensors have no versions, by which changes are seen, and no gradients
-        return _run(fn, buffers.normal(given), into and buffers.normal(into))
-
-
-def _run(fn: Function, given: tuple, into: tuple | None):
-    direct = into and fn.plain and type(into[0]) is torch.Tensor  # the ffi lane: all are tensors of their dtypes
-    tensors = given if direct else buffers.views(given, fn.inputs)
-    aliases, before = [], []
-    for t in tensors:
-        storage = t.untyped_storage()
-        before.append((t, t._version, storage, buffers.holders(storage._cdata)))
-        aliases.append(t.detach())  # the callee's own, so that any owner of one shows in the holders of the memory
-    grad = torch.is_grad_enabled()
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):  # whose tensors have no versions, by which changes are seen, and no gradients
+            return run(fn, buffers.normal(given), into and buffers.normal(into))
+    tensors, outside = buffers.views(given, fn.inputs), torch.is_grad_enabled()
+    before = _traces(tensors)
     buffers.set_grad_enabled(fn.engine.differentiates_inside)
     try:
-        results = _transformed(fn, aliases)
+        results = fn(*tensors)
         if into is None:
             results = [buffers.fresh(r) for r in results]
             buffers.finish(tensors)
         else:
-            for r, b in zip(results, into if direct else buffers.views(into, fn.outputs)):
-                b.copy_(r.detach() if r.requires_grad else r)
-            results = None
+            for r, b in zip(results, buffers.views(into, fn.outputs)):
+                b.copy_(r.detach())
+            results = r = None
+    except RuntimeError as e:
+        _explain(fn, e)
+        raise
     finally:
-        buffers.set_grad_enabled(grad)
-    r = aliases = None
-    for t, version, storage, holders in before:
-        if t._version != version or buffers.holders(storage._cdata) > holders:
-            _accuse(fn, before)
+        buffers.set_grad_enabled(outside)
+    if _traces(tensors) != before:
+        _accuse(fn, tensors, before)
     return results
+
+
+def runner(fn: Function) -> Callable:
+    """`run` into buffers, for a lane that calls often: all of them are tensors that were made for this call, of the dtypes of `fn`.
+
+    What a call needs is looked up once, here, and what such tensors are like is known: so this costs half as much."""
+    evaluate, inside = fn.evaluator, fn.engine.differentiates_inside
+    is_inference, is_grad_enabled, set_grad_enabled = torch.is_inference_mode_enabled, torch.is_grad_enabled, buffers.set_grad_enabled
+    storage, holders = buffers.storage, buffers.holders
+    untouched = references = None  # traces of inputs before a call; how often Python refers to each
+
+    def into_buffers(tensors, into):
+        nonlocal untouched, references
+        if is_inference():
+            return run(fn, tensors, into)
+        if references is None:
+            untouched = _traces(tensors)
+            for t in tensors:
+                references = getrefcount(t)
+        outside = is_grad_enabled()
+        if outside is not inside:
+            set_grad_enabled(inside)
+        try:
+            results = evaluate(*tensors)
+            for r, b in zip(results, into):
+                b.copy_(r.detach() if inside and r.requires_grad else r)
+        except RuntimeError as e:
+            _explain(fn, e)
+            raise
+        finally:
+            if outside is not inside:
+                set_grad_enabled(outside)
+        results = r = None
+        for t in tensors:
+            if t._version or getrefcount(t) > references or t._use_count() > 1 or holders(storage(t)) > 1:
+                t = None
+                _accuse(fn, tensors, untouched)
+
+    return into_buffers
+
+
+def _traces(tensors) -> list[tuple]:
+    """What a call must leave as it was, for each input."""
+    return [_trace(t) for t in tensors]
+
+
+def _trace(t) -> tuple:
+    """How often a tensor was changed in place, and who holds it and its memory (Python, C++)."""
+    storage = t.untyped_storage()
+    return t._version, getrefcount(t), t._use_count(), getrefcount(storage), buffers.holders(storage._cdata)
 
 
 # What torch says where torch.func (or vmap) meets code that it can't transform.
 _REFUSALS = ("requires_grad", "functorch", "torch.func", "torch.jit", "vmap", "does not require grad", "setup_context", "forward AD", "batching rule")
 
 
-def _transformed(fn: Function, tensors):
-    """fn(*tensors); where torch.func refuses the model, the error says what to ask for and which part is in the way."""
-    try:
-        return fn(*tensors)
-    except RuntimeError as e:
-        if isinstance(e, NotImplementedError) or not any(r.lower() in str(e).lower() for r in _REFUSALS):
-            raise
+def _explain(fn: Function, e: RuntimeError) -> None:
+    """Where torch.func refuses the model, the error says what to ask for and which part is in the way."""
+    if not isinstance(e, NotImplementedError) and any(r.lower() in str(e).lower() for r in _REFUSALS):
         e.add_note(f"bridge: torch.func can't transform {fn.base}{_culprits(fn.base.call.target)}; {fn.engine.alternative}")
-        raise
 
 
 def _culprits(target) -> str:
@@ -76,19 +115,19 @@ def _culprits(target) -> str:
 _PATIENCE = ((0, 0), (0.001, 2), (0.01, 0), (0.1, 0), (0.5, 0))
 
 
-def _accuse(fn, before) -> None:
+def _accuse(fn, tensors, before) -> None:
     """Name the input that was changed or kept.
 
     Before anyone is accused of keeping one, reference cycles are collected, and other threads get time
     to let go: XLA drops the inputs of a JAX function a moment after its outputs are ready.
     """
-    for i, (t, version, *_) in enumerate(before):
-        if t._version != version:
+    for i, (now, then) in enumerate(zip(_traces(tensors), before)):
+        if now[0] != then[0]:
             raise inference.changed(fn.base, _name(fn, i))
     for pause, oldest in _PATIENCE:
         time.sleep(pause)
         gc.collect(oldest)
-        kept = [i for i, (*_, storage, holders) in enumerate(before) if buffers.holders(storage._cdata) > holders]
+        kept = [i for i, (now, then) in enumerate(zip(_traces(tensors), before)) if any(map(gt, now, then))]
         if not kept:
             return
     raise ValueError(
