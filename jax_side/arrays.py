@@ -47,13 +47,18 @@ def import_(obj, dtype: str, copy: bool | None = None) -> jax.Array:
     want = DTYPES.get(dtype)
     if want is None:
         raise TypeError(message(_SHARED, f"{dtype}, which JAX doesn't know", _CAST))
-    if dtype in _WIDE and not jax.config.jax_enable_x64:
-        do = f'call jax.config.update("jax_enable_x64", True), or cast to {_WIDE[dtype]} on the producing side'
-        raise ValueError(message(f"a dtype that JAX holds while x64 is off ({_WIDE[dtype]})", dtype, do))
+    _check_width(dtype)
     array = _take(obj, copy)
     if array.dtype != want:
         raise TypeError(message(f"memory of dtype {dtype}, as announced", array.dtype, "announce the producer's own dtype"))
     return array
+
+
+def _check_width(dtype: str) -> None:
+    """ValueError for 64-bit parts while x64 is off."""
+    if dtype in _WIDE and not jax.config.jax_enable_x64:
+        do = f'call jax.config.update("jax_enable_x64", True), or cast to {_WIDE[dtype]} on the producing side'
+        raise ValueError(message(f"a dtype that JAX holds while x64 is off ({_WIDE[dtype]})", dtype, do))
 
 
 def export(array: jax.Array, copy: bool | None = None) -> jax.Array:
@@ -163,6 +168,17 @@ def _placed(lent) -> jax.Array:
     if type(lent) is _Bare:
         return _view(lent)
     return lent if isinstance(lent, jax.Array) else _public(lent, copy=False)
+
+
+def taken(results, specs) -> list[jax.Array]:
+    """Arrays over results that the lender has let go, of the types announced: bare capsules, or what `import_` takes."""
+    return [_taken(x, s.dtype) if type(x) is _Bare else import_(x, s.dtype) for x, s in zip(results, specs, strict=True)]
+
+
+def _taken(capsule, dtype: str) -> jax.Array:
+    _check_width(dtype)
+    to_array = _cpu_view(0)
+    return to_array(capsule) if to_array else _public(_Capsule(capsule), copy=False)
 
 
 def lend(results) -> list:

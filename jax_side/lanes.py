@@ -53,8 +53,8 @@ def _from_carrier(x, spec: Spec):
 
 def eager(fn: Function, args) -> list[jax.Array]:
     """Run now, in this thread; arrays in and out share memory with the tensors."""
-    outs = fn.base.run(fn, [arrays.export(a) for a in args])
-    return [arrays.import_(o, s.dtype) for o, s in zip(outs, fn.outputs, strict=True)]
+    outs = fn.base.run(fn, arrays.lend([arrays.export(a) for a in args]))
+    return arrays.taken(fn.base.give(outs), fn.outputs)
 
 
 # The ffi lane.
@@ -128,7 +128,8 @@ class HostCall:
     """What jax.pure_callback calls; equal for equal Functions, so that programs are found again."""
 
     def __init__(self, fn: Function):
-        self.fn, self.depth = fn, here.depth
+        self.fn, self.depth, self._run = fn, here.depth, fn.base.runner(fn, ready=False)
+        self._outputs = [_host_carrier(s) for s in fn.outputs]
 
     def __eq__(self, other):
         return isinstance(other, HostCall) and self.fn == other.fn and self.depth == other.depth
@@ -136,38 +137,40 @@ class HostCall:
     def __hash__(self):
         return hash(self.fn)
 
-    def __call__(self, *arrays):
-        outs = [np.empty(c.shape, c.dtype) for c in map(_host_carrier, self.fn.outputs)]
+    def __call__(self, *given):
+        outs = [np.empty(shape, carrier) for shape, carrier, _ in self._outputs]
         outside, here.depth = here.depth, self.depth + 1
         try:
-            _wait(arrays)
-            self.fn.base.run(self.fn, arrays, outs)
-            return [o.view(jnp.dtype(s.dtype)) for o, s in zip(outs, self.fn.outputs, strict=True)]
+            _wait(given)
+            self._run(arrays.lend(given), [o.__dlpack__() for o in outs])
+            return [o if o.dtype is dtype else o.view(dtype) for o, (*_, dtype) in zip(outs, self._outputs)]
         except BaseException as e:
-            arrays = outs = None
+            given = outs = None
             error = carried(e)
         finally:
             here.depth = outside
         raise error
 
 
-def _wait(arrays, limit=30.0) -> None:
+def _wait(given, limit=30.0) -> None:
     """jax.pure_callback copies its inputs with XLA's threads, which may all be in callbacks: an error, not a wait for ever."""
-    end = time.monotonic() + limit
-    while not all(a.is_ready() for a in arrays):
-        if time.monotonic() > end:
+    start = time.monotonic()
+    while not all(a.is_ready() for a in given):
+        waited = time.monotonic() - start
+        if waited > limit:
             do = f'{SYNCHRONOUS} (python -m bridge doctor tells more), or take lane="ffi"'
             raise RuntimeError(message("inputs of a host callback to arrive", f"none in {limit:.0f} s, since every thread of XLA is in a callback", do))
-        time.sleep(1e-5)
+        time.sleep(0 if waited < _QUICK else 1e-5)  # the shortest real sleep takes 60 us
 
 
+_QUICK = 1e-3  # seconds: copies of the inputs of a usual call arrive earlier
 SYNCHRONOUS = 'call jax.config.update("jax_cpu_enable_async_dispatch", False) right after import jax'
 
 
-def _host_carrier(spec: Spec) -> jax.ShapeDtypeStruct:
-    """numpy's DLPack knows complex, but neither bfloat16 nor float8."""
-    width = {"bfloat16": "uint16"}.get(spec.dtype, "uint8" if spec.dtype.startswith("float8") else spec.dtype)
-    return jax.ShapeDtypeStruct(spec.shape, width)
+def _host_carrier(s: Spec) -> tuple:
+    """(shape, dtype that it travels in, dtype): NumPy's DLPack knows complex, but neither bfloat16 nor float8."""
+    width = {"bfloat16": "uint16"}.get(s.dtype, "uint8" if s.dtype.startswith("float8") else s.dtype)
+    return s.shape, np.dtype(width), jnp.dtype(s.dtype)
 
 
 def host(fn: Function, *args):

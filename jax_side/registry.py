@@ -46,7 +46,7 @@ _next = map("{:x}".format, itertools.count(1))
 
 def _entry(fn: Function) -> Callable:
     """What a lane calls."""
-    return fn.base.runner(fn) if fn.plain else functools.partial(fn.base.run, fn)
+    return fn.base.runner(fn, ready=True) if fn.plain else functools.partial(fn.base.run, fn)
 
 
 def own(fn: Function) -> Owner:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +61,10 @@ def sign(args, kwargs) -> tuple[Signature, list[jax.Array]]:
             arrays.append(x if isinstance(x, jax.Array) else _from_numpy(x))
         else:
             static.append(_static(i, x))
-    return Signature(structure, tuple(Spec(x.shape, x.dtype.name) for x in arrays), tuple(static)), arrays
+    return Signature(structure, tuple([Spec(x.shape, _name(x.dtype)) for x in arrays]), tuple(static)), arrays
+
+
+_name = functools.cache(operator.attrgetter("name"))  # of a dtype; NumPy makes it anew each time
 
 
 def _static(i: int, x):

@@ -194,7 +194,7 @@ def test_copies_x_output(lane, expected, monkeypatch):
         return results
 
     monkeypatch.setattr(base, "run", staticmethod(lambda fn, *buffers: recorded(partial(run, fn), *buffers)))
-    monkeypatch.setattr(base, "runner", staticmethod(lambda fn: partial(recorded, runner(fn))))
+    monkeypatch.setattr(base, "runner", staticmethod(lambda fn, ready: partial(recorded, runner(fn, ready))))
     f = bridge.to_jax(torch.sin, lane=lane or "auto")
     y = (jax.jit(f) if lane else f)(jnp.ones((8, 16), jnp.float32)).block_until_ready()
     assert [n for n in ops.names if n != "detach"] == expected

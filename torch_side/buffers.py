@@ -1,6 +1,6 @@
 """Foreign buffers as tensors during a call: no copies, no checks that the caller made already.
 
-A buffer is a torch.Tensor (made by the ffi lane), or anything with `__dlpack__`. Dtypes that a lane can't carry travel
+A buffer is a torch.Tensor (made by the ffi lane), a bare DLPack capsule, or anything with `__dlpack__`. Dtypes that a lane can't carry travel
 in a carrier of the same bytes: complex as a real array with a trailing 2, bfloat16 and float8 as unsigned integers.
 """
 
@@ -26,12 +26,21 @@ def kinds(specs) -> tuple:
     return tuple((torch.Size(s.shape), DTYPES[s.dtype]) for s in specs)
 
 
-def views(buffers, specs) -> list | tuple:
+def views(buffers, specs) -> list:
     """The buffers as tensors of the specs' dtypes, sharing their memory."""
-    for b, s in zip(buffers, specs):
-        if type(b) is not torch.Tensor or b.dtype is not DTYPES[s.dtype]:
-            return [_view(b, s) for b, s in zip(buffers, specs)]
-    return buffers
+    return [view(b, DTYPES[s.dtype]) for b, s in zip(buffers, specs)]
+
+
+def view(buffer, dtype: torch.dtype) -> torch.Tensor:
+    """A buffer as a tensor of a dtype that it may travel in another's place of."""
+    if type(buffer) is _Bare:
+        buffer = _from_capsule(buffer)
+    elif not isinstance(buffer, torch.Tensor):
+        buffer = torch.from_dlpack(buffer)
+    if buffer.dtype is dtype:
+        return buffer
+    other = torch.view_as_complex(buffer) if dtype.is_complex else buffer.view(dtype)
+    return other.detach()  # which does not hold the buffer
 
 
 def normal(buffers) -> tuple:
@@ -39,22 +48,15 @@ def normal(buffers) -> tuple:
     return tuple(torch.from_dlpack(b) if isinstance(b, torch.Tensor) and b.is_inference() else b for b in buffers)
 
 
-def _view(buffer, spec: Spec) -> torch.Tensor:
-    t = buffer if isinstance(buffer, torch.Tensor) else torch.from_dlpack(buffer)
-    want = DTYPES[spec.dtype]
-    if t.dtype is want:
-        return t
-    return torch.view_as_complex(t) if want.is_complex else t.view(want)
-
-
+_ALIGNED = 64  # bytes: the boundary of memory that JAX can share
 _ALONE = [(lambda t: sys.getrefcount(t))(t) for t in [torch.empty(0)]][0]  # a tensor that its list alone holds, in `fresh`
 
 
 def fresh(t: torch.Tensor) -> torch.Tensor:
-    """A result that nobody else holds: itself if it is dense and its list alone has it, else a clone."""
+    """A result that nobody else holds: itself if it is dense, on a boundary, and its list alone has it, else a clone."""
     kept = sys.getrefcount(t) > _ALONE or t._use_count() > 1 or holders(t.untyped_storage()._cdata) > 2
     borrowed = kept or t.requires_grad or t.is_conj() or t.is_neg() or t._is_zerotensor()
-    if borrowed or not t.is_contiguous():
+    if borrowed or not t.is_contiguous() or t.data_ptr() % _ALIGNED:
         return t.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
     return t
 
@@ -130,6 +132,11 @@ def _lent(t: torch.Tensor):
 
 _from_loan = np.from_dlpack
 _NUMPY = frozenset(dtype for name, dtype in DTYPES.items() if not name.startswith(("bfloat16", "float8")))
+
+
+def given(results) -> list:
+    """Results that nobody else holds, to the other bank for good: as bare capsules on the CPU."""
+    return [_to_capsule(t) if t.is_cpu else t for t in results]
 
 
 def taken(results) -> list:

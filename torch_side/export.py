@@ -92,6 +92,7 @@ class TorchFunction(Function):
     tensor_type = torch.Tensor
     run = staticmethod(running.run)
     runner = staticmethod(running.runner)
+    give = staticmethod(buffers.given)
     on_stream = staticmethod(buffers.on_stream)
 
     def input_name(self, i):

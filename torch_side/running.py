@@ -13,6 +13,7 @@ import torch
 from bridge.errors import message
 from bridge.function import Function
 from torch_side import buffers, inference
+from torch_side.arrays import DTYPES
 
 
 def run(fn: Function, given: tuple, into: tuple | None = None):
@@ -45,19 +46,23 @@ def run(fn: Function, given: tuple, into: tuple | None = None):
     return results
 
 
-def runner(fn: Function) -> Callable:
-    """`run` into buffers, for a lane that calls often: all of them are tensors that were made for this call, of the dtypes of `fn`.
+def runner(fn: Function, ready: bool) -> Callable:
+    """`run` into buffers, for a lane that calls often: nobody else holds a tensor over any of them.
 
-    What a call needs is looked up once, here, and what such tensors are like is known: so this costs half as much."""
+    `ready` says that all are torch tensors of the dtypes of `fn`. What a call needs is looked up once, here, and what an input
+    is like before it is known: so this costs half as much."""
     evaluate, inside = fn.evaluator, fn.engine.differentiates_inside
     is_inference, is_grad_enabled, set_grad_enabled = torch.is_inference_mode_enabled, torch.is_grad_enabled, buffers.set_grad_enabled
-    storage, holders = buffers.storage, buffers.holders
+    take, storage, holders = buffers.view, buffers.storage, buffers.holders
+    inputs, outputs = ([DTYPES[s.dtype] for s in specs] for specs in (fn.inputs, fn.outputs))
     untouched = references = None  # traces of inputs before a call; how often Python refers to each
 
     def into_buffers(tensors, into):
         nonlocal untouched, references
         if is_inference():
             return run(fn, tensors, into)
+        if not ready:
+            tensors, into = [*map(take, tensors, inputs)], [*map(take, into, outputs)]
         if references is None:
             untouched = _traces(tensors)
             for t in tensors:
