@@ -7,7 +7,7 @@ import torch
 from tests.graph_cases import CUTOFF, Embedded, joined, system
 from tests.adapters import MODELS
 from tests.model_cases import inputs
-from torch_side import geometry, graph, padding
+from torch_side import geometry, layout, padding
 from torch_side.geometry import edge_vectors
 from torch_side.model import Wrapped
 from torch_side.neighbors import neighbor_list
@@ -218,7 +218,7 @@ def test_used_slots_x_masks(seed):
     used[used] = (numbers[edges[:, used]] > 0).all(0)
     order = {0: np.argsort(used), 1: np.argsort(~used)}.get(seed // 2 % 3, np.arange(6))
     edges, used = edges[:, order], used[order]
-    kept = graph._used(torch.from_numpy(edges), numbers, np.zeros(len(numbers), int), 1)
+    kept = layout.used(torch.from_numpy(edges), numbers, np.zeros(len(numbers), int), 1)
     got = padding.rows("edge_index", torch.from_numpy(edges), {"E": kept})
     np.testing.assert_array_equal(got, edges[:, used])
 
@@ -226,7 +226,7 @@ def test_used_slots_x_masks(seed):
 @pytest.mark.parametrize("padding_edges_last", [True, False])
 def test_unused_slots_in_front_x_padding_atoms(padding_edges_last):
     edges = torch.tensor([[3, 0, 1, 2, 0], [3, 1, 0, 0, 2]])[:, [0, 1, 2, 3, 4] if padding_edges_last else [3, 0, 1, 4, 2]]
-    kept = graph._used(edges, np.array([29, 29, 0]), np.zeros(3, int), 1)
+    kept = layout.used(edges, np.array([29, 29, 0]), np.zeros(3, int), 1)
     assert padding.rows("edge_index", edges, {"E": kept}).tolist() == [[0, 1], [1, 0]]
 
 

@@ -29,24 +29,71 @@ def edge_vectors(inputs: dict) -> torch.Tensor:
     made = None if torch.compiler.is_compiling() else _MADE.get()
     if made is not None and made.are_of(inputs):
         return _Handed.apply(pos, cell, made)
-    return _vectors(pos, cell, *_parts(inputs))
+    return _vectors(pos, cell, edges(inputs, len(cell), cell.dtype))
 
 
 def edge_shifts(inputs: dict) -> torch.Tensor:
     """cell_offsets @ cell (E,3) in Angstrom, differentiable in cell: `inputs` as for edge_vectors."""
-    _, offsets, systems = _parts(inputs)
-    return _shifts(inputs["cell"], offsets, systems)
+    cell = inputs["cell"]
+    return _shifts(cell, edges(inputs, len(cell), cell.dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class Edges:
+    """Edges as torch reads them quickest. `crossing` (C,) are the positions of those whose offset is not zero, where
+    these are few; None stands for all. Their offsets (C,3) are floats; systems (C,) is None where there is one."""
+
+    index: torch.Tensor
+    crossing: torch.Tensor | None
+    offsets: torch.Tensor
+    systems: torch.Tensor | None
+
+    def where(self, kept, index) -> Edges:
+        """Some of the edges: `kept` (E,) bool, their `index` known already."""
+        if self.crossing is None:
+            crossing, among = None, padding.positions(kept)
+        else:
+            inside = kept.index_select(0, self.crossing)
+            among = padding.positions(inside)
+            place = kept.cumsum(0).sub_(1)
+            crossing = place.index_select(0, self.crossing.index_select(0, among))
+        systems = None if self.systems is None else self.systems.index_select(0, among)
+        return Edges(index, crossing, self.offsets.index_select(0, among), systems)
+
+
+def edges(inputs: dict, n_systems: int, dtype: torch.dtype, crossing: bool = False) -> Edges:
+    """The Edges of a dict as for edge_vectors, offsets of that dtype. Who asks for those that cross has them
+    looked for, by their values; else all count as such."""
+    index, offsets = inputs["edge_index"].long(), inputs["cell_offsets"]
+    places = _crossing(offsets) if crossing else None
+    if places is not None:
+        offsets = offsets.index_select(0, places)
+    systems = None
+    if n_systems > 1:
+        centres = index[0] if places is None else index[0].index_select(0, places)
+        systems = inputs["batch"].long().index_select(0, centres)
+    return Edges(index, places, offsets.to(dtype), systems)
+
+
+_FEW = 1000  # edges: fewer are moved quicker than looked through
+
+
+def _crossing(offsets):
+    """The positions of offsets (E,3) that are not zero; None where they are not few, or nobody can say."""
+    if not _plain(offsets) or len(offsets) < _FEW:
+        return None
+    a, b, c = offsets.unbind(1)
+    places = padding.positions((a | b | c) != 0) if not offsets.is_floating_point() else padding.positions(offsets.any(1))
+    return places if 2 * len(places) < len(offsets) else None
 
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """Vectors (E,3), without a graph, and what they were made of: offsets (E,3) float, systems (E,) or None."""
+    """Vectors (E,3), without a graph, and what they were made of."""
 
     inputs: dict
     vectors: torch.Tensor
-    edges: torch.Tensor
-    offsets: torch.Tensor
-    systems: torch.Tensor | None
+    edges: Edges
     versions: list[int]
 
     def are_of(self, inputs: dict) -> bool:
@@ -58,21 +105,24 @@ class Made:
 
     def where(self, kept: torch.Tensor) -> Made:
         """Of some of the edges: kept (E,) bool."""
-        kept = kept.nonzero()[:, 0]
-        some = {key: padding.rows(key, self.inputs[key], {"E": kept}) for key in ("edge_index", "cell_offsets")}
-        inputs = self.inputs | some
-        vectors, offsets = (x.index_select(0, kept) for x in (self.vectors, self.offsets))
-        systems = None if self.systems is None else self.systems.index_select(0, kept)
-        versions = _versions(inputs, vectors)
-        return Made(inputs, vectors, some["edge_index"], offsets, systems, versions)
+        places = padding.positions(kept)
+        index = places.new_empty(2, len(places))
+        for row, all_of in zip(index, self.edges.index):
+            torch.index_select(all_of, 0, places, out=row)
+        offsets = self.inputs["cell_offsets"].index_select(0, places)
+        inputs = self.inputs | {"edge_index": index, "cell_offsets": offsets}
+        vectors = self.vectors.index_select(0, places)
+        return Made(inputs, vectors, self.edges.where(kept, index), _versions(inputs, vectors))
 
 
-def make(inputs: dict) -> Made:
-    """The vectors of a graph, for edge_vectors: `inputs` as there. Nothing is differentiated."""
-    edges, offsets, systems = _parts(inputs)
+def make(inputs: dict, known: Edges | None = None) -> Made:
+    """The vectors of a graph, for edge_vectors: `inputs` as there, with its Edges where they are known. Nothing is
+    differentiated."""
+    pos, cell = inputs["pos"], inputs["cell"]
+    known = known or edges(inputs, len(cell), cell.dtype, crossing=True)
     with torch.no_grad():
-        vectors = _vectors(inputs["pos"], inputs["cell"], edges, offsets, systems)
-    return Made(inputs, vectors, edges, offsets, systems, _versions(inputs, vectors))
+        vectors = _vectors(pos, cell, known)
+    return Made(inputs, vectors, known, _versions(inputs, vectors))
 
 
 @contextlib.contextmanager
@@ -99,47 +149,44 @@ class _Handed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        made, (i, j) = ctx.made, ctx.made.edges
-        atoms, systems = ctx.shapes
+        edges, (atoms, cells) = ctx.made.edges, ctx.shapes
         for_pos = for_cell = None
         if ctx.needs_input_grad[0]:
+            i, j = edges.index
             zeros = gradient.new_zeros(atoms)
             for_pos = zeros.index_add(0, j, gradient) - zeros.index_add(0, i, gradient)
         if ctx.needs_input_grad[1]:
-            for_cell = _moments(made, gradient, systems)
+            for_cell = _moments(edges, gradient, cells)
         return for_pos, for_cell, None
 
 
 kernels.vouch(_Handed)
 
 
-def _moments(made, gradient, shape):
+def _moments(edges, gradient, shape):
     """sum of offset (x) gradient over the edges of each system: (B,3,3)."""
-    if made.systems is None:
-        return (made.offsets.mT @ gradient)[None]
-    outer = made.offsets[:, :, None] * gradient[:, None, :]
-    return gradient.new_zeros(shape).index_add(0, made.systems, outer)
+    if edges.crossing is not None:
+        gradient = gradient.index_select(0, edges.crossing)
+    if edges.systems is None:
+        return (edges.offsets.mT @ gradient).expand(shape)
+    outer = edges.offsets[:, :, None] * gradient[:, None, :]
+    return gradient.new_zeros(shape).index_add(0, edges.systems, outer)
 
 
-def _vectors(pos, cell, edges, offsets, systems):
-    i, j = edges
+def _vectors(pos, cell, edges):
+    i, j = edges.index
     between = pos.index_select(0, j) - pos.index_select(0, i)
-    return between + _shifts(cell, offsets, systems)
+    shifts = _shifts(cell, edges)
+    return between + shifts if edges.crossing is None else between.index_add(0, edges.crossing, shifts)
 
 
-def _shifts(cell, offsets, systems):
-    if systems is None:
-        return offsets @ cell[0]
-    rows = cell.flatten(1).index_select(0, systems)
-    a, b, c = offsets.split(1, 1)
+def _shifts(cell, edges):
+    """offsets @ cell of the edges that cross (C,3)."""
+    if edges.systems is None:
+        return edges.offsets @ cell[0]
+    rows = cell.flatten(1).index_select(0, edges.systems)
+    a, b, c = edges.offsets.split(1, 1)
     return a * rows[:, :3] + b * rows[:, 3:6] + c * rows[:, 6:]
-
-
-def _parts(inputs):
-    """edge_index as int64, offsets (E,3) as floats, and the system of each edge (E,) int64: None where there is one."""
-    cell, edges = inputs["cell"], inputs["edge_index"].long()
-    systems = None if len(cell) == 1 else inputs["batch"].long().index_select(0, edges[0])
-    return edges, inputs["cell_offsets"].to(cell.dtype), systems
 
 
 def _same(x, y) -> bool:
@@ -153,8 +200,11 @@ def _same(x, y) -> bool:
 
 def _versions(inputs, vectors) -> list[int]:
     """How often each tensor was changed in place; those of inference mode don't count."""
-    tensors = [*(inputs[key] for key in ("pos", "cell", *_EDGES)), vectors]
-    return [0 if x.is_inference() else x._version for x in tensors]
+    tensors = inputs["pos"], inputs["cell"], *[inputs[key] for key in _EDGES], vectors
+    try:
+        return [x._version for x in tensors]
+    except RuntimeError:
+        return [0 if x.is_inference() else x._version for x in tensors]
 
 
 def _plain(x) -> bool:

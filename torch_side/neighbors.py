@@ -108,6 +108,9 @@ class Padded:
 
 def values(tensor):
     """The values of a tensor as NumPy: on the CPU, floats as float64, beneath the wrappers of torch.func."""
+    if type(tensor) is torch.Tensor and tensor.is_cpu and not tensor.requires_grad and tensor.dtype in _AS_THEY_ARE:
+        if not _functorch.is_functorch_wrapped_tensor(tensor) and not torch._C._are_functorch_transforms_active():
+            return tensor.numpy()
     while _functorch.is_functorch_wrapped_tensor(tensor):
         if _functorch.is_batchedtensor(tensor):
             expected, got = "one value of each position, cell, pbc and batch", "a batch of them under torch.func.vmap"
@@ -116,6 +119,9 @@ def values(tensor):
     with torch._C._DisableFuncTorch():
         tensor = tensor.detach().cpu()
         return tensor.double().numpy() if tensor.is_floating_point() else tensor.numpy()
+
+
+_AS_THEY_ARE = {torch.float64, torch.int32, torch.int64, torch.bool}
 
 
 def _edges(x, h, periodic, cutoff, first) -> _Part:
@@ -159,9 +165,19 @@ def system_of(bounds, atom) -> int:
 
 def check_values(x, h, periodic, bounds):
     """ValueError for values that have no neighbour list (vesin kills the process over some of them)."""
+    check_positions(x, bounds)
+    check_cells(h, periodic)
+
+
+def check_positions(x, bounds) -> None:
+    """ValueError naming an atom whose position is not finite."""
     if not np.isfinite(x).all():
         atom = int(np.argmax(~np.isfinite(x).all(-1)))
         raise ValueError(message("finite positions", f"{x[atom]} for atom {atom} of system {system_of(bounds, atom)}", "look at the step before"))
+
+
+def check_cells(h, periodic) -> None:
+    """ValueError naming a system without a cell vector of its own for each periodic axis."""
     for s, (cell, axes) in enumerate(zip(h, periodic)):
         if axes.any() and not _independent(cell[axes]):
             raise ValueError(message("independent cell vectors on periodic axes", f"{cell[axes].tolist()} in system {s}",
