@@ -14,7 +14,7 @@ APART := zarr==3.1.6 donfig==0.8.1.post1 google-crc32c==1.9.0 plum-dispatch==2.1
 	pyvers==0.2.3 dm-tree==0.1.10 loguru==0.7.3 periodictable==2.0.2 plotext==6.1.0 nvidia-physicsnemo==2.2.2 s3fs==2026.9.0 \
 	aiobotocore==3.10.0 botocore==1.44.5 jmespath==1.1.0 aioitertools==0.13.0 treelib==1.8.0 six==1.17.0 termcolor==3.3.0
 # What `make bench` measures beside the bridge, and chex, which torch-jax-interop imports without requiring it.
-RIVALS := torch-jax-interop==0.0.8 jax2torch==0.0.7 chex==0.1.92
+RIVALS := torch-jax-interop==0.0.8 jax2torch==0.0.7 chex==0.1.92 wrap-torch2jax==0.9.0
 # torchani allows torch up to 2.13 only, but runs with later ones: on Python 3.12 it comes without dependencies, and these beside it.
 BESIDE_TORCHANI := h5py ninja typer rich pandas pyarrow 'zarr<3' huggingface_hub
 LATEST ?= .venv-latest

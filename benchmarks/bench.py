@@ -23,32 +23,45 @@ import torch
 from tqdm import tqdm
 
 import bridge
-from benchmarks.harness import GROUPS, bare, group, in_loop, one_by_one, ratio, rows_of, table
+from benchmarks.harness import GROUPS, Rival, bare, goals, group, in_loop, one_by_one, ratio, rows_of, table
 import benchmarks.potentials  # noqa: F401  its groups
 from benchmarks.jax_in_torch import ATOMS, soft_spheres  # and its groups
 
 ADDED_US, OF_HOST = 5.0, 0.1
-PACKAGES = ("jax", "torch", "jax-tvm-ffi", "apache-tvm-ffi", "torch-jax-interop", "jax2torch")
+PACKAGES = ("jax", "torch", "jax-tvm-ffi", "apache-tvm-ffi", "wrap-torch2jax", "torch-jax-interop", "jax2torch")
+COPY, OUT, WRAP, CALLBACK = "jax-tvm-ffi, copy_", "buffer_callback, out=", "wrap-torch2jax", "native pure_callback"
 
 
 def lanes(run, f, *args, wrap=lambda f: f):
     return {lane: run(wrap(bridge.to_jax(f, lane=lane)), *args) for lane in ("ffi", "host")}
 
 
-def native() -> dict:
-    """What JAX itself offers for a call into Python; nothing is computed, and where possible nothing is returned."""
+def tvm(name: str, f, like):
+    """A JAX function by jax-tvm-ffi alone: f(*inputs, output) on torch tensors over XLA's buffers."""
     import jax_tvm_ffi
     import tvm_ffi
+
+    handler = tvm_ffi.convert_func(lambda *buffers: f(*buffers) and None, tensor_cls=torch.Tensor)
+    jax_tvm_ffi.register_ffi_target(name, handler, ["args", "rets"], platform="cpu", pass_owned_tensor=True)
+    return jax.ffi.ffi_call(name, like)
+
+
+def native(x) -> dict:
+    """What JAX itself offers for a call into Python, and a torch user writes for it by hand; nothing is checked."""
     from jax.experimental.buffer_callback import buffer_callback
 
-    like = jax.ShapeDtypeStruct((8,), jnp.float32)
-    handler = tvm_ffi.convert_func(lambda *buffers: None, tensor_cls=torch.Tensor)
-    jax_tvm_ffi.register_ffi_target("bench_noop", handler, ["args", "rets"], platform="cpu", pass_owned_tensor=True)
+    like = jax.ShapeDtypeStruct(x.shape, x.dtype)
     return {
-        "native pure_callback": lambda x: jax.pure_callback(lambda x: x, like, x),
+        CALLBACK: lambda x: jax.pure_callback(lambda x: x, like, x),
         "native buffer_callback": buffer_callback(lambda ctx, out, x: None, like),
-        "native jax-tvm-ffi": jax.ffi.ffi_call("bench_noop", like),
+        "native jax-tvm-ffi": tvm("bench_noop", lambda *_: None, like),
+        COPY: tvm("bench_copy", lambda x, out: out.copy_(x) is None, like),
     }
+
+
+def wrapped(f, example, run, *args, wrap=lambda f: f):
+    """f by wrap-torch2jax, which finds the outputs' types by a call on an example."""
+    return Rival("wrap_torch2jax", "wrap-torch2jax", lambda package: run(wrap(package.torch2jax(f, example)), *args))
 
 
 def acceptance(times: dict) -> list[tuple]:
@@ -57,34 +70,50 @@ def acceptance(times: dict) -> list[tuple]:
     return [("us that ffi adds to bare torch", added, ADDED_US), ("ffi / host", part, OF_HOST)]
 
 
-@group("bare torch", "host", judge=acceptance)
+@group(
+    "bare torch",
+    "host",
+    COPY,
+    judge=lambda times: acceptance(times) + goals(("ffi", COPY, 2.2), ("ffi", WRAP, 1.0), ("host", CALLBACK, 1.4))(times),
+)
 def empty():
-    """The identity of 8 float32 in a fori_loop."""
-    x, identity = jnp.ones(8), lambda x: x  # noqa: E731
-    control = {"bare torch": bare(identity, torch.ones(8)), "empty jax loop": in_loop(jax.lax.optimization_barrier, x)}
-    return {**control, **lanes(in_loop, identity, x), **{name: in_loop(f, x) for name, f in native().items()}}
+    """The identity of 64 float32 in a fori_loop."""
+    x, identity = jnp.ones(64), lambda x: x  # noqa: E731
+    control = {"bare torch": bare(identity, torch.ones(64)), "empty jax loop": in_loop(jax.lax.optimization_barrier, x)}
+    rivals = {name: in_loop(f, x) for name, f in native(x).items()} | {WRAP: wrapped(identity, torch.ones(64), in_loop, x)}
+    return {**control, **lanes(in_loop, identity, x), **rivals}
 
 
-@group("bare torch", "host")
+@group("bare torch", "host", OUT, judge=goals(("ffi", OUT, 1.0), ("ffi", WRAP, 1.0)))
 def sin64():
     """One small torch op in a fori_loop."""
-    x = jnp.ones(64)
-    return {"bare torch": bare(torch.sin, torch.ones(64)), "pure jax": in_loop(jnp.sin, x), **lanes(in_loop, torch.sin, x)}
+    from jax.experimental.buffer_callback import buffer_callback
+
+    x, example = jnp.ones(64), torch.ones(64)
+    like = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    into = lambda ctx, out, x: torch.sin(torch.from_dlpack(x), out=torch.from_dlpack(out)) is None  # noqa: E731
+    by_hand = {
+        OUT: buffer_callback(lambda *buffers: into(*buffers) and None, like),
+        "jax-tvm-ffi, copy_(sin)": tvm("bench_sin", lambda x, out: out.copy_(torch.sin(x)) is None, like),
+    }
+    rivals = {name: in_loop(f, x) for name, f in by_hand.items()} | {WRAP: wrapped(torch.sin, example, in_loop, x)}
+    return {"bare torch": bare(torch.sin, example), "pure jax": in_loop(jnp.sin, x), **lanes(in_loop, torch.sin, x), **rivals}
 
 
-@group("bare torch", "jitted jax")
+@group("bare torch", "jitted jax", judge=goals(("eager bridge", "jitted jax", 6.0), ("jitted bridge", f"jitted {WRAP}", 1.0)))
 def eager():
     """sin of 64, called from Python outside jit; and the price of a jit dispatch."""
     x, sin = jnp.ones(64), bridge.to_jax(torch.sin)
     calls = {"jitted jax": jax.jit(jnp.sin), "eager jax": jnp.sin, "eager bridge": sin, "jitted bridge": jax.jit(sin)}
-    return {"bare torch": bare(torch.sin, torch.ones(64)), **{name: one_by_one(f, x) for name, f in calls.items()}}
+    rival = {f"jitted {WRAP}": wrapped(torch.sin, torch.ones(64), one_by_one, x, wrap=jax.jit)}
+    return {"bare torch": bare(torch.sin, torch.ones(64)), **{name: one_by_one(f, x) for name, f in calls.items()}, **rival}
 
 
 def and_grad(f):
     return jax.jit(jax.value_and_grad(f))
 
 
-@group("torch.autograd", "pure jax", share=0.1)
+@group("torch.autograd", "pure jax", share=0.1, judge=goals(("ffi", WRAP, 1.0)))
 def energy_and_forces():
     """value_and_grad of a scalar energy of 64 atoms: one forward and one backward."""
     x = jnp.asarray(np.random.default_rng(0).uniform(0, 8, (ATOMS, 3)), "float32")
@@ -95,6 +124,7 @@ def energy_and_forces():
         "pure jax": one_by_one(and_grad(soft_spheres(jnp.eye(ATOMS))), x),
         **lanes(one_by_one, energy, x, wrap=and_grad),
         "ffi, derivatives='autograd'": one_by_one(and_grad(bridge.to_jax(energy, derivatives="autograd")), x),
+        WRAP: wrapped(energy, t.detach(), one_by_one, x, wrap=and_grad),
     }
 
 

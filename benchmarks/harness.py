@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -73,8 +75,9 @@ def dispatched(f, *args):
 def attempt(rival: Rival):
     """The rival's run, seen to work; or why it can't be timed, to be reported in its place."""
     try:
-        run = rival.make(importlib.import_module(rival.package))
-        run(2)
+        with contextlib.redirect_stdout(sys.stderr):  # what it says of its own is not a line of ours
+            run = rival.make(importlib.import_module(rival.package))
+            run(2)
         return run
     except Exception as e:
         if isinstance(e, ModuleNotFoundError) and e.name == rival.package:

@@ -17,8 +17,9 @@ import bridge
 from benchmarks.harness import Rival, dispatched, goals, group, then
 
 ATOMS, BATCH, WIDTHS = 64, 32, (16, 64, 64, 4)
-OF_DISPATCH, OF_RIVAL = 3, 1 / 3
+OF_DISPATCH, OF_TORCH, OF_RIVAL = 3, 3, 1 / 3
 TO_TORCH, WRAPPED, SCALAR = (f"torch_jax_interop.{name}" for name in ("jax_to_torch", "WrappedJaxFunction", "WrappedJaxScalarFunction"))
+BARE = "autograd.Function by hand, unchecked"
 interop = functools.partial(Rival, "torch_jax_interop", "torch-jax-interop chex")  # chex: it imports it and doesn't require it
 jax2torch = functools.partial(Rival, "jax2torch", "jax2torch")
 
@@ -82,6 +83,25 @@ def gradients(functions: dict, x, cotangent) -> dict:
     return {name + how: then(f, way) for name, f in functions.items() for how, way in ways.items()}
 
 
+def by_hand():
+    """2 sin(x) as an autograd.Function over two jitted programs, for dense tensors of the CPU: the least that one costs."""
+    forward = jax.jit(lambda x: (2 * jnp.sin(x), jnp.cos(x)))
+    backward = jax.jit(lambda c, g: 2 * c * g)
+
+    class Sine(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            y, c = map(torch.from_dlpack, forward(x.detach().numpy()))
+            ctx.save_for_backward(c)
+            return y
+
+        @staticmethod
+        def backward(ctx, g):
+            return torch.from_dlpack(backward(ctx.saved_tensors[0].numpy(), g.numpy()))
+
+    return Sine.apply
+
+
 def rivals(f) -> dict:
     """f as the other packages make it differentiable; torch_jax_interop puts parameters first, here none."""
     return {
@@ -122,11 +142,21 @@ def to_torch_forward():
     return alike({"bare jit dispatch": functools.partial(jitted, a), "jit, waited for": functools.partial(waited(jitted), a), **steps})
 
 
-@group("jitted jax.vjp", "pure torch", share=0.5, judge=goals(*against(WRAPPED, "jax2torch"), *against(WRAPPED, "jax2torch", how=", .backward()")))
+@group(
+    "jitted jax.vjp",
+    "pure torch",
+    BARE,
+    share=0.5,
+    judge=goals(
+        ("bridge", "pure torch", OF_TORCH),
+        *against(WRAPPED, "jax2torch"),
+        *against(WRAPPED, "jax2torch", how=", .backward()"),
+    ),
+)
 def to_torch_backward():
-    """2 sin(x) of (64, 3), forward and backward."""
+    """2 sin(x) of (64, 3), forward and backward; also as a torch.autograd.Function written for it, with no check at all."""
     f, x = doubled_sine(jnp), torch.tensor(positions(), requires_grad=True)
-    functions = {"pure torch": doubled_sine(torch), "bridge": bridge.to_torch(f), **rivals(f)}
+    functions = {"pure torch": doubled_sine(torch), "bridge": bridge.to_torch(f), BARE: by_hand(), **rivals(f)}
     pull, a, ones = jax.jit(lambda x, g: (f(x), *jax.vjp(f, x)[1](g))), jnp.asarray(positions()), jnp.ones((ATOMS, 3), "float32")
     controls = {"jitted jax.vjp": lambda: pull(a, ones)[1], "jitted jax.vjp, waited for": lambda: waited(pull)(a, ones)[1]}
     return alike({**controls, **gradients(functions, x, torch.ones(ATOMS, 3))})

@@ -241,7 +241,7 @@ def jax_potential(model, *, gradients="model", outputs=(), cutoff=None, card=Non
     return bridged
 
 
-def edges(cutoff, capacity, *, lane="auto"):
+def edges(cutoff, capacity, *, ordered=False, lane="auto"):
     """Neighbour lists in a fixed number of slots, for graph models in JAX: `find(positions, cell=None, pbc=None, batch=None)`.
 
     `find` takes positions (N,3) in Angstrom and cell (3,3) by rows, or (B,3,3) with batch (N,) int, sorted; pbc as in `potential`
@@ -250,6 +250,9 @@ def edges(cutoff, capacity, *, lane="auto"):
     jit, scan and vmap compose with it; derivatives are zero. With a cutoff longer than the model's (a skin) the list serves several
     steps: energy(positions, cell, **edges), for a potential's models leave out what is beyond their own cutoff.
 
+    `ordered` sorts the edges by centre. Such a list takes up to twice as long to make; up to 10^5 atoms a model
+    gains nothing from it that was seen, at 10^6 it ran 1.1 to 1.35 times as fast, which pays where a list serves a few steps.
+
     Raises: ValueError for a capacity that is too small, saying how many slots are needed; as torch_side.neighbors.neighbor_list.
 
     >>> import bridge, jax.numpy as jnp
@@ -257,7 +260,7 @@ def edges(cutoff, capacity, *, lane="auto"):
     [[0, 1, 2], [1, 0, 2]]
     """
     slots = _Slots(one_of("capacity", capacity, [capacity] if isinstance(capacity, int) and capacity > 0 else (), "a positive int"))
-    return Edges(to_jax(PaddedEdges(cutoff, capacity), outputs=slots, batched="sequential", lane=lane))
+    return Edges(to_jax(PaddedEdges(cutoff, capacity, ordered), outputs=slots, batched="sequential", lane=lane))
 
 
 def torch_potential(model, params=None, *, gradients="model", cutoff=None, buckets=None, card=None):

@@ -83,7 +83,7 @@ def _crossing(offsets):
     if not _plain(offsets) or len(offsets) < _FEW:
         return None
     a, b, c = offsets.unbind(1)
-    places = padding.positions((a | b | c) != 0) if not offsets.is_floating_point() else padding.positions(offsets.any(1))
+    places = padding.positions((a | b | c) != 0)
     return places if 2 * len(places) < len(offsets) else None
 
 

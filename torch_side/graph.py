@@ -12,6 +12,7 @@ from bridge.contract import check_inputs, check_outputs, dtype_name
 from bridge.errors import message
 from torch_side import batches, geometry, kernels
 from torch_side import layout as layouts
+from torch_side import modes
 from torch_side.neighbors import check_positions, neighbor_list, system_of, values
 
 TOUCHING = 1e-4  # Angstrom: atoms closer than this are one on top of the other
@@ -33,6 +34,9 @@ def evaluate(model: Callable, inputs: dict, card: Card, name: str, owner=None) -
     one system to another, a periodic axis without a cell vector; also for outputs outside of the contract, an energy or a gradient
     that is not finite, and systems of one call that the model does not keep apart."""
     inputs = {key: x for key, x in inputs.items() if x is not None}
+    if torch.is_inference_mode_enabled():
+        with modes.recording(inputs) as inputs:
+            return evaluate(model, inputs, card, name, owner)
     check_inputs(inputs)
     card.check_bound(inputs, name)
     for key in card.unused(inputs):
@@ -64,7 +68,7 @@ def _with_edges(inputs, card, layout):
         return inputs, None
     given = "edge_index" in inputs
     if not given:
-        edges = neighbor_list(*(inputs[k] for k in ("pos", "cell", "pbc")), card.cutoff, inputs["batch"])
+        edges = neighbor_list(*(inputs[k] for k in ("pos", "cell", "pbc")), card.cutoff, inputs["batch"], ordered=False)
         inputs = inputs | dict(zip(("edge_index", "cell_offsets"), edges))
     elif "cell_offsets" not in inputs:
         raise ValueError(message("cell_offsets with edge_index", "edge_index alone", "pass both: r_ij = r_j - r_i + cell_offsets @ cell"))

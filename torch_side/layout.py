@@ -7,8 +7,8 @@ integers; it is used again where they are equal, entry by entry.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -53,13 +53,19 @@ class Layout:
             check_cells(cells, self.periodic)
             self.sound["cells"] = these
 
+    @cached_property
+    def padded(self) -> bool:
+        return any(kept is not None for kept in self.index.values())
+
     def taken(self, inputs: dict) -> dict:
         """The inputs without padding."""
+        if not self.padded:
+            return inputs | self.inner
         return {key: self.inner[key] if key in self.inner else padding.rows(key, x, self.index) for key, x in inputs.items()}
 
     def put_back(self, outputs: dict) -> dict:
         """The outputs at their full sizes, zeros where nothing was computed."""
-        if not any(kept is not None for kept in self.index.values()):
+        if not self.padded:
             return outputs
         return {key: padding.put_back(key, x, self.index, self.sizes) for key, x in outputs.items()}
 
@@ -74,8 +80,7 @@ def find(inputs: dict, card: Card, name: str, owner=None) -> Layout:
     """The layout of the inputs of a call, whose shapes and dtypes were checked. `owner` is who keeps it.
 
     Raises: ValueError as graph.evaluate, for what is wrong with the integers."""
-    kept = owner is not None and not torch.is_inference_mode_enabled() and all(map(_small, map(inputs.get, INTEGERS)))
-    if not kept:
+    if owner is None or _special() or not all(map(_small, map(inputs.get, INTEGERS))):
         return _found(inputs, card, name, None)
     last = _last.get(owner)
     if last is None or not last.is_of(inputs, card):
@@ -180,14 +185,15 @@ def _sizes(inputs) -> dict:
     return {"N": len(inputs["pos"]), "B": len(inputs["cell"]), "dtype": inputs["pos"].dtype}
 
 
+def _special() -> bool:
+    """True where a new tensor is none that could be used later. Private in torch 2.13."""
+    transformed, traced = torch._C._are_functorch_transforms_active(), torch._C._len_torch_dispatch_stack()
+    return transformed or bool(traced) or torch.compiler.is_compiling()
+
+
 def _small(x) -> bool:
     """True for a plain tensor on the CPU of which a copy may be kept, and for None."""
-    if x is None:
-        return True
-    return type(x) is torch.Tensor and x.is_cpu and x.numel() <= LARGEST and not _wrapped(x)
-
-
-_wrapped: Callable = torch._C._functorch.is_functorch_wrapped_tensor  # private in torch 2.13
+    return x is None or type(x) is torch.Tensor and x.is_cpu and x.numel() <= LARGEST
 
 
 def _equal(kept, x) -> bool:

@@ -14,7 +14,7 @@ from bridge.errors import message, missing
 
 _functorch = torch._C._functorch  # private in torch 2.13, as _DisableFuncTorch: the tensors beneath the wrappers of torch.func
 
-def neighbor_list(pos, cell, pbc, cutoff, batch=None):
+def neighbor_list(pos, cell, pbc, cutoff, batch=None, *, ordered: bool = True):
     """All directed edges shorter than the cutoff: (edge_index (2,E), cell_offsets (E,3)), both int64.
 
     Takes pos (N,3) float in Angstrom (any image), cell (B,3,3) by rows of the same dtype, pbc (B,3) bool, cutoff in
@@ -25,7 +25,8 @@ def neighbor_list(pos, cell, pbc, cutoff, batch=None):
     both directions are listed, and so are an atom's own periodic images; the atom itself is not. Cells may be smaller
     than the cutoff or triclinic, pbc may differ from axis to axis and from system to system. The cell vector of an
     open axis is not looked at: it may be zero, and its offsets are 0. Edges are sorted by
-    centre, then neighbour.
+    centre; with ordered=False they come in the order in which they are found, the same each
+    time, and the list costs half as much.
 
     The list is made by vesin on the CPU in float64, with torch's number of threads; positions on another device are
     copied there to be read, and the result lies on the device of pos. Nothing is differentiated: form r_ij from pos and
@@ -39,11 +40,11 @@ def neighbor_list(pos, cell, pbc, cutoff, batch=None):
     >>> edges.tolist(), sorted(offsets.tolist())
     ([[0, 0], [0, 0]], [[-1, 0, 0], [1, 0, 0]])
     """
-    parts = _found(pos, cell, pbc, cutoff, batch)
+    parts = _found(pos, cell, pbc, cutoff, batch, ordered)
     return _written(parts, pos.device, np.int64, _count(parts))
 
 
-def _found(pos, cell, pbc, cutoff, batch):
+def _found(pos, cell, pbc, cutoff, batch, ordered):
     """The edges of each system that has atoms."""
     inputs = {"pos": pos, "cell": cell, "pbc": pbc} | ({} if batch is None else {"batch": batch})
     n_atoms, n_systems = check_inputs(inputs, ("pos", "cell", "pbc"))
@@ -53,7 +54,7 @@ def _found(pos, cell, pbc, cutoff, batch):
         raise ValueError(message("a positive cutoff in Angstrom", f"{cutoff}", "pass the model's cutoff"))
     check_values(x, h, periodic, bounds)
     atoms = enumerate(zip(bounds, bounds[1:]))
-    return [_edges(x[a:b], h[s], periodic[s], cutoff, a) for s, (a, b) in atoms if b > a]
+    return [_edges(x[a:b], h[s], periodic[s], cutoff, a, ordered) for s, (a, b) in atoms if b > a]
 
 
 class _Part(NamedTuple):
@@ -93,10 +94,11 @@ class Padded:
 
     cutoff: float
     capacity: int
+    ordered: bool = False
 
     def __call__(self, inputs: dict) -> dict:
         pos = inputs["pos"]
-        parts = _found(pos, inputs["cell"], inputs["pbc"], self.cutoff, inputs["batch"])
+        parts = _found(pos, inputs["cell"], inputs["pbc"], self.cutoff, inputs["batch"], self.ordered)
         needed = _count(parts)
         if needed > self.capacity:
             got = f"{needed} edges shorter than {self.cutoff} Angstrom"
@@ -124,13 +126,13 @@ def values(tensor):
 _AS_THEY_ARE = {torch.float64, torch.int32, torch.int64, torch.bool}
 
 
-def _edges(x, h, periodic, cutoff, first) -> _Part:
+def _edges(x, h, periodic, cutoff, first, ordered) -> _Part:
     """Edges of one system, whose first atom has index `first`."""
     try:
         import vesin
     except ImportError as error:
         raise missing("vesin", "neighbour lists") from error
-    search = vesin.NeighborList(cutoff=cutoff, full_list=True, sorted=True, n_threads=torch.get_num_threads())  # sums by centre run faster
+    search = vesin.NeighborList(cutoff=cutoff, full_list=True, sorted=ordered, n_threads=torch.get_num_threads())
     pairs, offsets = search.compute(x, _complete(h, periodic), periodic, quantities="PS", copy=False)
     return _Part(first, pairs, offsets, search)
 

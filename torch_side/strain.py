@@ -6,7 +6,7 @@ import torch
 
 from bridge.contract import named
 from bridge.errors import message
-from torch_side import kernels
+from torch_side import kernels, modes
 
 
 def virial(position_gradients, cell_gradients, positions, batch, cell):
@@ -81,6 +81,9 @@ def with_gradients(energy):
     """
 
     def model(inputs: dict, create_graph: bool | None = None) -> dict:
+        if torch.is_inference_mode_enabled():
+            with modes.recording(inputs) as inputs:
+                return model(inputs, create_graph)
         if create_graph is None:
             tensors = (x for x in inputs.values() if isinstance(x, torch.Tensor))
             create_graph = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
