@@ -84,7 +84,7 @@ def gradients(functions: dict, x, cotangent) -> dict:
 
 
 def by_hand():
-    """2 sin(x) as an autograd.Function over two jitted programs, for dense tensors of the CPU: the least that one costs."""
+    """2 sin(x) as an autograd.Function over two jitted programs, by public functions, for dense tensors of the CPU."""
     forward = jax.jit(lambda x: (2 * jnp.sin(x), jnp.cos(x)))
     backward = jax.jit(lambda c, g: 2 * c * g)
 
