@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from torch_side import kernels, padding
@@ -55,8 +57,8 @@ class Edges:
         else:
             inside = kept.index_select(0, self.crossing)
             among = padding.positions(inside)
-            place = kept.cumsum(0).sub_(1)
-            crossing = place.index_select(0, self.crossing.index_select(0, among))
+            place = kept.cumsum(0, dtype=torch.int32)
+            crossing = place.index_select(0, self.crossing.index_select(0, among)).long().sub_(1)
         systems = None if self.systems is None else self.systems.index_select(0, among)
         return Edges(index, crossing, self.offsets.index_select(0, among), systems)
 
@@ -106,12 +108,12 @@ class Made:
     def where(self, kept: torch.Tensor) -> Made:
         """Of some of the edges: kept (E,) bool."""
         places = padding.positions(kept)
-        index = places.new_empty(2, len(places))
-        for row, all_of in zip(index, self.edges.index):
-            torch.index_select(all_of, 0, places, out=row)
-        offsets = self.inputs["cell_offsets"].index_select(0, places)
+        index = _empty((2, len(places)), places)
+        for row, of_all in zip(index, self.edges.index):
+            torch.index_select(of_all, 0, places, out=row)
+        offsets = _rows(self.inputs["cell_offsets"], places)
         inputs = self.inputs | {"edge_index": index, "cell_offsets": offsets}
-        vectors = self.vectors.index_select(0, places)
+        vectors = _rows(self.vectors, places)
         return Made(inputs, vectors, self.edges.where(kept, index), _versions(inputs, vectors))
 
 
@@ -175,9 +177,32 @@ def _moments(edges, gradient, shape):
 
 def _vectors(pos, cell, edges):
     i, j = edges.index
-    between = pos.index_select(0, j) - pos.index_select(0, i)
     shifts = _shifts(cell, edges)
-    return between + shifts if edges.crossing is None else between.index_add(0, edges.crossing, shifts)
+    if torch.is_grad_enabled() or not (_plain(pos) and _plain(cell)):
+        between = pos.index_select(0, j) - pos.index_select(0, i)
+        return between + shifts if edges.crossing is None else between.index_add(0, edges.crossing, shifts)
+    between = _rows(pos, j)
+    between -= _rows(pos, i)  # in place: fresh memory costs more than the sums
+    return between.add_(shifts) if edges.crossing is None else between.index_add_(0, edges.crossing, shifts)
+
+
+def _rows(x, places):
+    """x.index_select(0, places), not differentiable."""
+    few = len(places) * x.shape[1] * x.element_size() < _MUCH
+    if few or not _plain(x):
+        return x.index_select(0, places)
+    return torch.index_select(x.detach(), 0, places, out=_empty((len(places), x.shape[1]), x))
+
+
+def _empty(shape, like):
+    """Memory for a tensor like another one: from NumPy where it is much, which asks the system for huge pages. Without
+    them half of the time goes into the first touch."""
+    if like.is_cpu and math.prod(shape) * like.element_size() >= _MUCH:
+        return torch.from_numpy(np.empty(shape, like.detach().numpy().dtype))
+    return like.new_empty(shape)
+
+
+_MUCH = 2**22  # bytes, from which NumPy does
 
 
 def _shifts(cell, edges):

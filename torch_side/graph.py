@@ -105,8 +105,8 @@ def _check_own_gradients(model, inputs, found, name) -> None:
 
 def _check_finite(found, layout, name) -> None:
     """ValueError naming the system whose energy, or the atom whose gradient, is not a number."""
-    checked = [found[key].detach() for key in _FINITE if key in found]
-    if not checked or math.isfinite(sum([x.sum() for x in checked])):  # no sum hides an inf or a NaN
+    sums = [found[key].detach().sum() for key in _FINITE if key in found]  # which hide no inf and no NaN
+    if all(map(math.isfinite, sums)):
         return
     out = layout.put_back({key: found[key].detach() for key in _FINITE if key in found})
     for key, what in _FINITE.items():

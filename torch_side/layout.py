@@ -85,7 +85,7 @@ def find(inputs: dict, card: Card, name: str, owner=None) -> Layout:
     last = _last.get(owner)
     if last is None or not last.is_of(inputs, card):
         copies = {key: inputs[key].clone() for key in INTEGERS if key in inputs}
-        last = _last[owner] = _found(inputs | copies, card, name, {key: x.numpy() for key, x in copies.items()})
+        last = _last[owner] = _found(inputs | copies, card, name, copies)
     return last
 
 
@@ -197,11 +197,14 @@ def _small(x) -> bool:
 
 
 def _equal(kept, x) -> bool:
-    """NumPy is twice as quick as torch.equal."""
     if kept is None or x is None:
         return kept is x
-    x = x.numpy()
-    return kept.dtype == x.dtype and np.array_equal(kept, x)
+    if kept.dtype is not x.dtype or kept.shape != x.shape:
+        return False
+    return torch.equal(kept, x) if x.numel() < _FEW else np.array_equal(kept.numpy(), x.numpy())
+
+
+_FEW = 2**14  # numbers, beyond which NumPy is twice as quick
 
 
 def _versions(inner) -> list:
