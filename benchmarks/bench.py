@@ -30,6 +30,7 @@ from benchmarks.jax_in_torch import ATOMS, soft_spheres  # and its groups
 ADDED_US, OF_HOST = 5.0, 0.1
 PACKAGES = ("jax", "torch", "jax-tvm-ffi", "apache-tvm-ffi", "wrap-torch2jax", "torch-jax-interop", "jax2torch")
 COPY, OUT, WRAP, CALLBACK = "jax-tvm-ffi, copy_", "buffer_callback, out=", "wrap-torch2jax", "native pure_callback"
+HOST = "torch's first operations in a callback run on cold caches: two views and a copy, unchecked, take 1.38; the guards 0.15"
 
 
 def lanes(run, f, *args, wrap=lambda f: f):
@@ -83,7 +84,7 @@ def acceptance(times: dict) -> list[tuple]:
     "bare torch",
     "host",
     COPY,
-    judge=lambda times: acceptance(times) + goals(("ffi", COPY, 2.2), ("ffi", WRAP, 1.0), ("host", CALLBACK, 1.4))(times),
+    judge=lambda times: acceptance(times) + goals(("ffi", COPY, 2.2), ("ffi", WRAP, 1.0), ("host", CALLBACK, 1.4, HOST))(times),
 )
 def empty():
     """The identity of 64 float32 in a fori_loop."""

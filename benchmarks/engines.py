@@ -1,6 +1,7 @@
 """Milliseconds a step of NVE for one model and crystal, in jitted jax-md, under ASE and under torch-sim: `python -m benchmarks.engines`.
 
-SevenNet-0 (float32) on NaCl of 8, 64 and 216 atoms, and a cheap pair potential in torch (float64) on 256 and 4,000 atoms. The
+SevenNet-0 (float32) on NaCl of 8, 64 and 216 atoms, and a cheap pair potential in torch (float64) on 256 and 4,000 atoms,
+beside what each code has of its own: SevenNet under ASE and torch-sim, Lennard-Jones with the same cutoff in all three. The
 variants take turns in one process; `ms` is the quickest round, a ratio the median over rounds. Prints JSON lines and a
 table, and draws benchmarks/out/engines.png.
 """
@@ -20,11 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from jax_md import simulate, space
+from ase.calculators.lj import LennardJones
+from jax_md import energy, simulate, space
 from tqdm import tqdm
 
 import bridge
-from benchmarks.harness import bare, measure, ratio
+from benchmarks.harness import Rival, attempt, bare, measure, ratio
 from bridge.card import Card
 from jax_side.engines import jax_md as jax_engine
 from torch_side.engines import ase as ase_engine
@@ -34,14 +36,15 @@ from torch_side.model import Wrapped
 
 OUT = Path(__file__).parent / "out"
 FS = 1.0
-CUTOFF = 5.0  # of the pair potential: argon's, cut where it is smooth
+SIGMA, EPSILON = 3.4, 0.0103  # Angstrom, eV: argon
+CUTOFF = 5.0  # Angstrom, of the pair potential
 
 
 def pair(inputs):
     """Lennard-Jones argon over the edges, smoothly switched off."""
     r2 = edge_vectors(inputs).square().sum(-1)
-    s6 = (3.4**2 / r2) ** 3
-    each = 0.5 * 4 * 0.0103 * (s6 * s6 - s6) * (1 - r2 / CUTOFF**2) ** 2
+    s6 = (SIGMA**2 / r2) ** 3
+    each = 0.5 * 4 * EPSILON * (s6 * s6 - s6) * (1 - r2 / CUTOFF**2) ** 2
     return r2.new_zeros(len(inputs["cell"])).index_add(0, inputs["batch"][inputs["edge_index"][0]], each)
 
 
@@ -87,10 +90,10 @@ def under_ase(calculator, atoms):
     return dynamics.run
 
 
-def under_torch_sim(model, atoms, dtype):
+def under_torch_sim(engine, atoms, dtype):
+    """`engine` is a model in torch-sim's own terms."""
     import torch_sim as ts
 
-    engine = torch_engine.model(model, compute_stress=False)
     init, step = torch_engine.integrator("nve", engine, dt=torch.tensor(FS * ase.units.fs, dtype=dtype), kT=torch.tensor(0.0, dtype=dtype))
     state = [init(ts.io.atoms_to_state([atoms], engine.device, engine.dtype))]
 
@@ -105,8 +108,8 @@ def under_jax_md(model, atoms, dtype):
     """A chunk of steps in one jitted loop."""
     real = str(dtype).removeprefix("torch.")
     box = jnp.asarray(atoms.cell.array.T, real)
-    energy = jax_engine.energy(bridge.potential(model, atomic_numbers=atoms.numbers, pbc=True), box)
-    init, step = simulate.nve(energy, space.periodic_general(box, fractional_coordinates=True)[1], FS * ase.units.fs)
+    bridged = jax_engine.energy(bridge.potential(model, atomic_numbers=atoms.numbers, pbc=True), box)
+    init, step = simulate.nve(bridged, space.periodic_general(box, fractional_coordinates=True)[1], FS * ase.units.fs)
     masses = jnp.asarray(atoms.get_masses(), real)[:, None]
     state = [init(jax.random.key(0), jnp.asarray(atoms.get_scaled_positions(), real), kT=0.0, mass=masses)]
     loop = jax.jit(lambda state, n: jax.lax.fori_loop(0, n, lambda _, s: step(s), state))
@@ -118,6 +121,54 @@ def under_jax_md(model, atoms, dtype):
     return run
 
 
+def jax_md_alone(atoms, dtype):
+    """jax-md's own Lennard-Jones, with its own neighbour list, made anew in the loop where atoms have moved far enough."""
+    real = str(dtype).removeprefix("torch.")
+    box = jnp.asarray(atoms.cell.array.T, real)
+    displacement, shift = space.periodic_general(box, fractional_coordinates=True)
+    reach = dict(r_onset=0.8 * CUTOFF / SIGMA, r_cutoff=CUTOFF / SIGMA, dr_threshold=0.5, fractional_coordinates=True)
+    neighbors, potential = energy.lennard_jones_neighbor_list(displacement, box, sigma=SIGMA, epsilon=EPSILON, **reach)
+    init, step = simulate.nve(potential, shift, FS * ase.units.fs)
+    places, masses = jnp.asarray(atoms.get_scaled_positions(), real), jnp.asarray(atoms.get_masses(), real)[:, None]
+    found = neighbors.allocate(places)
+    state = [(init(jax.random.key(0), places, kT=0.0, mass=masses, neighbor=found), found)]
+
+    def move(_, carried):
+        now, found = carried
+        found = found.update(now.position)
+        return step(now, neighbor=found), found
+
+    loop = jax.jit(lambda carried, n: jax.lax.fori_loop(0, n, move, carried))
+
+    def run(n):
+        with jax.enable_x64(dtype == torch.float64):
+            state[0] = jax.block_until_ready(loop(state[0], n))
+
+    return run
+
+
+def own_of_each(kind, atoms, dtype) -> dict:
+    """What each code has for this model, or for one like it, of itself."""
+    if kind == "sevennet":
+        from sevenn.calculator import SevenNetCalculator
+
+        def sevennet_in_torch_sim(package):
+            return under_torch_sim(package.SevenNetModel("7net-0", device="cpu"), atoms, dtype)
+
+        return {
+            "ASE, SevenNet's own calculator": under_ase(SevenNetCalculator("7net-0", device="cpu"), atoms),
+            "torch-sim, SevenNet's own model": Rival("sevenn.torchsim", "torch-sim-atomistic", sevennet_in_torch_sim),
+        }
+    from torch_sim.models.lennard_jones import LennardJonesModel
+
+    lennard_jones = LennardJonesModel(sigma=SIGMA, epsilon=EPSILON, cutoff=CUTOFF, dtype=dtype, device=torch.device("cpu"))
+    return {
+        "ASE, its own Lennard-Jones": under_ase(LennardJones(sigma=SIGMA, epsilon=EPSILON, rc=CUTOFF), atoms),
+        "torch-sim, its own Lennard-Jones": under_torch_sim(lennard_jones, atoms, dtype),
+        "jax-md, its own Lennard-Jones": jax_md_alone(atoms, dtype),
+    }
+
+
 def variants(name):
     kind, make, _ = CASES[name]
     model, atoms = MODELS[kind](), make()
@@ -125,19 +176,22 @@ def variants(name):
     dtype = torch.float32 if kind == "sevennet" else torch.float64
     with jax.enable_x64(dtype == torch.float64):
         found = {"bare model": bare_model(model, atoms, dtype), "jitted jax-md": under_jax_md(model, atoms, dtype)}
-    found |= {"ASE, bridge's calculator": under_ase(ase_engine.calculator(model, outputs=()), atoms), "torch-sim": under_torch_sim(model, atoms, dtype)}
-    if kind == "sevennet":
-        from sevenn.calculator import SevenNetCalculator
-
-        found["ASE, SevenNet's own calculator"] = under_ase(SevenNetCalculator("7net-0", device="cpu"), atoms)
-    return found
+        engine = torch_engine.model(model, compute_stress=False)
+        found |= {
+            "ASE, bridge's calculator": under_ase(ase_engine.calculator(model, outputs=()), atoms),
+            "torch-sim, bridge's model": under_torch_sim(engine, atoms, dtype),
+        }
+        return found | own_of_each(kind, atoms, dtype)
 
 
 def rows_of(name, rounds):
-    times = measure(variants(name), CASES[name][2], rounds)
-    return [
-        {"name": f"{name}/{v}", "ms": min(t) / 1e3, "jax_md_over_this": ratio(times["jitted jax-md"], t)} for v, t in times.items()
-    ]  # fmt: skip
+    runs = {v: attempt(run) if isinstance(run, Rival) else run for v, run in variants(name).items()}
+    times = measure({v: run for v, run in runs.items() if callable(run)}, CASES[name][2], rounds)
+    return [{"name": f"{name}/{v}", **(figures(times, v) if v in times else run)} for v, run in runs.items()]
+
+
+def figures(times, variant) -> dict:
+    return {"ms": min(times[variant]) / 1e3, "jax_md_over_this": ratio(times["jitted jax-md"], times[variant])}
 
 
 def draw(rows, path):
@@ -151,7 +205,7 @@ def draw(rows, path):
     figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
     for k, name in enumerate(names):
         own = [(i, r["ms"]) for i, case in enumerate(cases) for r in rows if r["name"] == f"{case}/{name}"]
-        axes.bar([i + 0.16 * (k - 2) for i, _ in own], [ms for _, ms in own], 0.15, label=name)
+        axes.bar([i + 0.1 * (k - 4) for i, _ in own], [ms for _, ms in own], 0.09, label=name)
     axes.set(yscale="log", ylabel="ms a step", xticks=range(len(cases)), xticklabels=cases)
     axes.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -169,8 +223,11 @@ def main(argv=None) -> int:
     rows = [row for name in tqdm(args.only, disable=None) for row in rows_of(name, args.rounds)]
     print("\n".join(map(json.dumps, rows)))
     width = max(len(r["name"]) for r in rows) + 2
-    print("\n".join([f"\n{'':{width}}{'ms a step':>10}   jax-md / this", *(f"{r['name']:{width}}{r['ms']:10.2f}   {r['jax_md_over_this']:.2f}" for r in rows)]))
-    draw(rows, args.out)
+    print(f"\n{'':{width}}{'ms a step':>10}   jax-md / this")
+    for r in rows:
+        shown = f"{r['ms']:10.2f}   {r['jax_md_over_this']:.2f}" if "ms" in r else f"{r['status']}: {r['error']}"
+        print(f"{r['name']:{width}}{shown}")
+    draw([r for r in rows if "ms" in r], args.out)
     return 0
 
 

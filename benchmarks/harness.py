@@ -31,13 +31,18 @@ def then(x, f):
 def group(*baselines, share=1.0, judge=lambda times: [], rounds=None):
     """Register a group: a function that gives {variant: run(n calls), or a Rival}; one round takes `share` of --calls.
 
-    judge(times) gives (what, value, limit) for each goal; `rounds` is the most that a slow group takes."""
+    judge(times) gives (what, value, limit), and perhaps why it is missed, for each goal; `rounds` is the most that a slow group takes."""
     return lambda make: GROUPS.setdefault(make.__name__, (make, baselines, share, judge, rounds)) and make
 
 
 def goals(*asked):
-    """The judge of ratios: (variant, baseline, limit) each; without a figure where one of both couldn't be timed."""
-    return lambda times: [(f"{a} / {b}", ratio(times[a], times[b]) if a in times and b in times else None, limit) for a, b, limit in asked]
+    """The judge of ratios: (variant, baseline, limit) each, and why where it is known to be missed; without a figure where
+    one of both couldn't be timed."""
+
+    def judge(times):
+        return [(f"{a} / {b}", ratio(times[a], times[b]) if a in times and b in times else None, *limit) for a, b, *limit in asked]
+
+    return judge
 
 
 def in_loop(body, x):
@@ -93,12 +98,12 @@ def rows_of(name: str, calls: int, rounds: int) -> list[dict]:
     times = measure({v: run for v, run in variants.items() if callable(run)}, max(1, int(calls * share)), rounds)
     found = records(baselines, times)
     rows = [{"name": f"{name}/{v}", **(found[v] if v in found else why)} for v, why in variants.items()]
-    return rows + [verdict(f"acceptance/{name}: {what}", value, limit) for what, value, limit in judge(times)]
+    return rows + [verdict(f"acceptance/{name}: {what}", value, *limit) for what, value, *limit in judge(times)]
 
 
-def verdict(name: str, value: float | None, limit: float) -> dict:
+def verdict(name: str, value: float | None, limit: float, why: str = "") -> dict:
     word = "no figure" if value is None else "PASS" if value <= limit else "FAIL"
-    return {"name": name, "value": value, "limit": limit, "verdict": word}
+    return {"name": name, "value": value, "limit": limit, "verdict": word} | ({"why": why} if word == "FAIL" and why else {})
 
 
 def measure(variants: dict, calls: int, rounds: int) -> dict[str, list[float]]:

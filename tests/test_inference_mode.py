@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import bridge
+from torch_side.model import Model
+from torch_side.strain import with_gradients
 
 X = jnp.linspace(0.3, 2.3, 3)
 net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1)).eval().double().requires_grad_(False)
@@ -146,3 +148,29 @@ def test_functionalize_is_refused_in_words():
     f = bridge.to_torch(lambda x: x**2)
     with pytest.raises(NotImplementedError, match="got torch.func.functionalize; call it outside of functionalize"):
         torch.func.functionalize(f)(torch.ones(3))
+
+
+class Cubic(Model):
+    card = bridge.Card(batches=True)
+
+    def energies(self, inputs):
+        each = (inputs["pos"] ** 3).sum(-1) + inputs["cell"].sum()
+        return {"energy": inputs["pos"].new_zeros(len(inputs["cell"])).index_add(0, inputs["batch"], each)}
+
+
+def structure():
+    pos, cell = torch.arange(6.0, dtype=torch.float64).reshape(2, 3), torch.eye(3, dtype=torch.float64)[None]
+    return {"pos": pos, "cell": cell, "pbc": torch.ones(1, 3, dtype=torch.bool), "batch": torch.zeros(2, dtype=torch.int64), "atomic_numbers": torch.tensor([1, 1])}
+
+
+@pytest.mark.parametrize("made", ["inside", "outside"])
+@pytest.mark.parametrize("model", [Cubic(), with_gradients(Cubic().energies)], ids=["Model", "with_gradients"])
+def test_gradients_x_inference_mode_around_torch(model, made):
+    """Not the zeros of what inference mode has not recorded; tensors made in it are welcome."""
+    x = structure()
+    want = model(x)
+    with torch.inference_mode():
+        got = model(structure() if made == "inside" else x)
+    for name in ("energy", "position_gradients", "cell_gradients"):
+        assert want[name].any() and not got[name].requires_grad
+        torch.testing.assert_close(got[name], want[name], rtol=0, atol=0)
