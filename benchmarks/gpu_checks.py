@@ -7,6 +7,7 @@ sense there run on a CPU device, too: tests/test_gpu_check.py tries their code s
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 
 import jax
@@ -43,15 +44,21 @@ def place(gpu) -> torch.device:
 
 @contextlib.contextmanager
 def spied(**spies):
-    """TorchFunction.<name> calls the spy first, with the same arguments."""
-    originals = {name: getattr(export.TorchFunction, name) for name in spies}
+    """TorchFunction.<name> calls the spy first, with the same arguments; that of `run` sees calls by a `runner`, too."""
+    names = {*spies, "runner"} if "run" in spies else {*spies}
+    originals = {name: getattr(export.TorchFunction, name) for name in names}
 
     def both(spy, original):
         return staticmethod(lambda *args: (spy(*args), original(*args))[1])
 
+    def runner(fn, ready):
+        return both(functools.partial(spies["run"], fn), originals["runner"](fn, ready)).__func__
+
     try:
         for name, spy in spies.items():
             setattr(export.TorchFunction, name, both(spy, originals[name]))
+        if "runner" in names:
+            export.TorchFunction.runner = staticmethod(runner)
         yield
     finally:
         for name, original in originals.items():

@@ -67,6 +67,8 @@ class Function:
 
     A base also tells lanes how to run any Function built on it: `run(fn, buffers, into=None)` on foreign memory,
     `tensor_type`, the class that buffers should arrive as, and `on_stream(stream, buffers)`, a context for a GPU call.
+    `runner(fn, ready)` is `run` for many calls into buffers (`ready` says that they are of tensor_type and of their dtypes),
+    and `give(results)` hands fresh results to the other bank.
     """
 
     inputs: tuple[Spec, ...]

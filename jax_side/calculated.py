@@ -44,7 +44,7 @@ class Calculated:
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _run(call, arrays):
     results = [jax.ShapeDtypeStruct(s.shape, s.dtype) for s in call.outputs]
-    return jax.pure_callback(HostCall(call), results, *arrays, vmap_method="sequential")
+    return jax.pure_callback(HostCall(call, call.run), results, *arrays, vmap_method="sequential")
 
 
 @_run.defjvp
@@ -64,11 +64,7 @@ class _Calculation:
     names: tuple
     outputs: tuple
 
-    @property
-    def base(self):
-        return self
-
-    def run(self, _, arrays, outs):
+    def run(self, arrays, outs):
         given, out = dict(zip(self.keys, map(np.asarray, arrays))), dict(zip(self.names, outs))
         for x in outs:
             x[...] = 0

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RIVALS, SCALAR, WAYS = ("torch_jax_interop.WrappedJaxFunction", "jax2torch"), "torch_jax_interop.WrappedJaxScalarFunction", ("", ", .backward()")
 
 
+BARE = "autograd.Function by hand, unchecked"
 LARGE = "potential_list_97336", "potential_list_1000000", "edges_of_a_million"  # minutes, which make bench alone takes
 
 
@@ -25,10 +26,13 @@ def both(*names):
 
 
 CASES = {
-    "empty": ["bare torch", "empty jax loop", "ffi", "host", "native pure_callback", "native buffer_callback", "native jax-tvm-ffi"],
-    "sin64": ["bare torch", "pure jax", "ffi", "host"],
-    "eager": ["bare torch", "jitted jax", "eager jax", "eager bridge", "jitted bridge"],
-    "energy_and_forces": ["torch.autograd", "torch.func", "pure jax", "ffi", "host", "ffi, derivatives='autograd'"],
+    "empty": [
+        *("bare torch", "empty jax loop", "ffi", "host", "native pure_callback", "native buffer_callback", "native jax-tvm-ffi"),
+        *("jax-tvm-ffi, copy_", "wrap-torch2jax"),
+    ],
+    "sin64": ["bare torch", "pure jax", "ffi", "host", "buffer_callback, out=", "jax-tvm-ffi, copy_(sin)", "wrap-torch2jax"],
+    "eager": ["bare torch", "jitted jax", "eager jax", "eager bridge", "jitted bridge", "jitted wrap-torch2jax"],
+    "energy_and_forces": ["torch.autograd", "torch.func", "pure jax", "ffi", "host", "ffi, derivatives='autograd'", "wrap-torch2jax"],
     "training_step": ["torch.autograd", "pure jax", "ffi", "host"],
     "tensor_to_jax": ["jax.dlpack", "bridge.to_jax"],
     "array_to_torch": ["torch.from_dlpack", "bridge.to_torch"],
@@ -36,7 +40,7 @@ CASES = {
         *("bare jit dispatch", "jit, waited for", "torch_jax_interop.jax_to_torch"),
         *(name + how for name in ("pure torch", "bridge", *RIVALS) for how in ("", ", requires_grad")),
     ],
-    "to_torch_backward": ["jitted jax.vjp", "jitted jax.vjp, waited for", *both("pure torch", "bridge", *RIVALS)],
+    "to_torch_backward": ["jitted jax.vjp", "jitted jax.vjp, waited for", *both("pure torch", "bridge", BARE, *RIVALS)],
     "to_torch_energy": ["jitted value_and_grad", "jitted value_and_grad, waited for", *both("pure torch", "bridge", *RIVALS, SCALAR)],
     "to_torch_training": [
         *("jitted value_and_grad", "jitted value_and_grad, waited for", "pure torch", "bridge.module", "bridge.module, loss in JAX"),
@@ -48,6 +52,9 @@ CASES = {
     **{f"potential_list_{n}": ["by hand", "with_gradients, without skin", "bridge"] for n in (64, 1000)},
     "acceptance": [
         *("empty: us that ffi adds to bare torch", "empty: ffi / host", "to_torch_forward: bridge / bare jit dispatch"),
+        *("empty: ffi / jax-tvm-ffi, copy_", "empty: ffi / wrap-torch2jax", "empty: host / native pure_callback"),
+        *("sin64: ffi / buffer_callback, out=", "sin64: ffi / wrap-torch2jax", "energy_and_forces: ffi / wrap-torch2jax"),
+        *("eager: eager bridge / jitted jax", "eager: jitted bridge / jitted wrap-torch2jax", "to_torch_backward: bridge / pure torch"),
         *(f"to_torch_forward: bridge / {rival}" for rival in ("torch_jax_interop.jax_to_torch", "jax2torch")),
         *(f"to_torch_forward: bridge, requires_grad / {rival}, requires_grad" for rival in RIVALS),
         *(f"to_torch_backward: bridge{how} / {rival}{how}" for rival in RIVALS for how in WAYS),
@@ -78,14 +85,14 @@ def test_every_case_is_one_json_line_and_one_row_of_the_table(tmp_path):
     assert all(any(row.startswith(name) for row in text.splitlines()) for name in rows if name != "environment")
     assert (tmp_path / "lines").read_text().splitlines() == lines
     told = {name for name, r in rows.items() if "status" in r}  # other packages, as they are installed here or not
-    assert all(name.split("/")[1].startswith(("torch_jax_interop.", "jax2torch")) for name in told)
+    assert all(name.split("/")[1].startswith(("torch_jax_interop.", "jax2torch", "wrap-torch2jax", "jitted wrap-torch2jax")) for name in told)
     assert all(r["verdict"] == "no figure" for name, r in rows.items() if name.startswith("acceptance/") and r["value"] is None)
 
 
 def test_ratios_verdicts_and_counts_are_told(tmp_path):
     lines, _ = bench(tmp_path, "--only", "empty")
     rows = {r["name"]: r for r in map(json.loads, lines)}
-    assert set(rows["empty/ffi"]["ratios"]) == {"bare torch", "host"} and rows["empty/ffi"]["us"] > 0
+    assert set(rows["empty/ffi"]["ratios"]) == {"bare torch", "host", "jax-tvm-ffi, copy_"} and rows["empty/ffi"]["us"] > 0
     for r in (rows[f"acceptance/{case}"] for case in CASES["acceptance"][:2]):
         assert r["verdict"] == ("PASS" if r["value"] <= r["limit"] else "FAIL")
     assert (rows["passes/energy_and_forces"]["forward"], rows["passes/energy_and_forces"]["backward"]) == (1, 1)
