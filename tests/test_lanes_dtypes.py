@@ -190,7 +190,7 @@ def test_copies_x_output(lane, expected, monkeypatch):
     def recorded(run, given, into=None):
         with ops:
             results = run(given, into)
-        written.extend(torch.as_tensor(b).data_ptr() for b in into or results)
+        written.extend(b.data_ptr() for b in into or results if isinstance(b, torch.Tensor))  # a host call's are capsules
         return results
 
     monkeypatch.setattr(base, "run", staticmethod(lambda fn, *buffers: recorded(partial(run, fn), *buffers)))
@@ -198,4 +198,4 @@ def test_copies_x_output(lane, expected, monkeypatch):
     f = bridge.to_jax(torch.sin, lane=lane or "auto")
     y = (jax.jit(f) if lane else f)(jnp.ones((8, 16), jnp.float32)).block_until_ready()
     assert [n for n in ops.names if n != "detach"] == expected
-    assert (written[0] == y.unsafe_buffer_pointer()) is (lane != "host")
+    assert written == ([] if lane == "host" else [y.unsafe_buffer_pointer()])
