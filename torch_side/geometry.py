@@ -81,8 +81,9 @@ _FEW = 1000  # edges: fewer are moved quicker than looked through
 
 
 def _crossing(offsets):
-    """The positions of offsets (E,3) that are not zero; None where they are not few, or nobody can say."""
-    if not _plain(offsets) or len(offsets) < _FEW:
+    """The positions of offsets (E,3) that are not zero; None where they are not few, or where nobody
+    can say (on a GPU not without waiting for it)."""
+    if not _plain(offsets) or not offsets.is_cpu or len(offsets) < _FEW:
         return None
     a, b, c = offsets.unbind(1)
     places = padding.positions((a | b | c) != 0)
