@@ -145,9 +145,13 @@ def order_arrays(gpu, values):
     tp = bridge.to_torch(p)
     same((bridge.to_torch(slow(x, p)) + 1).cpu(), rolled + 1, "to_torch of a running computation")
     same(bridge.to_jax(chain(bridge.to_torch(x), tp)) + 1, rolled + 1, "to_jax of a running computation")
+    doubled = bridge.to_torch(lambda x: 2 * x)
     for k in range(5):
+        t = chain(doubled(bridge.to_torch(x) + k), tp)  # the result of a JAX function is freed here, too
+        junk = [jnp.full_like(x, -1) for _ in range(4)]
+        same(t.cpu(), 2 * (rolled + k), "the result of a JAX function, freed while torch reads it")
         y = slow(bridge.to_jax(bridge.to_torch(x) + k), p)
-        junk = [torch.full((SIDE, SIDE), -1.0, device=place(gpu)) for _ in range(4)]
+        junk += [torch.full((SIDE, SIDE), -1.0, device=place(gpu)) for _ in range(4)]
         same(y, rolled + k, "a tensor freed while XLA reads it")
         t = chain(bridge.to_torch(x + k), tp)
         junk += [jnp.full_like(x, -1) for _ in range(4)]
@@ -214,7 +218,9 @@ def numbers(gpu, values):
 
 @check
 def graph(gpu, values):
-    """XLA replays a CUDA graph over a torch call that allocates nothing, registered with allow_cuda_graph."""
+    """XLA replays a CUDA graph over a torch call that allocates nothing, registered with allow_cuda_graph.
+
+    While XLA captures, its stream can't wait for another (buffers.on_stream would make it)."""
     import jax_tvm_ffi
     import tvm_ffi
 
@@ -222,7 +228,7 @@ def graph(gpu, values):
 
     def enter(stream, x, y):
         calls.append(stream)
-        with torch.no_grad(), buffers.on_stream(stream, (x,)) if x.is_cuda else contextlib.nullcontext():
+        with torch.no_grad(), torch.cuda.stream(buffers._external(stream, x.device.index)) if x.is_cuda else contextlib.nullcontext():
             torch.add(torch.mul(x, 0.5, out=work), 1.0, out=y)
 
     torch.add(torch.mul(work, 0.5, out=work), 1.0, out=torch.empty_like(work))  # loads the kernels before any capture

@@ -649,3 +649,36 @@ def test_objects_without_dlpack_are_refused(import_):
 def test_the_examples_run(module):
     done = doctest.testmod(module)
     assert done.attempted >= 4 and done.failed == 0
+
+
+class Event:
+    """A mark in a stream that is passed when a test says so."""
+
+    passed = False
+
+    def query(self):
+        return self.passed
+
+
+class Owner:
+    """Someone whose memory is lent."""
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_memory_of_a_gpu_stays_with_the_tensor_until_the_stream_has_read_it(monkeypatch, passed):
+    """The event and the owner stand in for a CUDA stream and a JAX buffer; on a card: benchmarks.gpu_check order_arrays."""
+    from torch_side import arrays
+
+    event, owner, tensor = Event(), Owner(), torch.zeros(8)
+    event.passed = passed
+    monkeypatch.setattr(arrays, "_mark", lambda device: event)
+    arrays._outlive(tensor, owner)
+    alive = weakref.ref(owner)
+    view = tensor[2:]
+    del owner, tensor
+    assert alive() is not None  # a view holds the storage
+    del view
+    assert (alive() is None) is passed  # the storage is gone; kernels may still read the memory
+    event.passed = True
+    arrays._outlive(torch.zeros(1), None)
+    assert alive() is None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections import deque
+
 import torch
 
 from bridge.errors import message, spec
@@ -68,7 +71,8 @@ def import_(obj, copy: bool | None = None) -> torch.Tensor:
 
     Who owns the memory: the producer's; the tensor keeps it alive, also after the producer's object was deleted.
     WRITING TO THE TENSOR IN PLACE CHANGES THE PRODUCER'S ARRAY, which its framework may believe constant: use copy=True
-    for a tensor to be written to. On a GPU the two streams are ordered by the protocol, without a host synchronisation.
+    for a tensor to be written to. On a GPU the two streams are ordered by the protocol, without a host synchronisation;
+    memory that the tensor gives up goes back to the producer when the work is done that torch's current stream had then.
 
     Raises: TypeError if `obj` has no `__dlpack__`; ValueError, with the producer's own text, if it can't lend its memory
     or torch can't take it (a dtype that only the producer knows, copy=False where it must copy).
@@ -83,10 +87,46 @@ def import_(obj, copy: bool | None = None) -> torch.Tensor:
         raise TypeError(message("an object with __dlpack__", type(obj).__name__, "make an array of it first"))
     try:
         tensor = torch.from_dlpack(obj, copy=None if copy else copy)
+        if tensor.is_cuda:
+            _outlive(tensor, torch.from_dlpack(obj, copy=None if copy else copy))
     except (BufferError, RuntimeError, ValueError, TypeError) as error:
         do = "make a dense copy in a dtype and on a device that torch knows first"
         raise ValueError(message("memory that torch can share", f"{type(obj).__name__}: {error}", do)) from error
     return tensor.clone() if copy else tensor
+
+
+_waiting: deque = deque()  # (event of torch's stream, who owns the memory that is read before it)
+
+
+def _outlive(tensor: torch.Tensor, owner) -> None:
+    """Let `owner` live as long as the memory of `tensor`, and until the GPU has read that memory for the last time.
+
+    A producer takes memory back in the order of its own stream. Kernels that torch has still to run would read what the
+    producer writes there next (seen on an H200: JAX's next arrays in the results of torch)."""
+    while _waiting and _waiting[0][0].query():
+        _waiting.popleft()
+    tensor.untyped_storage().owner = _Owner(owner, tensor.device)
+
+
+class _Owner:
+    """What a storage holds: dies with it."""
+
+    __slots__ = ("device", "owner")
+
+    def __init__(self, owner, device: torch.device):
+        self.owner, self.device = owner, device
+
+    def __del__(self):
+        if sys.is_finalizing():
+            return
+        done = _mark(self.device)
+        if not done.query():
+            _waiting.append((done, self.owner))
+
+
+def _mark(device: torch.device):
+    """An event that comes when torch's current stream there has done what it has been given so far."""
+    return torch.cuda.current_stream(device).record_event()
 
 
 def check_dense(t: torch.Tensor) -> None:

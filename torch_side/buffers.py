@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from bridge.function import Spec
-from torch_side.arrays import DTYPES, dtype_name, export
+from torch_side.arrays import DTYPES, dtype_name, export, import_
 
 
 def spec_of(t: torch.Tensor) -> Spec:
@@ -141,7 +141,7 @@ def given(results) -> list:
 
 def taken(results) -> list:
     """Tensors over results that the other bank has let go: nobody else reads or writes this memory."""
-    take = _from_capsule if results and type(results[0]) is _Bare else torch.from_dlpack
+    take = _from_capsule if results and type(results[0]) is _Bare else import_
     return [*map(take, results)]
 
 
