@@ -31,8 +31,8 @@ from bridge.card import Card
 from jax_side.engines import jax_md as jax_engine
 from torch_side.engines import ase as ase_engine
 from torch_side.engines import torch_sim as torch_engine
-from torch_side.geometry import edge_vectors
-from torch_side.model import Wrapped
+from torch_side.potentials.geometry import edge_vectors
+from torch_side.potentials.model import Wrapped
 
 OUT = Path(__file__).parent / "out"
 FS = 1.0

@@ -1,7 +1,7 @@
 """The checks of benchmarks.gpu_check, each for itself: what must hold on a CUDA GPU and can't be seen on a CPU.
 
 A check takes a JAX device and a dict for the values that it finds, and raises where something is wrong. Those that make
-sense there run on a CPU device, too: tests/test_gpu_check.py tries their code so.
+sense there run on a CPU device, too: tests/demos/test_gpu_check.py tries their code so.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 import bridge
 from benchmarks.harness import bare, in_loop, measure, one_by_one
-from torch_side import buffers, export, running
+from torch_side.calls import buffers, export, running
 
 SIDE, STEPS, CALLS = 4096, 50, 10_000  # the slow kernel is a chain of STEPS matrix products; calls of the memory check
 CHECKS = {}

@@ -1,4 +1,4 @@
-"""Microseconds a move of one atom in jitted Monte Carlo (jax_side.local) at 1,000, 10,000 and 100,000 atoms: `python -m benchmarks.mc`.
+"""Microseconds a move of one atom in jitted Monte Carlo (jax_side.montecarlo.local) at 1,000, 10,000 and 100,000 atoms: `python -m benchmarks.mc`.
 
 A Lennard-Jones fluid (rho 0.8, cutoff 2.5, float32) in JAX, and a small network of messages of its distances in torch on the ffi lane. All
 systems have one layout (slots per cell, neighbours), take turns in one process, and a round is one jitted scan with fresh random numbers
@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 import bridge
 from benchmarks.harness import measure, ratio, verdict
-from jax_side import moves
-from jax_side.local import LocalPotential
+from jax_side.montecarlo import moves
+from jax_side.montecarlo.local import LocalPotential
 
 OUT = Path(__file__).parent / "out"
 DENSITY, CUTOFF, WIDTH = 0.8, 2.5, 16

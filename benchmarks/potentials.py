@@ -9,9 +9,9 @@ import torch
 
 import bridge
 from benchmarks.harness import bare, goals, group, one_by_one
-from torch_side.geometry import edge_vectors
-from torch_side.neighbors import neighbor_list
-from torch_side.strain import with_gradients
+from torch_side.potentials.geometry import edge_vectors
+from torch_side.potentials.neighbors import neighbor_list
+from torch_side.potentials.strain import with_gradients
 
 CUTOFF, REPLICAS = 4.0, 16
 SKIN, EMPTY = 0.3, 0.1  # Angstrom, and the part of a list's slots that is not used

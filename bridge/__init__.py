@@ -13,9 +13,9 @@ _HOMES = {
     "jax_potential": "bridge.join",
     "edges": "bridge.join",
     "torch_potential": "bridge.join",
-    "Buckets": "torch_side.buckets",
+    "Buckets": "torch_side.calls.buckets",
     "Card": "bridge.card",
-    "raising": "jax_side.lanes",
+    "raising": "jax_side.calls.lanes",
 }
 __all__ = [*_HOMES]
 __version__ = "0.1.0"

@@ -44,7 +44,7 @@ def doctor() -> int:
 
 def check(options) -> int:
     """A line for each property as it is done, the text of each failure."""
-    from bridge.subject import kind_of
+    from bridge.testing.subject import kind_of
     from bridge.testing import run_checks
 
     given = {"kind": options.kind, "gradients": options.gradients, "cutoff": options.cutoff, "dtype": options.dtype, "elements": options.elements}

@@ -12,24 +12,24 @@ from bridge import contract
 from bridge.call import one_of
 from bridge.card import Card
 from bridge.errors import message
-from jax_side import arrays as jax_arrays
+from jax_side.calls import arrays as jax_arrays
 from jax_side import doctor as jax_doctor
-from jax_side import export as jax_export
-from jax_side import potential as jax_side_potential
-from jax_side.calling import JaxCallable
-from jax_side.edges import Edges
-from jax_side.outputs import Outputs
-from torch_side import arrays as torch_arrays
+from jax_side.calls import export as jax_export
+from jax_side.potentials import potential as jax_side_potential
+from jax_side.calls.calling import JaxCallable
+from jax_side.potentials.edges import Edges
+from jax_side.potentials.outputs import Outputs
+from torch_side.calls import arrays as torch_arrays
 from torch_side import doctor as torch_doctor
-from torch_side import export as torch_export
-from torch_side import buffers
-from torch_side.adapted import Applied, Contracted
-from torch_side.buckets import Buckets, Padded
-from torch_side.calling import TorchCallable
-from torch_side.model import Model, Wrapped
-from torch_side.module import JaxModule
-from torch_side.neighbors import Padded as PaddedEdges
-from torch_side.potential import JaxPotential
+from torch_side.calls import export as torch_export
+from torch_side.calls import buffers
+from torch_side.calls.adapted import Applied, Contracted
+from torch_side.calls.buckets import Buckets, Padded
+from torch_side.calls.calling import TorchCallable
+from torch_side.potentials.model import Model, Wrapped
+from torch_side.calls.module import JaxModule
+from torch_side.potentials.neighbors import Padded as PaddedEdges
+from torch_side.potentials.potential import JaxPotential
 
 tree = jax.tree_util
 EDGES = Buckets({"edge_index": "2 E", "cell_offsets": "E 3"}, fill={"edge_index": 2**31 - 1}, growth=1.25)  # of graph models
@@ -188,12 +188,12 @@ def potential(model, *, atomic_numbers, pbc=None, batch=None, n_systems=1, gradi
 
     `model` is a torch callable of the potential contract and what makes it a JAX model is said in `jax_potential`: gradients=,
     outputs=, cutoff=, card=, batched=, lane=. What the returned object can do, and its other arguments (the atoms, their boundaries,
-    systems, and `extras` such as charge or edge_index): see jax_side.potential.potential.
+    systems, and `extras` such as charge or edge_index): see jax_side.potentials.potential.potential.
 
     Value and gradient cost one call into torch: one forward, one backward. Higher orders go by double backward; Hessians
     record the forward once for all rows.
 
-    Raises: as `jax_potential`, and as jax_side.potential.potential does.
+    Raises: as `jax_potential`, and as jax_side.potentials.potential.potential does.
 
     >>> import jax, torch, bridge
     >>> spring = lambda x: {"energy": (x["pos"] ** 2).sum()[None]}
@@ -206,7 +206,7 @@ def potential(model, *, atomic_numbers, pbc=None, batch=None, n_systems=1, gradi
 
 
 def jax_potential(model, *, gradients="model", outputs=(), cutoff=None, card=None, batched="graph", lane="auto"):
-    """A torch potential as a JAX model of the contract: a dict of arrays in, a dict of arrays out, for jax_side.direct and engines.
+    """A torch potential as a JAX model of the contract: a dict of arrays in, a dict of arrays out, for jax_side.potentials.direct and engines.
 
     `model` is a torch callable of the potential contract (bridge.contract): it takes one dict of tensors (pos (N,3),
     cell (B,3,3) by rows, pbc (B,3), batch (N,), atomic_numbers (N,) and what else the caller gives), and returns one. With
@@ -223,9 +223,9 @@ def jax_potential(model, *, gradients="model", outputs=(), cutoff=None, card=Non
     must keep systems apart); or "sequential", one call after another. `lane` is that of `to_jax`.
 
     The result has the model's `.card`, its active outputs among it, and is equal for equal arguments. Its energy differentiates by
-    torch, not by the gradients beside it: jax_side.potential and jax_side.direct make energies that do.
+    torch, not by the gradients beside it: jax_side.potentials.potential and jax_side.potentials.direct make energies that do.
 
-    Raises: ValueError where card, or an output that is asked for, and model don't fit; as `to_jax` and torch_side.graph.evaluate.
+    Raises: ValueError where card, or an output that is asked for, and model don't fit; as `to_jax` and torch_side.potentials.graph.evaluate.
 
     >>> import bridge, jax.numpy as jnp
     >>> model = bridge.jax_potential(lambda x: (x["pos"] ** 2).sum()[None], gradients="autograd")
@@ -253,7 +253,7 @@ def edges(cutoff, capacity, *, ordered=False, lane="auto"):
     `ordered` sorts the edges by centre. Such a list takes up to twice as long to make; up to 10^5 atoms a model
     gains nothing from it that was seen, at 10^6 it ran 1.1 to 1.35 times as fast, which pays where a list serves a few steps.
 
-    Raises: ValueError for a capacity that is too small, saying how many slots are needed; as torch_side.neighbors.neighbor_list.
+    Raises: ValueError for a capacity that is too small, saying how many slots are needed; as torch_side.potentials.neighbors.neighbor_list.
 
     >>> import bridge, jax.numpy as jnp
     >>> bridge.edges(1.5, 3)(jnp.array([[0.0, 0, 0], [1, 0, 0]]))["edge_index"].tolist()
@@ -277,7 +277,7 @@ def torch_potential(model, params=None, *, gradients="model", cutoff=None, bucke
     energy (B,), or a dict with it, and JAX makes g and G in the same program. Further outputs are passed on. Forces are -g.
 
     `cutoff` (Angstrom) is for graph models: edge_index (2,E) and cell_offsets (E,3) are then made by
-    torch_side.neighbors.neighbor_list at each call, unless the caller passes edge_index (torch.compile and vmap over positions
+    torch_side.potentials.neighbors.neighbor_list at each call, unless the caller passes edge_index (torch.compile and vmap over positions
     need that). As the number of edges changes from step to step, with a cutoff they are padded by unused slots (index >= N), up
     to a quarter more, in a few programs; `buckets=`, as in `to_torch`, takes another ladder, and False none.
 

@@ -10,7 +10,7 @@ import torch
 from ase.neighborlist import neighbor_list
 
 import bridge
-from jax_side.local import Layout, LocalPotential
+from jax_side.montecarlo.local import Layout, LocalPotential
 
 CU, AU = 29, 79
 PAIRS = {  # A (eV), xi (eV), p, q, r0 (Angstrom); r0 of the unlike pair is our choice, copper's: Cu3Au is then stable, and 2.5 % too narrow

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from ase.calculators.emt import EMT
 
-from torch_side import strain
-from torch_side.neighbors import neighbor_list
+from torch_side.potentials import strain
+from torch_side.potentials.neighbors import neighbor_list
 
 METALS = ("Al", "Cu", "Ag", "Au", "Ni", "Pd", "Pt")  # fcc, in EMT
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import bridge
 from demos.arguments import at_least
 from demos.crystals import METALS, Batch, inputs_of, strained
-from jax_side import programs
+from jax_side.calls import programs
 from jax_side.models.nequip import NequIP
 
 

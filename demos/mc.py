@@ -24,7 +24,7 @@ from tqdm import tqdm
 from demos import runs
 from demos.alloy import apart, crystal, graph, layout_of, neighbors_of, order, potential
 from demos.arguments import at_least, refuse_unless
-from jax_side.local import Change
+from jax_side.montecarlo.local import Change
 
 KINDS = ("displacement", "exchange", "volume")
 STARTS = ("ordered", "random")

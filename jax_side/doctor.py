@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_side import arrays, compat, lanes
+from jax_side.calls import arrays, compat, lanes
 
 Row = tuple[str, bool, str]  # what, whether all is well, what was found or what to do
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_side.strain import with_gradients
+from jax_side.potentials.strain import with_gradients
 
 wide = jax.enable_x64  # a context in which 64-bit dtypes are kept
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from bridge.card import Card
-from torch_side.geometry import edge_vectors
-from torch_side.model import Model, Wrapped
+from torch_side.potentials.geometry import edge_vectors
+from torch_side.potentials.model import Model, Wrapped
 
 CUTOFF = 3.0
 CARD = Card(outputs={"energy", "position_gradients", "cell_gradients", "node_energies", "hessian"}, cutoff=CUTOFF, neighbor_list="own", elements=range(1, 90), batches=True)

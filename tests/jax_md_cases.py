@@ -13,8 +13,8 @@ from jax_md import space
 import bridge
 from bridge.card import Card
 from jax_side.engines import jax_md as engine
-from torch_side.geometry import edge_vectors
-from torch_side.model import Wrapped
+from torch_side.potentials.geometry import edge_vectors
+from torch_side.potentials.model import Wrapped
 
 LJ = dict(sigma=1.0, epsilon=1.0, r_onset=1.25, r_cutoff=1.5)  # exact in float32, which jax-md rounds it to
 BOX = jnp.array([[3.25, 0.125, -0.0625], [0, 3.1875, 0.09375], [0, 0, 3.125]])  # columns

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import bridge
-from jax_side.local import LocalPotential
+from jax_side.montecarlo.local import LocalPotential
 
 CUTOFF = 3.0
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from jax_side import local_files
-from jax_side.local import LocalPotential
-from torch_side import local_files as torch_files
+from jax_side.montecarlo import files as local_files
+from jax_side.montecarlo.local import LocalPotential
+from torch_side.montecarlo import files as torch_files
 
 rng = np.random.default_rng(3)
 TABLE, W, V, U = (rng.normal(size=s) for s in ((20, 4), (4, 5), (3, 5), 9))

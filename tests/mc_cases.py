@@ -1,4 +1,4 @@
-"""Potentials and samplers for tests of jax_side.local against known physics. Reduced units: energies, lengths and kT as the potential's."""
+"""Potentials and samplers for tests of jax_side.montecarlo.local against known physics. Reduced units: energies, lengths and kT as the potential's."""
 
 from functools import cache as once
 from functools import partial
@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.stats import chisquare
 
-from jax_side import moves
-from jax_side.local import LocalPotential
-from jax_side.strain import virial
+from jax_side.montecarlo import moves
+from jax_side.montecarlo.local import LocalPotential
+from jax_side.potentials.strain import virial
 
 NO_ATOM = -1  # an index that makes a trial no trial
 

@@ -153,7 +153,7 @@ MODELS = {
     "sevennet": Case(sevennet, sevennet_calculator),
     "chgnet": Case(chgnet, chgnet_calculator, CRYSTALS | {name: boxed(a) for name, a in MOLECULES.items()}),
     "torchani": Case(torchani, torchani_calculator, dtype=torch.float64),
-    "mace": Case(mace, mace_calculator, {k: a for k, a in (CRYSTALS | MOLECULES).items() if k != "slab"}),  # slabs: tests/test_mace_values.py
+    "mace": Case(mace, mace_calculator, {k: a for k, a in (CRYSTALS | MOLECULES).items() if k != "slab"}),  # slabs: tests/models/test_mace_values.py
 }
 
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import torch
 
 from bridge.card import Card
-from jax_side.strain import with_gradients as jax_with_gradients
-from torch_side.geometry import edge_vectors
-from torch_side.neighbors import neighbor_list
-from torch_side.strain import lattice_gradient_from_virial, virial, with_gradients
+from jax_side.potentials.strain import with_gradients as jax_with_gradients
+from torch_side.potentials.geometry import edge_vectors
+from torch_side.potentials.neighbors import neighbor_list
+from torch_side.potentials.strain import lattice_gradient_from_virial, virial, with_gradients
 
 CUTOFF = 3.0
 FINITE = "position gradients are those of finite differences"

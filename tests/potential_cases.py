@@ -15,8 +15,8 @@ from bridge.card import Card
 from bridge.contract import GRADIENTS
 from jax_side.engines import jax_md as engine
 from jax_side.models.nequip import NequIP
-from jax_side.strain import with_gradients
-from torch_side.neighbors import neighbor_list
+from jax_side.potentials.strain import with_gradients
+from torch_side.potentials.neighbors import neighbor_list
 
 RNG = np.random.default_rng(0)
 CELL = np.diag([6.0, 6.3, 5.8]) + 0.5 * RNG.uniform(-1, 1, (3, 3))

@@ -9,7 +9,7 @@ import torch
 import bridge.__main__ as entry
 from bridge import join
 from jax_side import doctor as jax_doctor
-from jax_side import lanes
+from jax_side.calls import lanes
 from torch_side import doctor as torch_doctor
 
 

@@ -15,9 +15,9 @@ JAX = {"jax", "jaxlib", "jax_side"}
 TORCH = {"torch", "torch_side"}
 SCIENCE = {"numpy", "ml_dtypes"}
 OWN = {  # what a file may import beyond its bank; an adapter of an engine or a model: the package of its own name
-    "jax_side/lanes.py": {"jax_tvm_ffi", "tvm_ffi"},
+    "jax_side/calls/lanes.py": {"jax_tvm_ffi", "tvm_ffi"},
     "jax_side/models/nequip.py": {"jax_md", "jraph"},  # jax-md depends on jraph
-    "torch_side/neighbors.py": {"vesin"},
+    "torch_side/potentials/neighbors.py": {"vesin"},
     "torch_side/models/sevennet.py": {"sevenn"},
 }
 AT_TOP = {f"bridge/{name}.py": {"hypothesis"} for name in ("testing", "strategies")}  # what a file may import at module level
@@ -93,16 +93,16 @@ def third_parties_outside_their_adapter(root):
 RULES = {  # rule: (file, source) pairs, each of which breaks it
     jax_side_imports_torch: [
         ("jax_side/a.py", "import torch.nn as nn"),
-        ("jax_side/b.py", "def f():\n    from torch_side.export import run"),
+        ("jax_side/b.py", "def f():\n    from torch_side.calls.export import run"),
         ("jax_side/c.py", "import importlib\nm = importlib.import_module('torch')"),
     ],
     torch_side_imports_jax: [
         ("torch_side/a.py", "from jax import numpy"),
-        ("torch_side/models/b.py", "class A:\n    def f(self):\n        import jax_side.lanes"),
+        ("torch_side/models/b.py", "class A:\n    def f(self):\n        import jax_side.calls.lanes"),
         ("torch_side/c.py", "if True:\n    from ..jax_side import lanes"),
     ],
     bank_imports_beyond_the_floor: [("jax_side/a.py", "from bridge import to_jax"), ("torch_side/b.py", "import bridge.join")],
-    joins_outside_of_join: [("bridge/testing.py", "import jax\ndef f():\n    import torch"), ("bridge/__init__.py", "import jax_side, torch_side")],
+    joins_outside_of_join: [("bridge/testing/__init__.py", "import jax\ndef f():\n    import torch"), ("bridge/__init__.py", "import jax_side, torch_side")],
     floor_imports_third_parties: [
         ("bridge/errors.py", "import numpy"),
         ("bridge/function.py", "from bridge.join import to_jax"),
@@ -112,9 +112,9 @@ RULES = {  # rule: (file, source) pairs, each of which breaks it
         ("torch_side/models/mace.py", "import mace"),
         ("torch_side/models/mace.py", "try:\n    from mace.tools import x\nexcept ImportError: pass"),
         ("torch_side/models/chgnet.py", "def f():\n    import mace"),
-        ("jax_side/potential.py", "def f():\n    import jax_md"),
+        ("jax_side/potentials/potential.py", "def f():\n    import jax_md"),
         ("bridge/join.py", "class A:\n    import tvm_ffi"),
-        ("bridge/checks.py", "import hypothesis"),
+        ("bridge/testing/checks.py", "import hypothesis"),
         ("torch_side/testing.py", "def f():\n    from hypothesis import given"),
     ],
 }

@@ -8,8 +8,8 @@ import torch
 from bridge.card import Card
 from bridge.contract import INFO
 from bridge.errors import message
-from torch_side.model import Wrapped
-from torch_side.strain import with_gradients
+from torch_side.potentials.model import Wrapped
+from torch_side.potentials.strain import with_gradients
 
 
 def of_the_contract(model, gradients, cutoff):

@@ -15,9 +15,9 @@ from bridge.atoms import INFO, PROPERTIES, calculator_class
 from bridge.card import Card
 from bridge.contract import ENERGY_AND_GRADIENTS, GRADIENTS, GRAPH, check_inputs, check_outputs
 from bridge.errors import message, missing
-from jax_side.calculated import Calculated
-from jax_side.nesting import cpu_device, here
-from jax_side.potential import Potential, array
+from jax_side.potentials.calculated import Calculated
+from jax_side.calls.nesting import cpu_device, here
+from jax_side.potentials.potential import Potential, array
 
 GROWTH = 1.25  # of the ladder of numbers of edges
 
@@ -26,8 +26,8 @@ def calculator(model, *, outputs=(), cutoff=None, card=None, dtype=None):
     """A JAX potential as an ASE calculator: `atoms.calc = calculator(model)`, for optimisers, dynamics, phonons, databases.
 
     `model` is a JAX callable of the potential contract, from a dict to a dict with energy (B,), position_gradients and
-    cell_gradients (jax_side.strain.with_gradients makes them), which then serves any atoms; or an energy that is bound to its
-    atoms (jax_side.potential.potential, bridge.potential). It is jitted, and compiled once for each number of atoms. It gives, in eV,
+    cell_gradients (jax_side.potentials.strain.with_gradients makes them), which then serves any atoms; or an energy that is bound to its
+    atoms (jax_side.potentials.potential.potential, bridge.potential). It is jitted, and compiled once for each number of atoms. It gives, in eV,
     Angstrom and ASE's signs, as float64,
 
         energy, free_energy (the same), forces (N,3) = -g, stress (6,) = W / V in Voigt order xx, yy, zz, yz, xz, xy, tension positive,
@@ -49,7 +49,7 @@ def calculator(model, *, outputs=(), cutoff=None, card=None, dtype=None):
     the stress of a system without a periodic axis or with a singular cell.
 
     >>> from ase import Atoms
-    >>> from jax_side.strain import with_gradients
+    >>> from jax_side.potentials.strain import with_gradients
     >>> water = Atoms("OH2", positions=[[0, 0, 0], [0, 0, 1], [0, 1, 0]])
     >>> water.calc = calculator(with_gradients(lambda x: (x["pos"] ** 2).sum()[None]))
     >>> float(water.get_potential_energy()), water.get_forces()[1].tolist()
@@ -162,7 +162,7 @@ def model(calculator, *, outputs=()):
 
         energy (B,), position_gradients g = -forces (N,3), cell_gradients G = h^-T (V stress - R^T g) (B,3,3)
 
-    and those named in `outputs`: node_energies, charges, magmoms, dipole. jax_side.potential.potential(model(c), atomic_numbers=...)
+    and those named in `outputs`: node_energies, charges, magmoms, dipole. jax_side.potentials.potential.potential(model(c), atomic_numbers=...)
     is the differentiable energy: its gradients are the calculator's. Each system is one calculation, on the host
     (jax.pure_callback), also under jit; none if the atoms are those of the last one. vmap runs one after another. One
     calculator is never run by two threads at once. A system without periodic axes has G = 0; a periodic one with a singular cell has no
@@ -173,7 +173,7 @@ def model(calculator, *, outputs=()):
     calculator raises arrives in the error of JAX, and as it is `with bridge.raising():`.
 
     >>> from ase.calculators.lj import LennardJones
-    >>> from jax_side.potential import potential
+    >>> from jax_side.potentials.potential import potential
     >>> energy = potential(model(LennardJones(rc=9.0, smooth=True)), atomic_numbers=np.array([18, 18]))
     >>> r = jax.numpy.array([[0.0, 0, 0], [0, 0, 2 ** (1 / 6)]])
     >>> jax.jit(energy)(r).round(2).tolist(), abs(jax.grad(energy)(r)).max().round(3).tolist()

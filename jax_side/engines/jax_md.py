@@ -20,7 +20,7 @@ from jax_side.engines.images import check_list, check_width, cutoff_of, known, o
 def energy(potential, box=None, fractional=True, *, cutoff=None):
     """The potential in jax-md's idiom: `energy_fn(R, **kwargs)` for space.free or space.periodic_general.
 
-    `potential` is called as potential(positions, cell) and returns eV, like jax_side.potential's for one system.
+    `potential` is called as potential(positions, cell) and returns eV, like jax_side.potentials.potential's for one system.
     box None is free space. Else box is jax-md's: a number, a vector, or a matrix (upper triangular or not) whose
     COLUMNS are the lattice vectors in Angstrom, so that the cell of rows is box.T. With fractional=True, R (N,3) are
     fractional coordinates and r = box R; the gradient in R is nevertheless the real-space gradient dE/dr, as for every

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from bridge.call import one_of
 from bridge.contract import ENERGY_AND_GRADIENTS, check_inputs, check_outputs
 from bridge.errors import message, missing
-from jax_side.outputs import check_unused, marked
-from jax_side.potential import UNKNOWN, Potential
+from jax_side.potentials.outputs import check_unused, marked
+from jax_side.potentials.potential import UNKNOWN, Potential
 
 KINDS = {"positions and cell": ENERGY_AND_GRADIENTS, "positions": ENERGY_AND_GRADIENTS[:2]}  # asked for -> outputs of the contract
 
@@ -22,7 +22,7 @@ def model(potential, *, gradients="positions and cell", filter=None, extras=None
 
     `potential` is a JAX model of the contract, from a dict of arrays to one with energy (B,) eV, position_gradients g = dE/dr at
     fixed cell (N,3) and cell_gradients G = dE/dh at fixed Cartesian positions (B,3,3), eV/Angstrom: a torch model by
-    bridge.jax_potential, or one of JAX (for an energy alone see jax_side.strain.with_gradients); or an energy of
+    bridge.jax_potential, or one of JAX (for an energy alone see jax_side.potentials.strain.with_gradients); or an energy of
     bridge.potential, for its model and its extras: the atoms are those of kUPS's state. It runs wherever the bridge does, on the CPU
     too. The result is called by kUPS with its graph (see `inputs`) and returns a kUPS WithPatch of a kUPS PotentialOut:
 

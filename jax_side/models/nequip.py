@@ -30,7 +30,7 @@ def NequIP(
     jax_side.engines.jax_md.edges) all energies and gradients are, since values can't be seen while JAX
     traces. The energy is invariant under
     rotation, reflection, translation and permutation, and differentiates in pos, cell and params as often as JAX likes;
-    for g and G see jax_side.strain.with_gradients, or bridge.torch_potential(apply, params, gradients="autodiff").
+    for g and G see jax_side.potentials.strain.with_gradients, or bridge.torch_potential(apply, params, gradients="autodiff").
     apply is hashable, equal for equal settings, and can be pickled.
 
     Raises: ValueError for inputs outside of the contract or without edges, for no or doubled elements, a cutoff that is not

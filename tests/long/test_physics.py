@@ -1,4 +1,4 @@
-"""The long checks of jax_side.local against known physics, `make check-mc`: about 10 minutes on two cores, twice that on busy ones.
+"""The long checks of jax_side.montecarlo.local against known physics, `make check-mc`: about 10 minutes on two cores, twice that on busy ones.
 
 Canonical sampling of the Lennard-Jones fluid, cut at 3 sigma, with long-range corrections, 500 atoms, in float32, against NIST's Standard
 Reference Simulation Website (https://mmlapps.nist.gov/srs/LJ_PURE/mc.htm); a torch edge; ideal gas, two atoms and dimers at length, in float64.
@@ -16,8 +16,8 @@ import pytest
 from scipy.stats import poisson
 
 import bridge
-from jax_side import moves
-from jax_side.local import LocalPotential
+from jax_side.montecarlo import moves
+from jax_side.montecarlo.local import LocalPotential
 from tests.mc_cases import (
     BUMPS, LENNARD_JONES, NO_ATOM, blocked, chain, chains, energy_of, half, lennard_jones_pair, ones, pressure, rotation, scattered, surprise, tails,
     translated, trial,

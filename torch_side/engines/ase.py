@@ -10,13 +10,13 @@ import torch
 from bridge.atoms import BY_ATOMS, calculator_class
 from bridge.contract import dtype_name
 from bridge.errors import message, missing
-from torch_side.model import Model
+from torch_side.potentials.model import Model
 
 
 def calculator(model, *, outputs=None, dtype=None):
     """A torch potential as an ASE calculator: `atoms.calc = calculator(model)`, for optimisers, dynamics, phonons, databases.
 
-    `model` is a torch_side.model.Model: one of torch_side/models, a sum of them, a user's own by torch_side.model.Wrapped, or a
+    `model` is a torch_side.potentials.model.Model: one of torch_side/models, a sum of them, a user's own by torch_side.potentials.model.Wrapped, or a
     JAX potential by bridge.torch_potential. It gives, in eV, Angstrom and ASE's signs, as float64,
 
         energy, free_energy (the same), forces (N,3) = -g, stress (6,) = W / V in Voigt order xx, yy, zz, yz, xz, xy, tension positive,
@@ -35,7 +35,7 @@ def calculator(model, *, outputs=None, dtype=None):
     no error. Initial charges and magnetic moments are not looked at. The calculator's name, in databases, is that of the model's class.
 
     Raises: TypeError for what is no Model; ValueError for outputs that the card does not have; ImportError without ase. When
-    used: ValueError as torch_side.graph.evaluate and where atoms.info lacks a required charge; ASE's
+    used: ValueError as torch_side.potentials.graph.evaluate and where atoms.info lacks a required charge; ASE's
     PropertyNotImplementedError for what the model does not have, and for the stress of a system without a periodic axis or with a singular cell.
 
     >>> import ase.build                                                                     # doctest: +SKIP
@@ -44,7 +44,7 @@ def calculator(model, *, outputs=None, dtype=None):
     >>> atoms.get_potential_energy(), atoms.get_stress()                                     # doctest: +SKIP
     """
     if not isinstance(model, Model):
-        raise TypeError(message("a torch_side.model.Model", f"a {type(model).__name__}", "wrap it: torch_side.model.Wrapped(model, card, gradients)"))
+        raise TypeError(message("a torch_side.potentials.model.Model", f"a {type(model).__name__}", "wrap it: torch_side.potentials.model.Wrapped(model, card, gradients)"))
     kind, has = _kind(), model.card.outputs
     wanted = [name for name in BY_ATOMS if name in has] if outputs is None else outputs
     model = model.asking(*wanted) if set(wanted) - model.card.active_outputs else model

@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from bridge.errors import message
-from torch_side import geometry, strain
-from torch_side.model import Model
+from torch_side.potentials import geometry, strain
+from torch_side.potentials.model import Model
 from torch_side.models.nvalchemi import EXTRAS, NAMES, OLD, Nvalchemi, package, sign
 
 
 def model(potential):
     """A potential as an nvalchemi model, for its dynamics, optimizers and pipelines: an nn.Module and BaseModelMixin.
 
-    `potential` is a torch_side.model.Model: an adapter of this package, or bridge.torch_potential(...) of a JAX potential. The result is
+    `potential` is a torch_side.potentials.model.Model: an adapter of this package, or bridge.torch_potential(...) of a JAX potential. The result is
     called with a Batch (or AtomicData) of N atoms in B systems; it reads positions (N,3), atomic_numbers (N,), cell (B,3,3) by rows and pbc
     (B,3) (both absent: open boundaries), charge and spin (B,1) where the card knows them, and gives an OrderedDict of what
     `model_config.active_outputs` holds, in eV and Angstrom:
@@ -42,13 +42,13 @@ def model(potential):
     >>> dynamics.run(batch, n_steps=100)                                                     # doctest: +SKIP
     """
     if not isinstance(potential, Model):
-        do = "wrap it by torch_side.model.Wrapped, or by bridge.torch_potential if it is a JAX model"
-        raise TypeError(message("a torch_side.model.Model", f"a {type(potential).__name__}", do))
+        do = "wrap it by torch_side.potentials.model.Wrapped, or by bridge.torch_potential if it is a JAX model"
+        raise TypeError(message("a torch_side.potentials.model.Model", f"a {type(potential).__name__}", do))
     return _wrapper()(potential, _config(potential.card))
 
 
 def potential(wrapper):
-    """An nvalchemi model as a torch_side.model.Model of the contract, for bridge.potential: see torch_side.models.nvalchemi.Nvalchemi.
+    """An nvalchemi model as a torch_side.potentials.model.Model of the contract, for bridge.potential: see torch_side.models.nvalchemi.Nvalchemi.
 
     `potential(model(p))` is p itself. Raises: as Nvalchemi.
 

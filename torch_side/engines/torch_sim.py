@@ -11,8 +11,8 @@ import torch
 
 from bridge.contract import GRADIENTS, INPUTS, OUTPUTS
 from bridge.errors import message, missing
-from torch_side import strain
-from torch_side.model import Model
+from torch_side.potentials import strain
+from torch_side.potentials.model import Model
 
 NAMES = {"node_energies": "energies"}  # outputs that have another name in torch-sim
 
@@ -20,7 +20,7 @@ NAMES = {"node_energies": "energies"}  # outputs that have another name in torch
 def model(potential, *, dtype=None, device=None, compute_stress=None, compute_forces=None, memory_scales_with=None, batched="graph", charge=None, spin=None):
     """A potential of the contract as a torch_sim.models.interface.ModelInterface, for torch_sim.integrate, optimize, static and its integrators.
 
-    `potential` is any torch_side.model.Model: SevenNet and the others of torch_side.models, a sum, a committee, one of your own
+    `potential` is any torch_side.potentials.model.Model: SevenNet and the others of torch_side.models, a sum, a committee, one of your own
     (Wrapped), or a JAX potential (bridge.torch_potential(...) is a Model). It is held, not copied, as `.potential`.
 
     Called with a torch_sim SimState, or a dict of its fields (positions (N,3), cell (B,3,3) with lattice vectors as COLUMNS, pbc,
@@ -49,7 +49,7 @@ def model(potential, *, dtype=None, device=None, compute_stress=None, compute_fo
     NotImplementedError for forces or a stress that the potential does not have; ImportError without torch-sim.
 
     >>> from bridge.card import Card
-    >>> from torch_side.model import Wrapped
+    >>> from torch_side.potentials.model import Wrapped
     >>> spring = Wrapped(lambda x: {"energy": x["pos"].square().sum().reshape(1)}, Card(), "autograd")
     >>> state = {"positions": torch.ones(1, 3), "cell": 2 * torch.eye(3)[None], "pbc": True, "atomic_numbers": torch.tensor([1])}
     >>> out = model(spring, compute_stress=False)(state)
@@ -57,7 +57,7 @@ def model(potential, *, dtype=None, device=None, compute_stress=None, compute_fo
     (tensor([3.]), tensor([[-2., -2., -2.]]))
     """
     if not isinstance(potential, Model):
-        raise TypeError(message("a Model of the contract", f"a {type(potential).__name__}", "wrap it by torch_side.model.Wrapped, or bridge.torch_potential"))
+        raise TypeError(message("a Model of the contract", f"a {type(potential).__name__}", "wrap it by torch_side.potentials.model.Wrapped, or bridge.torch_potential"))
     TorchSim, figures = _interface()
     if memory_scales_with is None:
         memory_scales_with = "n_atoms" if potential.card.cutoff is None else "n_atoms_x_density"

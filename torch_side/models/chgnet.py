@@ -12,8 +12,8 @@ import torch
 from bridge.card import Card
 from bridge.contract import ENERGY_AND_GRADIENTS
 from bridge.errors import message, missing
-from torch_side.geometry import edge_vectors
-from torch_side.model import Model
+from torch_side.potentials.geometry import edge_vectors
+from torch_side.potentials.model import Model
 
 VERSIONS = ("0.3.0", "r2scan", "0.2.0")  # in the wheel of chgnet
 
@@ -35,11 +35,11 @@ class CHGNet(Model):
         G = dE/dh at fixed Cartesian positions (B,3,3); node_energies (N,), if the model is a sum over atoms, as trained
 
     and, where `model.asking(...)` names them, magmoms (N,) (absolute values), embeddings (N,F) (the features that magmoms are
-    made from) and the hessian. Forces are -g; torch_side.strain makes the virial and the stress. The graph of bonds and
+    made from) and the hessian. Forces are -g; torch_side.potentials.strain makes the virial and the stress. The graph of bonds and
     angles is made from the edges, not by pymatgen: open systems need no cell. An atom without neighbours has the energy
     that chgnet's calculator gives it, with its warning that this "will likely go wrong", and no gradient.
 
-    Raises: ValueError for inputs outside the contract as torch_side.graph.evaluate does, an element beyond Pu, given edges that
+    Raises: ValueError for inputs outside the contract as torch_side.potentials.graph.evaluate does, an element beyond Pu, given edges that
     lack one direction, an unknown version, and, with the weights of 0.2.0 only, for a system without angles (no atom with two
     bonds below 3 Angstrom) in one call with others; ImportError without chgnet or vesin.
 

@@ -12,9 +12,9 @@ from torch import nn
 from bridge.card import Card
 from bridge.contract import ENERGY_AND_GRADIENTS, dtype_name
 from bridge.errors import message, missing, spec
-from torch_side import geometry, graph
-from torch_side.hessian import hessian
-from torch_side.model import Model
+from torch_side.potentials import geometry, graph
+from torch_side.potentials.hessian import hessian
+from torch_side.potentials.model import Model
 
 SPREAD = ("energy_std", "position_gradients_std")
 MEMBERS = ("member_position_gradients", "position_gradients_std")  # need a gradient for each weight vector
@@ -33,7 +33,7 @@ class Franken(Model):
     copied), or the path of one saved by it. `weights` (M,F) or (F,) are by default those of the potential, or all those saved with it; they
     are the Parameter `weights`. All is converted to `dtype`, frozen (`requires_grad_(True)` trains it) and in eval mode, on `device`.
 
-    It takes the dict of the contract (see torch_side.model.Model), many systems in one pass, and returns energy, g and G in eV and Angstrom;
+    It takes the dict of the contract (see torch_side.potentials.model.Model), many systems in one pass, and returns energy, g and G in eV and Angstrom;
     `model.asking(...)` adds
 
         member_energies (M,B)              member_position_gradients (M,N,3), dE_m/dr: forces are minus that

@@ -10,8 +10,8 @@ from torch import nn
 from bridge.card import Card
 from bridge.contract import ENERGY_AND_GRADIENTS
 from bridge.errors import message, missing
-from torch_side.geometry import edge_shifts
-from torch_side.model import Model
+from torch_side.potentials.geometry import edge_shifts
+from torch_side.potentials.model import Model
 
 DEBYE = 1e-11 / 299792458 / 1.602176634e-19  # e Angstrom
 GIVEN = {"total_charge": "charge", "total_spin": "spin"}  # MACE's name: the contract's
@@ -34,8 +34,8 @@ class MACE(Model):
     and, as `asking` says, hessian, embeddings (N,F) (MACE's "node_feats": features of all layers side by side, invariant and
     equivariant) and, from EnergyDipolesMACE, dipole (B,3) in e Angstrom (MACE itself: Debye), with charges that the caller fixes as
     `charges` (N,) in e among the inputs, else zero, as in MACE's calculator. Models that were trained with a total charge
-    or spin need charge (B,) or spin (B,). Forces are -g; MACE's `virials` are -W of torch_side.strain.virial, its `stress` is
-    torch_side.strain.stress. MACE's forward sets requires_grad, so that torch.func refuses it: second derivatives go by double
+    or spin need charge (B,) or spin (B,). Forces are -g; MACE's `virials` are -W of torch_side.potentials.strain.virial, its `stress` is
+    torch_side.potentials.strain.stress. MACE's forward sets requires_grad, so that torch.func refuses it: second derivatives go by double
     backward, and bridge.to_jax wants derivatives="autograd". `import mace` sets TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD in the environment.
 
     Raises: as every Model; TypeError for what is no MACE model with an energy; ValueError for a head that is missing or unknown

@@ -13,8 +13,8 @@ from torch import nn
 from bridge.card import Card
 from bridge.contract import ENERGY_AND_GRADIENTS, OUTPUTS
 from bridge.errors import message, missing
-from torch_side import graph, strain
-from torch_side.model import Model
+from torch_side.potentials import graph, strain
+from torch_side.potentials.model import Model
 
 NAMES = {"energy": "energy", "position_gradients": "forces", "cell_gradients": "stress", "node_energies": "atomic_energies"}  # else the same
 EXTRAS = ("charge", "spin")  # inputs of a system that both sides know
@@ -30,12 +30,12 @@ class Nvalchemi(Model):
     included. Else, or if that energy turns out not to reach positions and cell, g and G come from its forces and its stress
     (W = V stress, G = h^-T (W - R^T g), zeros for open systems), detached: first derivatives only.
 
-    Neighbours are found by torch_side.neighbors, or taken from edge_index and cell_offsets, and handed over in the format that the wrapper
+    Neighbours are found by torch_side.potentials.neighbors, or taken from edge_index and cell_offsets, and handed over in the format that the wrapper
     asks for (COO, MATRIX, half lists). Its own active_outputs are left alone. `card` is made from its ModelConfig (or, of models before
     nvalchemi-toolkit 0.1, from its model_card): without stress, a model of periodic systems has no cell_gradients.
 
     Raises: TypeError for something that is no nvalchemi model; ValueError for one without forces, or that needs inputs outside of the
-    contract, and as torch_side.graph.evaluate does; ImportError without nvalchemi-toolkit.
+    contract, and as torch_side.potentials.graph.evaluate does; ImportError without nvalchemi-toolkit.
 
     >>> Nvalchemi(LennardJonesModelWrapper(0.01, 3.4, 8.5)).card.cutoff     # doctest: +SKIP
     8.5

@@ -8,8 +8,8 @@ from torch import nn
 from bridge.card import Card
 from bridge.contract import ENERGY_AND_GRADIENTS
 from bridge.errors import message, missing
-from torch_side.geometry import edge_vectors
-from torch_side.model import Model
+from torch_side.potentials.geometry import edge_vectors
+from torch_side.potentials.model import Model
 
 
 class SevenNet(Model):
@@ -29,7 +29,7 @@ class SevenNet(Model):
         energy (B,), position_gradients g = dE/dr at fixed cell (N,3), cell_gradients G = dE/dh at fixed Cartesian
         positions (B,3,3), node_energies (N,)
 
-    from one forward and one backward pass; `asking("hessian")` gives that as well. Forces are -g; torch_side.strain makes the virial and the stress. If pos or
+    from one forward and one backward pass; `asking("hessian")` gives that as well. Forces are -g; torch_side.potentials.strain makes the virial and the stress. If pos or
     cell requires grad, all outputs can be differentiated again (Hessian by double backward); else they are detached.
     Atoms without neighbours have their isolated-atom energy and no gradient. Inputs are only read, nothing is cast.
     The cutoff function of SevenNet-0 (XPLOR, from 4.5 to 5 Angstrom) has a jump in its second derivative at 4.5 Angstrom: with a

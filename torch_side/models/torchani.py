@@ -9,8 +9,8 @@ import torch
 from bridge.card import Card
 from bridge.contract import ENERGY_AND_GRADIENTS
 from bridge.errors import message, missing
-from torch_side.geometry import edge_vectors
-from torch_side.model import Model
+from torch_side.potentials.geometry import edge_vectors
+from torch_side.potentials.model import Model
 
 
 class TorchANI(Model):
@@ -29,12 +29,12 @@ class TorchANI(Model):
         positions (B,3,3), node_energies (N,)
 
     and, where `model.asking(...)` names them, charges (N,) of an ANIq, member_energies (M,B) of an ensemble of M networks (not
-    of an ANIq), and the hessian. Forces are -g; torch_side.strain makes the virial and the stress. Self energies are part of
+    of an ANIq), and the hessian. Forces are -g; torch_side.potentials.strain makes the virial and the stress. Self energies are part of
     energy: some 1e5 eV for a few heavy atoms, of which float32 keeps seven digits; float64 is for energy differences.
     Neighbours are those of the contract (torchani's own lists are not used), so that small and triclinic cells, slabs and
     unequal systems are fine. AEVs are torchani's Python ones, for its CUDA ones have no second derivatives.
 
-    Raises: ValueError for inputs outside the contract as torch_side.graph.evaluate does, an element the model does not know, a
+    Raises: ValueError for inputs outside the contract as torch_side.potentials.graph.evaluate does, an element the model does not know, a
     system whose charge is given and not zero (torchani has neutral ones only), given edges that lack one direction, a
     potential without a cutoff, an unknown name; TypeError for a model of another kind; ImportError without torchani or vesin.
 

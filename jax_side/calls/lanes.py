@@ -1,0 +1,232 @@
+"""How XLA reaches a foreign Function: the ffi lane (jax-tvm-ffi; CPU and CUDA) and the host lane (jax.pure_callback).
+
+Both hand buffers to `fn.base.run`, which reads them where they lie and writes the outputs in place. The ffi lane knows a
+Function by its number in the registry.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bridge.errors import message, missing
+from bridge.failures import Listener, carried
+from bridge.function import Function, Spec
+from jax_side.calls import arrays
+from jax_side.calls.nesting import here
+from jax_side.calls.registry import close, functions, lock, unknown
+
+LANES = ("auto", "ffi", "host")
+FFI_PLATFORMS = ("cpu", "cuda")
+TARGET = "bridge_call"
+
+
+# What travels in place of a dtype that DLPack or jax-tvm-ffi has no name for.
+
+
+def _carrier(spec: Spec) -> jax.ShapeDtypeStruct:
+    if spec.dtype.startswith("complex"):
+        return jax.ShapeDtypeStruct((*spec.shape, 2), jnp.float32 if spec.dtype == "complex64" else jnp.float64)
+    return jax.ShapeDtypeStruct(spec.shape, jnp.uint8 if spec.dtype.startswith("float8") else jnp.dtype(spec.dtype))
+
+
+def _to_carrier(x, spec: Spec):
+    if spec.dtype.startswith("complex"):
+        return jnp.stack([x.real, x.imag], -1)
+    return jax.lax.bitcast_convert_type(x, jnp.uint8) if spec.dtype.startswith("float8") else x
+
+
+def _from_carrier(x, spec: Spec):
+    if spec.dtype.startswith("complex"):
+        return jax.lax.complex(x[..., 0], x[..., 1])
+    return jax.lax.bitcast_convert_type(x, jnp.dtype(spec.dtype)) if spec.dtype.startswith("float8") else x
+
+
+# No lane: an eager call.
+
+
+def eager(fn: Function, args) -> list[jax.Array]:
+    """Run now, in this thread; arrays in and out share memory with the tensors."""
+    outs = fn.base.run(fn, arrays.lend([arrays.export(a) for a in args]))
+    return arrays.taken(fn.base.give(outs), fn.outputs)
+
+
+# The ffi lane.
+
+
+def ffi(fn: Function, number: str, *args):
+    """One XLA custom call; operands and results are DLPack tensors over XLA's own buffers."""
+    call = jax.ffi.ffi_call(TARGET, [_carrier(s) for s in fn.outputs])
+    outs = call(*map(_to_carrier, args, fn.inputs), number=number)
+    return [_from_carrier(o, s) for o, s in zip(outs, fn.outputs, strict=True)]
+
+
+def register_ffi(tensor_type: type) -> None:
+    """Register the one target of each platform, once; `tensor_type` is the class that buffers arrive as."""
+    with lock:
+        _register(tensor_type)
+
+
+def has_ffi() -> bool:
+    """True where the ffi lane can be had; lane="auto" takes the host lane elsewhere."""
+    try:
+        import jax_tvm_ffi  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@functools.cache
+def _register(tensor_type: type) -> None:
+    try:
+        import jax_tvm_ffi
+        import tvm_ffi
+    except ImportError as e:
+        raise missing("jax-tvm-ffi", 'lane="ffi"') from e
+    atexit.register(close)
+    specs = {"cpu": ["attrs.number", "args", "rets"], "gpu": ["attrs.number", "ctx.stream", "args", "rets"]}
+    for platform, entry in (("cpu", _enter_cpu), ("gpu", _enter_gpu)):
+        handler = tvm_ffi.convert_func(entry, tensor_cls=tensor_type)
+        jax_tvm_ffi.register_ffi_target(TARGET, handler, specs[platform], platform=platform, pass_owned_tensor=True)
+
+
+def _enter_cpu(number, *buffers):
+    outside = here.depth
+    try:
+        _, depth, n, enter = functions.get(number) or unknown(number)
+        here.depth = depth + 1
+        return enter(buffers[:n], buffers[n:])
+    except BaseException as e:
+        buffers = None
+        error = carried(e)
+    finally:
+        here.depth = outside
+    raise error  # here, where it has no context: the exception's frames must not outlive the call
+
+
+def _enter_gpu(number, stream, *buffers):
+    try:
+        fn, _, n, _ = functions.get(number) or unknown(number)
+        with fn.base.on_stream(stream, buffers):
+            return fn.base.run(fn, buffers[:n], buffers[n:])
+    except BaseException as e:
+        buffers = None
+        error = carried(e)
+    raise error
+
+
+# The host lane.
+
+
+class HostCall:
+    """What jax.pure_callback calls; equal for equal Functions, so that programs are found again.
+
+    `run(arrays, outputs)` fills NumPy arrays; without it the other bank does, which is lent the memory of both."""
+
+    def __init__(self, fn: Function, run: Callable | None = None):
+        self.fn, self.depth, self._run = fn, here.depth, run or _lending(fn)
+        self._outputs = [_host_carrier(s) for s in fn.outputs]
+
+    def __eq__(self, other):
+        return isinstance(other, HostCall) and self.fn == other.fn and self.depth == other.depth
+
+    def __hash__(self):
+        return hash(self.fn)
+
+    def __call__(self, *given):
+        outs = [np.empty(shape, carrier) for shape, carrier, _ in self._outputs]
+        outside, here.depth = here.depth, self.depth + 1
+        try:
+            _wait(given)
+            self._run(given, outs)
+            return [o if o.dtype is dtype else o.view(dtype) for o, (*_, dtype) in zip(outs, self._outputs)]
+        except BaseException as e:
+            given = outs = None
+            error = carried(e)
+        finally:
+            here.depth = outside
+        raise error
+
+
+def _lending(fn: Function) -> Callable:
+    run = fn.base.runner(fn, ready=False)
+    return lambda given, outs: run(arrays.lend(given), [o.__dlpack__() for o in outs])
+
+
+def _wait(given, limit=30.0) -> None:
+    """jax.pure_callback copies its inputs with XLA's threads, which may all be in callbacks: an error, not a wait for ever."""
+    start = time.monotonic()
+    while not all(a.is_ready() for a in given):
+        waited = time.monotonic() - start
+        if waited > limit:
+            do = f'{SYNCHRONOUS} (python -m bridge doctor tells more), or take lane="ffi"'
+            raise RuntimeError(message("inputs of a host callback to arrive", f"none in {limit:.0f} s, since every thread of XLA is in a callback", do))
+        time.sleep(0 if waited < _QUICK else 1e-5)  # the shortest real sleep takes 60 us
+
+
+_QUICK = 1e-3  # seconds: copies of the inputs of a usual call arrive earlier
+SYNCHRONOUS = 'call jax.config.update("jax_cpu_enable_async_dispatch", False) right after import jax'
+
+
+def _host_carrier(s: Spec) -> tuple:
+    """(shape, dtype that it travels in, dtype): NumPy's DLPack knows complex, but neither bfloat16 nor float8."""
+    width = {"bfloat16": "uint16"}.get(s.dtype, "uint8" if s.dtype.startswith("float8") else s.dtype)
+    return s.shape, np.dtype(width), jnp.dtype(s.dtype)
+
+
+def host(fn: Function, *args):
+    """One jax.pure_callback."""
+    results = [jax.ShapeDtypeStruct(s.shape, jnp.dtype(s.dtype)) for s in fn.outputs]
+    return jax.pure_callback(HostCall(fn), results, *args)
+
+
+# The original exception.
+
+
+@contextmanager
+def raising():
+    """Raise the exceptions of bridged code as they were: type, attributes and traceback, `from` JAX's own error.
+
+    JAX hands a callback's exception on as text. Inside this context the object is kept beside the text and raised in its
+    place, also for a computation that is still running when the block ends (the block waits for all arrays).
+
+        >>> import bridge, jax, torch
+        >>> def broken(x): raise KeyError("no such species")
+        >>> f = jax.jit(bridge.to_jax(broken, outputs=lambda x: x))
+        >>> with bridge.raising():
+        ...     f(jax.numpy.ones(3))
+        Traceback (most recent call last):
+        KeyError: 'no such species'
+    """
+    with Listener() as listener:
+        try:
+            yield
+            error = _first(listener, _errors_of_running())
+        except Exception as e:
+            error = _first(listener, [e])
+            if error is None:
+                raise
+        if error is not None:
+            raise listener.original(error) from error
+
+
+def _first(listener: Listener, errors):
+    """The first JAX error that stands for an exception of this listener's; others belong to earlier code."""
+    return next((e for e in errors if listener.original(e) is not None), None)
+
+
+def _errors_of_running():
+    """The errors of arrays that are still being computed, or failed."""
+    for array in jax.live_arrays():
+        try:
+            if not array.is_deleted():
+                array.block_until_ready()
+        except Exception as e:
+            yield e

@@ -1,0 +1,120 @@
+"""One primitive, all transforms: it binds a Function, and each rule binds another Function that the first one gives."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from bridge.errors import message
+from bridge.function import Function
+from jax_side.calls import compat, lanes, registry
+from jax_side.calls.compat import Zero
+
+bridge_p = compat.Primitive("bridge")
+
+
+def call(fn: Function, *args, lane: str = "auto"):
+    """Apply a Function to JAX arrays or tracers of exactly its input types; gives a list of outputs."""
+    if compat.eager(args):
+        return _impl(*args, fn=fn, lane=lane)
+    return bridge_p.bind(*compat.align(args), fn=fn, lane=lane)
+
+
+def _impl(*args, fn, lane):
+    """Eager, on any lane: no runtime in between, so an exception arrives as it is; arrays on several devices need XLA."""
+    args = [a if isinstance(a, jax.Array) else jnp.asarray(a) for a in args]  # constants of a jaxpr that is run eagerly are none
+    if any(a.sharding.num_devices > 1 for a in args):
+        return jax.jit(functools.partial(call, fn, lane=lane))(*args)
+    return lanes.eager(fn, args)
+
+
+def _abstract_eval(*avals, fn, lane):
+    return [compat.result_aval(s.shape, jnp.dtype(s.dtype), avals) for s in fn.outputs]
+
+
+def _zero(t) -> bool:
+    return type(t) is Zero or compat.float0(t)
+
+
+def _jvp(primals, tangents, *, fn, lane):
+    wrt = tuple(i for i, t in enumerate(tangents) if not _zero(t))
+    dx = [tangents[i] for i in wrt]
+    fixed = len(primals) - fn.linear
+    if fn.linear and all(i >= fixed for i in wrt):
+        outs = call(fn, *primals, lane=lane)
+        dots = call(fn.along(tuple(i - fixed for i in wrt)), *primals[:fixed], *dx, lane=lane)
+    elif gradient := fn.gradient(wrt):
+        outs, dots = _jvp_of_energy(gradient, fn, primals, dx, lane)
+    else:
+        outs = call(fn, *primals, lane=lane)
+        dots = call(fn.jvp(wrt), *primals, *dx, lane=lane)
+    dots = iter(dots)
+    return outs, [next(dots) if s.inexact else compat.no_tangent(o) for o, s in zip(outs, fn.outputs, strict=True)]
+
+
+def _jvp_of_energy(gradient: Function, fn: Function, primals, dx, lane):
+    """A real scalar for each example: value and gradient come from one call, and the tangent is their inner product here."""
+    results = call(gradient, *primals, lane=lane)
+    outs, grads = results[: len(fn.outputs)], results[len(fn.outputs) :]
+    lead = max(o.ndim for o, s in zip(outs, fn.outputs) if s.inexact)
+    dots = [jnp.sum(g * t, axis=tuple(range(lead, g.ndim))) for g, t in zip(grads, dx, strict=True)]
+    return outs, [sum(dots[1:], dots[0])]
+
+
+def _transpose(cts, *args, fn, lane):
+    fixed = len(args) - fn.linear
+    unknown = tuple(k for k in range(fn.linear) if compat.is_undefined_primal(args[fixed + k]))
+    live = tuple(o for o, c in enumerate(cts) if type(c) is not Zero)
+    result = [None] * len(args)
+    if live:
+        values = call(fn.transpose(unknown, live), *args[:fixed], *(cts[o] for o in live), lane=lane)
+        for k, v in zip(unknown, values, strict=True):
+            result[fixed + k] = v
+    return result
+
+
+def _batch(args, dims, *, fn, lane):
+    mapped = tuple(not compat.unmapped(d) for d in dims)
+    size = next(a.shape[d] for a, d, m in zip(args, dims, mapped) if m)
+    needed = fn.must_map(mapped)
+    args = [_lead(a, d, m, n, size) for a, d, m, n in zip(args, dims, mapped, needed, strict=True)]
+    outs = call(fn.vmap(needed, size), *args, lane=lane)
+    return outs, (0,) * len(outs)
+
+
+def _lead(x, dim, mapped, needed, size):
+    """The batch axis first; an input that must have one and has none is broadcast."""
+    if mapped:
+        return jnp.moveaxis(x, dim, 0)
+    return jnp.broadcast_to(x, (size, *x.shape)) if needed else x
+
+
+def _lower_host(ctx, *args, fn, lane):
+    if lane == "ffi":
+        platform = ctx.module_context.platforms
+        raise NotImplementedError(message(f"one of the platforms {lanes.FFI_PLATFORMS} for lane='ffi'", str(platform), 'use lane="auto" or "host"'))
+    return compat.lower_fun(lambda *xs: lanes.host(fn, *xs), multiple_results=True)(ctx, *args)
+
+
+def _lower_ffi(ctx, *args, fn, lane):
+    if lane == "host" or lane == "auto" and not lanes.has_ffi():
+        return _lower_host(ctx, *args, fn=fn, lane=lane)
+    lanes.register_ffi(fn.base.tensor_type)
+    if compat.for_export(ctx):
+        owner = registry.own_forever(fn)
+    else:
+        compat.keep_alive(ctx, owner := registry.own(fn))
+    return compat.lower_fun(lambda *xs: lanes.ffi(fn, owner.number, *xs), multiple_results=True)(ctx, *args)
+
+
+compat.register(
+    bridge_p,
+    impl=_impl,
+    abstract_eval=_abstract_eval,
+    jvp=_jvp,
+    transpose=_transpose,
+    batch=_batch,
+    lower={None: _lower_host, **dict.fromkeys(lanes.FFI_PLATFORMS, _lower_ffi)},
+)

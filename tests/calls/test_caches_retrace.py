@@ -1,0 +1,205 @@
+"""Equal functions are compiled once, different ones never confused: in one process, in two, and through jax.export."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+
+import bridge
+
+ROOT = Path(__file__).resolve().parents[2]
+X = jnp.arange(4.0)
+COMPILED = {"/jax/core/compile/jaxpr_trace_duration": "traced", "/jax/core/compile/backend_compile_duration": "compiled"}
+
+
+@contextmanager
+def counted():
+    """How often JAX traces and compiles."""
+    counts = Counter()
+
+    def listen(event, *_, **__):
+        counts[COMPILED.get(event, "other")] += 1
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield counts
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def double(x, scale=2):
+    return x * scale
+
+
+def declared(**dtypes):
+    return bridge.to_jax(double, outputs={k: jax.ShapeDtypeStruct((4,), d) for k, d in dtypes.items()})
+
+
+MODULE = torch.nn.Linear(4, 4)
+SAME = {
+    "function": lambda: bridge.to_jax(double),
+    "module": lambda: bridge.to_jax(MODULE),
+    "bound_method": lambda: bridge.to_jax(MODULE.forward),
+    "outputs": lambda: declared(y="float64"),
+    "declared_by_function": lambda f=lambda x: x: bridge.to_jax(double, outputs=f),
+    "batched_axis": lambda: bridge.to_jax(double, batched=1),
+    "batched_dict": lambda: bridge.to_jax(double, batched={"x": 0, "return": 0}),
+    "sequential": lambda: bridge.to_jax(double, batched="sequential"),
+    "autograd": lambda: bridge.to_jax(double, derivatives="autograd"),
+    "host": lambda: bridge.to_jax(double, lane="host"),
+    "outputs_other_dtype": lambda: declared(y="float32"),
+    "outputs_other_tree": lambda: declared(z="float64"),
+    "batched_zero": lambda: bridge.to_jax(double, batched=0),
+    "other_module": lambda m=torch.nn.Linear(4, 4): bridge.to_jax(m),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_equality_x_options(name):
+    """to_jax(f, options) equals itself made anew, and nothing else in the table."""
+    f = SAME[name]()
+    assert [other for other, make in SAME.items() if make() == f and hash(make()) == hash(f)] == [name]
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, lambda f: jax.jit(jax.grad(lambda x: f(x).sum())), lambda f: jax.jit(jax.vmap(f))], ids=["jit", "grad", "vmap"])
+def test_compilations_x_equal_functions(wrap, lane):
+    calls = []
+    f = lambda x: (calls.append(x.shape), torch.sin(x))[1]  # noqa: E731
+    with counted() as counts:
+        first, again = wrap(bridge.to_jax(f, lane=lane)), jax.jit(bridge.to_jax(f, lane=lane))
+        jax.block_until_ready((first(X), again(X)))
+        compiled, runs = counts["compiled"], len(calls)
+        for _ in range(3):
+            jax.block_until_ready((first(X), jax.jit(bridge.to_jax(f, lane=lane))(X)))
+    assert counts["compiled"] == compiled > 0
+    assert len(calls) - runs == 6  # each a real call: to trace again would be a fake one
+
+
+def test_shape_inference_x_calls():
+    """torch sees fake tensors once for each signature."""
+    kinds = Counter()
+
+    def f(x, y=None, scale=1):
+        kinds[type(x).__name__] += 1
+        return x * scale
+
+    g = bridge.to_jax(f)
+    for _ in range(3):
+        for args in ((X,), (X[:2],), (X, X), (X, None, 2)):
+            np.testing.assert_array_equal(g(*args), args[0] * (args[2] if len(args) > 2 else 1))
+    assert kinds == {"FakeTensor": 4, "Tensor": 12}
+
+
+KINDS = st.sampled_from([0, 1, 0.0, -0.0, 1.0, True, False, "1", "", (), (1,), (1.0,), (True,), 1j, b"1"])
+
+
+@given(st.lists(KINDS, min_size=2, max_size=6), st.booleans())
+def test_static_arguments_x_type(values, jitted):
+    """1, 1.0 and True are equal in Python, and so are 0.0 and -0.0; each arrives as it was given."""
+    seen = []
+    f = bridge.to_jax(lambda x, value: (seen.append(repr(value)), x + 1)[1], outputs=lambda x, value: x)
+    for value in values:
+        (jax.jit if jitted else partial)(lambda x, v=value: f(x, v))(X).block_until_ready()
+    assert seen == [repr(v) for v in values]
+
+
+def test_compilations_x_new_parameters(lane):
+    """Parameters are inputs of the program: a training step is compiled once, whatever their values."""
+    apply, params = bridge.functional(torch.nn.Linear(4, 1, dtype=torch.float64), lane=lane)
+
+    @jax.jit
+    def step(params, x):
+        loss, grads = jax.value_and_grad(lambda p: (apply(p, x) ** 2).sum())(params)
+        return loss, jax.tree.map(lambda p, g: p - 0.01 * g, params, grads)
+
+    loss, params = step(params, X)
+    with counted() as counts:
+        for _ in range(5):
+            new, params = step(params, X)
+            assert float(new) < float(loss)
+            loss = new
+    assert not counts["traced"] and not counts["compiled"]
+
+
+# Other processes.
+
+START = """
+import json, sys, jax, torch, bridge
+jax.config.update("jax_enable_x64", True)
+x = jax.numpy.arange(4.0)
+"""
+CACHED = START + """
+jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+events, k = [], float(sys.argv[2])
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+y = jax.jit(jax.grad(lambda x, f=bridge.to_jax(lambda x: k * x.sin()): f(x).sum()))(x)
+print(json.dumps([sum(e.endswith("cache_hits") for e in events), sum(e.endswith("cache_misses") for e in events), y.tolist()]))
+"""
+
+
+def python(code, *args):
+    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_persistent_cache_x_two_processes(tmp_path):
+    """The second process finds the program of the first, and calls its own function from it."""
+    for k, expected in ((2, (0, 1)), (3, (1, 0))):
+        hits, misses, y = python(CACHED, tmp_path, k)
+        assert (hits, misses) == expected
+        np.testing.assert_allclose(y, k * np.cos(X))
+
+
+EXPORTED = """
+f = jax.jit(bridge.to_jax(lambda x: {k} * x.sin(), lane="ffi"))
+safe = [jax.export.DisabledSafetyCheck.custom_call("bridge_call")]
+blob = jax.export.export(f, disabled_checks=safe)(jax.numpy.arange(4.0)).serialize(vjp_order=1)
+"""
+
+
+def test_export_x_same_process():
+    """The blob alone calls the function, and its gradient: program and function are gone."""
+    blobs = {2.0: {}, 3.0: {}}
+    for k, names in blobs.items():
+        exec(EXPORTED.format(k=k), {"jax": jax, "bridge": bridge}, names)
+        names.pop("f")
+    jax.clear_caches()
+    for k, names in blobs.items():
+        call = jax.export.deserialize(names["blob"]).call
+        np.testing.assert_allclose(jax.jit(call)(X), k * np.sin(X))
+        np.testing.assert_allclose(jax.grad(lambda x: call(x).sum())(X), k * np.cos(X))  # noqa: B023
+
+
+IMPORTED = """
+programs = [jax.jit(bridge.to_jax(f)).lower(*[x] * f.__code__.co_argcount).compile() for f in ({own} for k in range(20))]
+try: print(json.dumps(["answer", jax.jit(jax.export.deserialize(bytearray(open(sys.argv[1], "rb").read())).call)(x).tolist()]))
+except Exception as e: print(json.dumps([type(e).__name__, str(e)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    path = tmp_path_factory.mktemp("exported") / "blob"
+    python(START + EXPORTED.format(k=2.0) + "print(open(sys.argv[1], 'wb').write(blob))", path)
+    return path
+
+
+@pytest.mark.parametrize("own", ["lambda x, y: x + y + k"])
+def test_export_x_other_process(own, exported):
+    """A process that does not know the function says so and never calls one of its own instead, whatever their numbers."""
+    kind, text = python(START + IMPORTED.format(own=own), exported)
+    assert kind == "JaxRuntimeError" and "which this process does not know" in text, text
