@@ -23,7 +23,7 @@ VERSIONS ?= torch jax
 PYTHON312 ?= $(or $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12)),python3.12)
 WORKERS ?= 2
 
-.PHONY: help setup demo demo-jax-in-torch demo-npt demo-torch-sim demo-relax demo-mc test test-all test-latest test-older check-mc bench bench-engines bench-mc gpu-check clean
+.PHONY: help setup lint docs demo demo-jax-in-torch demo-npt demo-torch-sim demo-relax demo-mc test test-all test-latest test-older check-mc bench bench-engines bench-mc gpu-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -37,6 +37,19 @@ $(VENV)/installed: pyproject.toml
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps $(BARE)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/nvalchemi $(APART)
 	touch $@
+
+lint: $(VENV)/lint-installed  ## ruff: rules and format
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+$(VENV)/lint-installed: $(VENV)/installed
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check ruff==0.17.6 && touch $@
+
+docs: $(VENV)/docs-installed  ## the documentation as a site, in site/ (a warning is an error; nothing is fetched)
+	$(VENV)/bin/mkdocs build --strict --quiet
+
+$(VENV)/docs-installed: $(VENV)/installed
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(PINS) -e '.[test,docs]' && touch $@
 
 demo: setup  ## SevenNet-0 on a crystal in a jitted jax-md run: table, picture, trajectory in demos/out (ARGS="--help")
 	$(RUN) -m demos.md $(ARGS)
@@ -95,4 +108,4 @@ gpu-check: setup  ## checks on a CUDA GPU, report in benchmarks/gpu/<date>.json;
 	$(RUN) -m benchmarks.gpu_check $(ARGS)
 
 clean:  ## remove .venv and what was built
-	rm -rf $(VENV) $(LATEST) build *.egg-info demos/out benchmarks/out .pytest_cache .hypothesis
+	rm -rf $(VENV) $(LATEST) build site *.egg-info demos/out benchmarks/out .pytest_cache .hypothesis

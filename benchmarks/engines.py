@@ -1,9 +1,11 @@
-"""Milliseconds a step of NVE for one model and crystal, in jitted jax-md, under ASE and under torch-sim: `python -m benchmarks.engines`.
+"""Milliseconds a step of NVE for one model and crystal, in jitted jax-md, under ASE and under
+torch-sim: `python -m benchmarks.engines`.
 
-SevenNet-0 (float32) on NaCl of 8, 64 and 216 atoms, and a cheap pair potential in torch (float64) on 256 and 4,000 atoms,
-beside what each code has of its own: SevenNet under ASE and torch-sim, Lennard-Jones with the same cutoff in all three. The
-variants take turns in one process; `ms` is the quickest round, a ratio the median over rounds. Prints JSON lines and a
-table, and draws benchmarks/out/engines.png.
+SevenNet-0 (float32) on NaCl of 8, 64 and 216 atoms, and a cheap pair potential in torch (float64)
+on 256 and 4,000 atoms, beside what each code has of its own: SevenNet under ASE and torch-sim,
+Lennard-Jones with the same cutoff in all three. The variants take turns in one process; `ms` is the
+quickest round, a ratio the median over rounds. Prints JSON lines and a table, and draws
+benchmarks/out/engines.png.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ def pair(inputs):
     r2 = edge_vectors(inputs).square().sum(-1)
     s6 = (SIGMA**2 / r2) ** 3
     each = 0.5 * 4 * EPSILON * (s6 * s6 - s6) * (1 - r2 / CUTOFF**2) ** 2
-    return r2.new_zeros(len(inputs["cell"])).index_add(0, inputs["batch"][inputs["edge_index"][0]], each)
+    return r2.new_zeros(len(inputs["cell"])).index_add(
+        0, inputs["batch"][inputs["edge_index"][0]], each
+    )
 
 
 def salt(repeats):
@@ -71,7 +75,12 @@ CASES = {  # name: (model, atoms, steps in a round)
     "pair, 256 atoms": ("pair", lambda: argon(4), 40),
     "pair, 4000 atoms": ("pair", lambda: argon(10), 4),
 }
-MODELS = {"sevennet": sevennet, "pair": lambda: Wrapped(pair, Card(cutoff=CUTOFF, neighbor_list="own", dtype="float64"), "autograd")}
+MODELS = {
+    "sevennet": sevennet,
+    "pair": lambda: Wrapped(
+        pair, Card(cutoff=CUTOFF, neighbor_list="own", dtype="float64"), "autograd"
+    ),
+}
 
 
 def bare_model(model, atoms, dtype):
@@ -94,7 +103,12 @@ def under_torch_sim(engine, atoms, dtype):
     """`engine` is a model in torch-sim's own terms."""
     import torch_sim as ts
 
-    init, step = torch_engine.integrator("nve", engine, dt=torch.tensor(FS * ase.units.fs, dtype=dtype), kT=torch.tensor(0.0, dtype=dtype))
+    init, step = torch_engine.integrator(
+        "nve",
+        engine,
+        dt=torch.tensor(FS * ase.units.fs, dtype=dtype),
+        kT=torch.tensor(0.0, dtype=dtype),
+    )
     state = [init(ts.io.atoms_to_state([atoms], engine.device, engine.dtype))]
 
     def run(n):
@@ -108,10 +122,18 @@ def under_jax_md(model, atoms, dtype):
     """A chunk of steps in one jitted loop."""
     real = str(dtype).removeprefix("torch.")
     box = jnp.asarray(atoms.cell.array.T, real)
-    bridged = jax_engine.energy(bridge.potential(model, atomic_numbers=atoms.numbers, pbc=True), box)
-    init, step = simulate.nve(bridged, space.periodic_general(box, fractional_coordinates=True)[1], FS * ase.units.fs)
+    bridged = jax_engine.energy(
+        bridge.potential(model, atomic_numbers=atoms.numbers, pbc=True), box
+    )
+    init, step = simulate.nve(
+        bridged, space.periodic_general(box, fractional_coordinates=True)[1], FS * ase.units.fs
+    )
     masses = jnp.asarray(atoms.get_masses(), real)[:, None]
-    state = [init(jax.random.key(0), jnp.asarray(atoms.get_scaled_positions(), real), kT=0.0, mass=masses)]
+    state = [
+        init(
+            jax.random.key(0), jnp.asarray(atoms.get_scaled_positions(), real), kT=0.0, mass=masses
+        )
+    ]
     loop = jax.jit(lambda state, n: jax.lax.fori_loop(0, n, lambda _, s: step(s), state))
 
     def run(n):
@@ -122,14 +144,25 @@ def under_jax_md(model, atoms, dtype):
 
 
 def jax_md_alone(atoms, dtype):
-    """jax-md's own Lennard-Jones, with its own neighbour list, made anew in the loop where atoms have moved far enough."""
+    """jax-md's own Lennard-Jones, with its own neighbour list, made anew in the loop where atoms
+    have moved far enough."""
     real = str(dtype).removeprefix("torch.")
     box = jnp.asarray(atoms.cell.array.T, real)
     displacement, shift = space.periodic_general(box, fractional_coordinates=True)
-    reach = dict(r_onset=0.8 * CUTOFF / SIGMA, r_cutoff=CUTOFF / SIGMA, dr_threshold=0.5, fractional_coordinates=True)
-    neighbors, potential = energy.lennard_jones_neighbor_list(displacement, box, sigma=SIGMA, epsilon=EPSILON, **reach)
+    reach = dict(
+        r_onset=0.8 * CUTOFF / SIGMA,
+        r_cutoff=CUTOFF / SIGMA,
+        dr_threshold=0.5,
+        fractional_coordinates=True,
+    )
+    neighbors, potential = energy.lennard_jones_neighbor_list(
+        displacement, box, sigma=SIGMA, epsilon=EPSILON, **reach
+    )
     init, step = simulate.nve(potential, shift, FS * ase.units.fs)
-    places, masses = jnp.asarray(atoms.get_scaled_positions(), real), jnp.asarray(atoms.get_masses(), real)[:, None]
+    places, masses = (
+        jnp.asarray(atoms.get_scaled_positions(), real),
+        jnp.asarray(atoms.get_masses(), real)[:, None],
+    )
     found = neighbors.allocate(places)
     state = [(init(jax.random.key(0), places, kT=0.0, mass=masses, neighbor=found), found)]
 
@@ -156,14 +189,22 @@ def own_of_each(kind, atoms, dtype) -> dict:
             return under_torch_sim(package.SevenNetModel("7net-0", device="cpu"), atoms, dtype)
 
         return {
-            "ASE, SevenNet's own calculator": under_ase(SevenNetCalculator("7net-0", device="cpu"), atoms),
-            "torch-sim, SevenNet's own model": Rival("sevenn.torchsim", "torch-sim-atomistic", sevennet_in_torch_sim),
+            "ASE, SevenNet's own calculator": under_ase(
+                SevenNetCalculator("7net-0", device="cpu"), atoms
+            ),
+            "torch-sim, SevenNet's own model": Rival(
+                "sevenn.torchsim", "torch-sim-atomistic", sevennet_in_torch_sim
+            ),
         }
     from torch_sim.models.lennard_jones import LennardJonesModel
 
-    lennard_jones = LennardJonesModel(sigma=SIGMA, epsilon=EPSILON, cutoff=CUTOFF, dtype=dtype, device=torch.device("cpu"))
+    lennard_jones = LennardJonesModel(
+        sigma=SIGMA, epsilon=EPSILON, cutoff=CUTOFF, dtype=dtype, device=torch.device("cpu")
+    )
     return {
-        "ASE, its own Lennard-Jones": under_ase(LennardJones(sigma=SIGMA, epsilon=EPSILON, rc=CUTOFF), atoms),
+        "ASE, its own Lennard-Jones": under_ase(
+            LennardJones(sigma=SIGMA, epsilon=EPSILON, rc=CUTOFF), atoms
+        ),
         "torch-sim, its own Lennard-Jones": under_torch_sim(lennard_jones, atoms, dtype),
         "jax-md, its own Lennard-Jones": jax_md_alone(atoms, dtype),
     }
@@ -175,7 +216,10 @@ def variants(name):
     atoms.rattle(0.02, seed=0)
     dtype = torch.float32 if kind == "sevennet" else torch.float64
     with jax.enable_x64(dtype == torch.float64):
-        found = {"bare model": bare_model(model, atoms, dtype), "jitted jax-md": under_jax_md(model, atoms, dtype)}
+        found = {
+            "bare model": bare_model(model, atoms, dtype),
+            "jitted jax-md": under_jax_md(model, atoms, dtype),
+        }
         engine = torch_engine.model(model, compute_stress=False)
         found |= {
             "ASE, bridge's calculator": under_ase(ase_engine.calculator(model, outputs=()), atoms),
@@ -187,11 +231,17 @@ def variants(name):
 def rows_of(name, rounds):
     runs = {v: attempt(run) if isinstance(run, Rival) else run for v, run in variants(name).items()}
     times = measure({v: run for v, run in runs.items() if callable(run)}, CASES[name][2], rounds)
-    return [{"name": f"{name}/{v}", **(figures(times, v) if v in times else run)} for v, run in runs.items()]
+    return [
+        {"name": f"{name}/{v}", **(figures(times, v) if v in times else run)}
+        for v, run in runs.items()
+    ]
 
 
 def figures(times, variant) -> dict:
-    return {"ms": min(times[variant]) / 1e3, "jax_md_over_this": ratio(times["jitted jax-md"], times[variant])}
+    return {
+        "ms": min(times[variant]) / 1e3,
+        "jax_md_over_this": ratio(times["jitted jax-md"], times[variant]),
+    }
 
 
 def draw(rows, path):
@@ -204,7 +254,12 @@ def draw(rows, path):
     names = list(dict.fromkeys(r["name"].split("/")[1] for r in rows))
     figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
     for k, name in enumerate(names):
-        own = [(i, r["ms"]) for i, case in enumerate(cases) for r in rows if r["name"] == f"{case}/{name}"]
+        own = [
+            (i, r["ms"])
+            for i, case in enumerate(cases)
+            for r in rows
+            if r["name"] == f"{case}/{name}"
+        ]
         axes.bar([i + 0.1 * (k - 4) for i, _ in own], [ms for _, ms in own], 0.09, label=name)
     axes.set(yscale="log", ylabel="ms a step", xticks=range(len(cases)), xticklabels=cases)
     axes.legend(fontsize=8)
@@ -213,9 +268,15 @@ def draw(rows, path):
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.engines", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.engines",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1, help="torch's threads; XLA's pool is beside it")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="torch's threads; XLA's pool is beside it"
+    )
     parser.add_argument("--only", choices=CASES, nargs="*", default=list(CASES))
     parser.add_argument("--out", type=Path, default=OUT / "engines.png")
     args = parser.parse_args(argv)
@@ -225,7 +286,11 @@ def main(argv=None) -> int:
     width = max(len(r["name"]) for r in rows) + 2
     print(f"\n{'':{width}}{'ms a step':>10}   jax-md / this")
     for r in rows:
-        shown = f"{r['ms']:10.2f}   {r['jax_md_over_this']:.2f}" if "ms" in r else f"{r['status']}: {r['error']}"
+        shown = (
+            f"{r['ms']:10.2f}   {r['jax_md_over_this']:.2f}"
+            if "ms" in r
+            else f"{r['status']}: {r['error']}"
+        )
         print(f"{r['name']:{width}}{shown}")
     draw([r for r in rows if "ms" in r], args.out)
     return 0

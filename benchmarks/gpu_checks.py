@@ -1,7 +1,9 @@
-"""The checks of benchmarks.gpu_check, each for itself: what must hold on a CUDA GPU and can't be seen on a CPU.
+"""The checks of benchmarks.gpu_check, each for itself: what must hold on a CUDA GPU and can't be
+seen on a CPU.
 
-A check takes a JAX device and a dict for the values that it finds, and raises where something is wrong. Those that make
-sense there run on a CPU device, too: tests/demos/test_gpu_check.py tries their code so.
+A check takes a JAX device and a dict for the values that it finds, and raises where something is
+wrong. Those that make sense there run on a CPU device, too: tests/demos/test_gpu_check.py tries
+their code so.
 """
 
 from __future__ import annotations
@@ -19,7 +21,11 @@ import bridge
 from benchmarks.harness import bare, in_loop, measure, one_by_one
 from torch_side.calls import buffers, export, running
 
-SIDE, STEPS, CALLS = 4096, 50, 10_000  # the slow kernel is a chain of STEPS matrix products; calls of the memory check
+SIDE, STEPS, CALLS = (
+    4096,
+    50,
+    10_000,
+)  # the slow kernel is a chain of STEPS matrix products; calls of the memory check
 CHECKS = {}
 
 
@@ -44,7 +50,8 @@ def place(gpu) -> torch.device:
 
 @contextlib.contextmanager
 def spied(**spies):
-    """TorchFunction.<name> calls the spy first, with the same arguments; that of `run` sees calls by a `runner`, too."""
+    """TorchFunction.<name> calls the spy first, with the same arguments; that of `run` sees calls
+    by a `runner`, too."""
     names = {*spies, "runner"} if "run" in spies else {*spies}
     originals = {name: getattr(export.TorchFunction, name) for name in names}
 
@@ -67,35 +74,62 @@ def spied(**spies):
 
 @check
 def pointers(gpu, values):
-    """Inside an ffi call torch's memory is JAX's, for inputs and outputs; arrays cross without a copy, both ways."""
+    """Inside an ffi call torch's memory is JAX's, for inputs and outputs; arrays cross without a
+    copy, both ways."""
     x = jax.device_put(jnp.arange(1024.0), gpu)
-    with spied(run=lambda fn, given, into: values.update(given=given[0].data_ptr(), into=into[0].data_ptr())):
+    with spied(
+        run=lambda fn, given, into: values.update(
+            given=given[0].data_ptr(), into=into[0].data_ptr()
+        )
+    ):
         y = jax.jit(bridge.to_jax(lambda x: x * 2, lane="ffi"))(x).block_until_ready()
     t = torch.arange(1024.0, device=place(gpu))
     values |= {"x": x.unsafe_buffer_pointer(), "y": y.unsafe_buffer_pointer(), "t": t.data_ptr()}
-    values |= {"to_torch(x)": bridge.to_torch(x).data_ptr(), "to_jax(t)": bridge.to_jax(t).unsafe_buffer_pointer()}
+    values |= {
+        "to_torch(x)": bridge.to_torch(x).data_ptr(),
+        "to_jax(t)": bridge.to_jax(t).unsafe_buffer_pointer(),
+    }
     expect(values["given"] == values["x"], "the input was copied")
     expect(values["into"] == values["y"], "the output was copied")
-    expect(values["to_torch(x)"] == values["x"] and values["to_jax(t)"] == values["t"], "an array was copied")
+    expect(
+        values["to_torch(x)"] == values["x"] and values["to_jax(t)"] == values["t"],
+        "an array was copied",
+    )
 
 
 @check
 def stream(gpu, values):
     """Inside a call torch's current stream is the one that XLA gives, and not the default one."""
-    inside = lambda fn, given, into: values.update(inside=torch.cuda.current_stream(given[0].device).cuda_stream)  # noqa: E731
-    with spied(run=inside, on_stream=lambda stream, tensors: values.update(given=stream, type=type(stream).__name__)):
-        jax.jit(bridge.to_jax(torch.sin, lane="ffi"))(jax.device_put(jnp.ones(8), gpu)).block_until_ready()
+    inside = lambda fn, given, into: values.update(
+        inside=torch.cuda.current_stream(given[0].device).cuda_stream
+    )
+    with spied(
+        run=inside,
+        on_stream=lambda stream, tensors: values.update(given=stream, type=type(stream).__name__),
+    ):
+        jax.jit(bridge.to_jax(torch.sin, lane="ffi"))(
+            jax.device_put(jnp.ones(8), gpu)
+        ).block_until_ready()
     values["outside"] = torch.cuda.current_stream().cuda_stream
     expect(values["inside"] == values["given"], "torch is on another stream than XLA's")
-    expect(values["given"] not in (0, torch.cuda.default_stream().cuda_stream), "XLA gave the default stream")
-    expect(values["outside"] == torch.cuda.default_stream().cuda_stream, "the caller's stream was left changed")
+    expect(
+        values["given"] not in (0, torch.cuda.default_stream().cuda_stream),
+        "XLA gave the default stream",
+    )
+    expect(
+        values["outside"] == torch.cuda.default_stream().cuda_stream,
+        "the caller's stream was left changed",
+    )
 
 
 def problem(gpu):
-    """x of small integers, a cyclic permutation p, and what STEPS products with p make of x: exact in any precision."""
+    """x of small integers, a cyclic permutation p, and what STEPS products with p make of x: exact
+    in any precision."""
     x = np.arange(SIDE * SIDE).reshape(SIDE, SIDE) % 61
     p = np.roll(np.eye(SIDE), 1, axis=1)
-    return *(jax.device_put(jnp.asarray(a, "float32"), gpu) for a in (x, p)), np.roll(x, STEPS, axis=1)
+    return *(jax.device_put(jnp.asarray(a, "float32"), gpu) for a in (x, p)), np.roll(
+        x, STEPS, axis=1
+    )
 
 
 def chain(x, p):
@@ -110,7 +144,8 @@ slow = jax.jit(chain)
 
 @check
 def order_jit(gpu, values):
-    """Slow kernels of XLA before, between and after bridged calls, in one program and in several: no synchronisation."""
+    """Slow kernels of XLA before, between and after bridged calls, in one program and in several:
+    no synchronisation."""
     x, p, rolled = problem(gpu)
     f = bridge.to_jax(lambda x: x + 1, lane="ffi")
     step, jitted = jax.jit(lambda x: f(chain(f(chain(x, p)), p))), jax.jit(f)
@@ -123,12 +158,16 @@ def order_jit(gpu, values):
     values["total_ms"] = (time.perf_counter() - start) * 1e3
     several = jitted(slow(jitted(slow(x, p)), p))
     same(one, want, "one program"), same(several, want, "several programs")
-    expect(gpu.platform == "cpu" or values["dispatch_ms"] < values["total_ms"] / 2, "the host waited for the kernels")
+    expect(
+        gpu.platform == "cpu" or values["dispatch_ms"] < values["total_ms"] / 2,
+        "the host waited for the kernels",
+    )
 
 
 @check
 def order_eager(gpu, values):
-    """Eager calls: a slow torch kernel still reads its input when JAX frees that memory and uses it again."""
+    """Eager calls: a slow torch kernel still reads its input when JAX frees that memory and uses it
+    again."""
     x, p, rolled = problem(gpu)
     f = bridge.to_jax(chain)
     for k in range(5):
@@ -140,14 +179,21 @@ def order_eager(gpu, values):
 
 @check
 def order_arrays(gpu, values):
-    """to_jax and to_torch of arrays still being computed, and memory that is freed while the other side reads it."""
+    """to_jax and to_torch of arrays still being computed, and memory that is freed while the other
+    side reads it."""
     x, p, rolled = problem(gpu)
     tp = bridge.to_torch(p)
     same((bridge.to_torch(slow(x, p)) + 1).cpu(), rolled + 1, "to_torch of a running computation")
-    same(bridge.to_jax(chain(bridge.to_torch(x), tp)) + 1, rolled + 1, "to_jax of a running computation")
+    same(
+        bridge.to_jax(chain(bridge.to_torch(x), tp)) + 1,
+        rolled + 1,
+        "to_jax of a running computation",
+    )
     doubled = bridge.to_torch(lambda x: 2 * x)
     for k in range(5):
-        t = chain(doubled(bridge.to_torch(x) + k), tp)  # the result of a JAX function is freed here, too
+        t = chain(
+            doubled(bridge.to_torch(x) + k), tp
+        )  # the result of a JAX function is freed here, too
         junk = [jnp.full_like(x, -1) for _ in range(4)]
         same(t.cpu(), 2 * (rolled + k), "the result of a JAX function, freed while torch reads it")
         y = slow(bridge.to_jax(bridge.to_torch(x) + k), p)
@@ -160,7 +206,8 @@ def order_arrays(gpu, values):
 
 @check
 def order_weights(gpu, values):
-    """Weights that torch's own stream is still writing when the call begins, and writes again when it has been dispatched."""
+    """Weights that torch's own stream is still writing when the call begins, and writes again when
+    it has been dispatched."""
     x, p, _ = problem(gpu)
     net, tp = torch.nn.Linear(SIDE, SIDE, bias=False, device=place(gpu)), bridge.to_torch(p)
     f = jax.jit(bridge.to_jax(net))
@@ -175,8 +222,9 @@ def order_weights(gpu, values):
 
 @check
 def jax_in_torch(gpu, values):
-    """A JAX function in torch: its input is still being written when it is called, its result read at once, and the input
-    written again behind the call; value and gradient, and the host waits for nothing."""
+    """A JAX function in torch: its input is still being written when it is called, its result read
+    at once, and the input written again behind the call; value and gradient, and the host waits for
+    nothing."""
     x, p, rolled = problem(gpu)
     tx, tp = bridge.to_torch(x), bridge.to_torch(p)
     f = bridge.to_torch(lambda x, p: 2 * chain(x, p))
@@ -192,7 +240,10 @@ def jax_in_torch(gpu, values):
     leaf = torch.zeros_like(tx, requires_grad=True)
     f(leaf, tp).backward(chain(tx, tp))
     same(leaf.grad.cpu(), 2 * np.asarray(x), "the gradient")  # backwards through the permutation
-    expect(gpu.platform == "cpu" or values["dispatch_ms"] < values["total_ms"] / 2, "the host waited for the kernels")
+    expect(
+        gpu.platform == "cpu" or values["dispatch_ms"] < values["total_ms"] / 2,
+        "the host waited for the kernels",
+    )
 
 
 def energy(x):
@@ -204,21 +255,37 @@ def energy(x):
 
 @check
 def numbers(gpu, values):
-    """Values, gradients, Hessian-vector products and batches: both lanes on the GPU, the CPU and pure JAX agree."""
+    """Values, gradients, Hessian-vector products and batches: both lanes on the GPU, the CPU and
+    pure JAX agree."""
     x = jnp.asarray(np.random.default_rng(0).uniform(0, 6, (2, 16, 3)), "float32")
-    sums = lambda f: lambda x: (f(x[0]), jax.grad(f)(x[0]), jax.jvp(jax.grad(f), (x[0],), (x[1],))[1], jax.vmap(jax.grad(f))(x))  # noqa: E731
+    sums = lambda f: (
+        lambda x: (
+            f(x[0]),
+            jax.grad(f)(x[0]),
+            jax.jvp(jax.grad(f), (x[0],), (x[1],))[1],
+            jax.vmap(jax.grad(f))(x),
+        )
+    )
     cpu = jax.devices("cpu")[0]
-    lanes = {f"{d.platform} {lane}": (bridge.to_jax(energy, lane=lane), d) for d in {cpu, gpu} for lane in ("ffi", "host")}
+    lanes = {
+        f"{d.platform} {lane}": (bridge.to_jax(energy, lane=lane), d)
+        for d in {cpu, gpu}
+        for lane in ("ffi", "host")
+    }
     want = jax.jit(sums(energy))(jax.device_put(x, cpu))
     for name, (f, device) in lanes.items():
         got = jax.jit(sums(f))(jax.device_put(x, device))
-        values[name] = [float(np.abs(np.asarray(g) - w).max() / np.abs(w).max()) for g, w in zip(got, map(np.asarray, want), strict=True)]
+        values[name] = [
+            float(np.abs(np.asarray(g) - w).max() / np.abs(w).max())
+            for g, w in zip(got, map(np.asarray, want), strict=True)
+        ]
     expect(max(map(max, values.values())) < 1e-4, "relative differences above 1e-4")
 
 
 @check
 def graph(gpu, values):
-    """XLA replays a CUDA graph over a torch call that allocates nothing, registered with allow_cuda_graph.
+    """XLA replays a CUDA graph over a torch call that allocates nothing, registered with
+    allow_cuda_graph.
 
     While XLA captures, its stream can't wait for another (buffers.on_stream would make it)."""
     import jax_tvm_ffi
@@ -228,20 +295,47 @@ def graph(gpu, values):
 
     def enter(stream, x, y):
         calls.append(stream)
-        with torch.no_grad(), torch.cuda.stream(buffers._external(stream, x.device.index)) if x.is_cuda else contextlib.nullcontext():
+        with (
+            torch.no_grad(),
+            torch.cuda.stream(buffers._external(stream, x.device.index))
+            if x.is_cuda
+            else contextlib.nullcontext(),
+        ):
             torch.add(torch.mul(x, 0.5, out=work), 1.0, out=y)
 
-    torch.add(torch.mul(work, 0.5, out=work), 1.0, out=torch.empty_like(work))  # loads the kernels before any capture
-    handler, platform = tvm_ffi.convert_func(enter, tensor_cls=torch.Tensor), "cpu" if gpu.platform == "cpu" else "gpu"
+    torch.add(
+        torch.mul(work, 0.5, out=work), 1.0, out=torch.empty_like(work)
+    )  # loads the kernels before any capture
+    handler, platform = (
+        tvm_ffi.convert_func(enter, tensor_cls=torch.Tensor),
+        "cpu" if gpu.platform == "cpu" else "gpu",
+    )
     spec = ["ctx.stream", "args", "rets"]
-    jax_tvm_ffi.register_ffi_target("gpu_check_graph", handler, spec, platform=platform, allow_cuda_graph=True, pass_owned_tensor=True)
+    jax_tvm_ffi.register_ffi_target(
+        "gpu_check_graph",
+        handler,
+        spec,
+        platform=platform,
+        allow_cuda_graph=True,
+        pass_owned_tensor=True,
+    )
     bridged = jax.ffi.ffi_call("gpu_check_graph", jax.ShapeDtypeStruct((n,), jnp.float32))
-    loop = lambda f: jax.jit(lambda x: jax.lax.fori_loop(0, STEPS, lambda _, x: f(jnp.cos(f(jnp.sin(f(x))))), x))  # noqa: E731
+    loop = lambda f: jax.jit(
+        lambda x: jax.lax.fori_loop(0, STEPS, lambda _, x: f(jnp.cos(f(jnp.sin(f(x))))), x)
+    )
     x = jax.device_put(jnp.linspace(0, 1, n, dtype="float32"), gpu)
     got, want = loop(bridged)(x), loop(lambda x: x * 0.5 + 1)(x)
-    values |= {"difference": float(jnp.abs(got - want).max()), "calls": 3 * STEPS, "python_calls": len(calls), "streams": len(set(calls))}
+    values |= {
+        "difference": float(jnp.abs(got - want).max()),
+        "calls": 3 * STEPS,
+        "python_calls": len(calls),
+        "streams": len(set(calls)),
+    }
     expect(values["difference"] < 1e-5, "a replay gave wrong values")
-    expect(values["python_calls"] < values["calls"] / 2, "XLA called Python at every step: no graph was replayed")
+    expect(
+        values["python_calls"] < values["calls"] / 2,
+        "XLA called Python at every step: no graph was replayed",
+    )
 
 
 @check
@@ -253,18 +347,33 @@ def memory(gpu, values):
     for when, count in ("before", 100), ("after", CALLS):
         one_by_one(f, x)(count)
         ours, theirs = gpu.memory_stats(), torch.cuda.memory_stats(place(gpu))
-        values[f"jax {when}"] = {k: ours[k] for k in ("bytes_in_use", "peak_bytes_in_use", "bytes_limit") if k in ours}
-        values[f"torch {when}"] = {k: theirs[k] for k in ("allocated_bytes.all.current", "reserved_bytes.all.current")}
+        values[f"jax {when}"] = {
+            k: ours[k] for k in ("bytes_in_use", "peak_bytes_in_use", "bytes_limit") if k in ours
+        }
+        values[f"torch {when}"] = {
+            k: theirs[k] for k in ("allocated_bytes.all.current", "reserved_bytes.all.current")
+        }
     values["calls suspected of keeping an input"] = len(suspected)
     running._accuse = accuse
     for side, key in ("jax", "bytes_in_use"), ("torch", "allocated_bytes.all.current"):
-        expect(values[f"{side} after"][key] - values[f"{side} before"][key] < 100 * CALLS, f"the memory of {side} grew")
+        expect(
+            values[f"{side} after"][key] - values[f"{side} before"][key] < 100 * CALLS,
+            f"the memory of {side} grew",
+        )
 
 
 @check
 def timing(gpu, values):
-    """An empty call in a fori_loop, on both lanes, beside the bare Python call and an empty loop; microseconds, best of 7."""
-    x, t, identity = jax.device_put(jnp.ones(8, "float32"), gpu), torch.ones(8, device=place(gpu)), lambda x: x  # noqa: E731
-    variants = {"bare torch": bare(identity, t), "empty jax loop": in_loop(jax.lax.optimization_barrier, x)}
+    """An empty call in a fori_loop, on both lanes, beside the bare Python call and an empty loop;
+    microseconds, best of 7."""
+    x, t, identity = (
+        jax.device_put(jnp.ones(8, "float32"), gpu),
+        torch.ones(8, device=place(gpu)),
+        lambda x: x,
+    )
+    variants = {
+        "bare torch": bare(identity, t),
+        "empty jax loop": in_loop(jax.lax.optimization_barrier, x),
+    }
     variants |= {lane: in_loop(bridge.to_jax(identity, lane=lane), x) for lane in ("ffi", "host")}
     values |= {name: min(us) for name, us in measure(variants, max(1, CALLS // 20), 7).items()}

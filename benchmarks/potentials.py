@@ -1,4 +1,5 @@
-"""What bridge.potential adds to a torch model, what a Hessian costs, and what vmap over structures saves; groups of benchmarks.bench."""
+"""What bridge.potential adds to a torch model, what a Hessian costs, and what vmap over structures
+saves; groups of benchmarks.bench."""
 
 from __future__ import annotations
 
@@ -26,14 +27,18 @@ OF_VESIN = 1.5
 def embedded(inputs):
     """An EAM-like energy of each system over its edges."""
     r2 = edge_vectors(inputs).square().sum(-1)
-    density = r2.new_zeros(len(inputs["pos"])).index_add(0, inputs["edge_index"][0], (1 - r2 / CUTOFF**2) ** 3)
+    density = r2.new_zeros(len(inputs["pos"])).index_add(
+        0, inputs["edge_index"][0], (1 - r2 / CUTOFF**2) ** 3
+    )
     return r2.new_zeros(len(inputs["cell"])).index_add(0, inputs["batch"], -torch.sqrt(1 + density))
 
 
 def crystal(repeats):
     """A rattled simple cubic crystal: positions, cell."""
     sites = np.stack(np.meshgrid(*[np.arange(repeats)] * 3), -1).reshape(-1, 3) * 2.7
-    return sites + 0.1 * np.random.default_rng(0).normal(size=sites.shape), np.eye(3) * 2.7 * repeats
+    return sites + 0.1 * np.random.default_rng(0).normal(size=sites.shape), np.eye(
+        3
+    ) * 2.7 * repeats
 
 
 def dict_of(pos, cell):
@@ -51,17 +56,26 @@ def bare_model(inputs):
 
 
 def bound(n, **options):
-    return bridge.potential(embedded, atomic_numbers=np.full(n, 29), gradients="autograd", cutoff=CUTOFF, **options)
+    return bridge.potential(
+        embedded, atomic_numbers=np.full(n, 29), gradients="autograd", cutoff=CUTOFF, **options
+    )
 
 
 @group("bare torch", share=0.05)
 def potential_step():
-    """Energy, forces and cell gradients of 64 atoms, neighbours included, with the checks of values and the way through XLA."""
+    """Energy, forces and cell gradients of 64 atoms, neighbours included, with the checks of values
+    and the way through XLA."""
     with jax.enable_x64(True):
         pos, cell = crystal(4)
         x, r, h = dict_of(pos, cell), jnp.asarray(pos), jnp.asarray(cell)
-        steps = {lane: jax.jit(jax.value_and_grad(bound(64, lane=lane), (0, 1))) for lane in ("ffi", "host")}
-        return {"bare torch": bare(bare_model, x), **{lane: wide(one_by_one(step, r, h)) for lane, step in steps.items()}}
+        steps = {
+            lane: jax.jit(jax.value_and_grad(bound(64, lane=lane), (0, 1)))
+            for lane in ("ffi", "host")
+        }
+        return {
+            "bare torch": bare(bare_model, x),
+            **{lane: wide(one_by_one(step, r, h)) for lane, step in steps.items()},
+        }
 
 
 def pairs(inputs):
@@ -73,7 +87,8 @@ def pairs(inputs):
 
 
 def by_hand(pos, cell, i, j, offsets):
-    """The same energy, g and G as torch alone is written for one periodic system and a list with a skin."""
+    """The same energy, g and G as torch alone is written for one periodic system and a list with a
+    skin."""
     pos, cell = pos.detach().requires_grad_(), cell.detach().requires_grad_()
     r = pos.index_select(0, j) - pos.index_select(0, i) + offsets @ cell
     r2 = r.square().sum(-1)
@@ -90,10 +105,19 @@ def with_list(repeats):
         edges, offsets = neighbor_list(x["pos"], x["cell"], x["pbc"], CUTOFF + skin, x["batch"])
         spare = int(empty * len(offsets))
         index = jnp.pad(edges.int().numpy(), ((0, 0), (0, spare)), constant_values=n)
-        slots = {"edge_index": index, "cell_offsets": jnp.pad(offsets.int().numpy(), ((0, spare), (0, 0)))}
+        slots = {
+            "edge_index": index,
+            "cell_offsets": jnp.pad(offsets.int().numpy(), ((0, spare), (0, 0))),
+        }
         card = bridge.Card(cutoff=CUTOFF, neighbor_list="given", batches=True)
-        energy = bridge.potential(pairs, atomic_numbers=np.full(n, 29), gradients="autograd", card=card)
-        step, r, h = jax.jit(jax.value_and_grad(energy, (0, 1))), jnp.asarray(pos), jnp.asarray(cell)
+        energy = bridge.potential(
+            pairs, atomic_numbers=np.full(n, 29), gradients="autograd", card=card
+        )
+        step, r, h = (
+            jax.jit(jax.value_and_grad(energy, (0, 1))),
+            jnp.asarray(pos),
+            jnp.asarray(cell),
+        )
         module, graph = with_gradients(pairs), x | {"edge_index": edges, "cell_offsets": offsets}
         if skin:  # a module leaves out nothing by itself
             near = edge_vectors(graph).norm(dim=-1) < CUTOFF
@@ -126,7 +150,12 @@ list_group(46, 0.0005, rounds=9)
 list_group(100, 0.0005, rounds=5)
 
 
-@group("vesin, unsorted", judge=goals(("bridge.edges", "vesin, unsorted", OF_VESIN)), share=0.0005, rounds=5)
+@group(
+    "vesin, unsorted",
+    judge=goals(("bridge.edges", "vesin, unsorted", OF_VESIN)),
+    share=0.0005,
+    rounds=5,
+)
 def edges_of_a_million():
     """The list of 10^6 atoms."""
     import vesin
@@ -137,7 +166,9 @@ def edges_of_a_million():
         threads = torch.get_num_threads()
 
         def search(ordered):
-            found = vesin.NeighborList(cutoff=CUTOFF, full_list=True, sorted=ordered, n_threads=threads)
+            found = vesin.NeighborList(
+                cutoff=CUTOFF, full_list=True, sorted=ordered, n_threads=threads
+            )
             return found.compute(pos, cell, True, quantities="PS")
 
         capacity = int(1.1 * len(search(False)[0]))
@@ -149,31 +180,56 @@ def edges_of_a_million():
         }
 
 
-@group("torch.autograd, forward once", judge=goals(("jax.hessian", "torch.autograd, forward once", 1.5)), share=0.002)
+@group(
+    "torch.autograd, forward once",
+    judge=goals(("jax.hessian", "torch.autograd, forward once", 1.5)),
+    share=0.002,
+)
 def potential_hessian():
     """The 81 rows of a Hessian of 27 atoms."""
     with jax.enable_x64(True):
         pos, cell = crystal(3)
         x, r, h = dict_of(pos, cell), jnp.asarray(pos), jnp.asarray(cell)
-        total = lambda p: bare_model(x | {"pos": p})["position_gradients"]  # noqa: E731
+        total = lambda p: bare_model(x | {"pos": p})["position_gradients"]
 
         def rows():
             p = x["pos"].clone().requires_grad_()
             return [torch.autograd.grad(g, p, retain_graph=True) for g in total(p).flatten()]
 
-        each = jax.jit(lambda r, h: jax.lax.map(lambda v: jax.vjp(lambda r: jax.grad(bound(27))(r, h), r)[1](v)[0], jnp.eye(81).reshape(81, 27, 3)))
-        hessians = {"jax.hessian": jax.jit(jax.hessian(bound(27))), "jacrev of grad": jax.jit(jax.jacrev(jax.grad(bound(27)))), "row by row in lax.map": each}
-        return {"torch.autograd, forward once": bare(rows), **{name: wide(one_by_one(f, r, h)) for name, f in hessians.items()}}
+        each = jax.jit(
+            lambda r, h: jax.lax.map(
+                lambda v: jax.vjp(lambda r: jax.grad(bound(27))(r, h), r)[1](v)[0],
+                jnp.eye(81).reshape(81, 27, 3),
+            )
+        )
+        hessians = {
+            "jax.hessian": jax.jit(jax.hessian(bound(27))),
+            "jacrev of grad": jax.jit(jax.jacrev(jax.grad(bound(27)))),
+            "row by row in lax.map": each,
+        }
+        return {
+            "torch.autograd, forward once": bare(rows),
+            **{name: wide(one_by_one(f, r, h)) for name, f in hessians.items()},
+        }
 
 
-@group('vmap, batched="sequential"', judge=goals(("vmap, one graph", 'vmap, batched="sequential"', 1.0)), share=0.01)
+@group(
+    'vmap, batched="sequential"',
+    judge=goals(("vmap, one graph", 'vmap, batched="sequential"', 1.0)),
+    share=0.01,
+)
 def potential_replicas():
     """Energy and gradients of 16 structures of 27 atoms under vmap."""
     with jax.enable_x64(True):
         pos, cell = crystal(3)
-        r, h = jnp.asarray(pos) + 0.01 * jax.random.normal(jax.random.key(0), (REPLICAS, 27, 3)), jnp.asarray(cell)
+        r, h = (
+            jnp.asarray(pos) + 0.01 * jax.random.normal(jax.random.key(0), (REPLICAS, 27, 3)),
+            jnp.asarray(cell),
+        )
         ways = {"vmap, one graph": "graph", 'vmap, batched="sequential"': "sequential"}
-        many = lambda how: jax.jit(jax.vmap(jax.value_and_grad(bound(27, batched=how), (0, 1)), (0, None)))  # noqa: E731
+        many = lambda how: jax.jit(
+            jax.vmap(jax.value_and_grad(bound(27, batched=how), (0, 1)), (0, None))
+        )
         return {name: wide(one_by_one(many(how), r, h)) for name, how in ways.items()}
 
 

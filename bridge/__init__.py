@@ -1,4 +1,5 @@
-"""The bridge between JAX and PyTorch for interatomic potentials. Importing it imports neither framework."""
+"""The bridge between JAX and PyTorch for interatomic potentials. Importing it imports neither
+framework."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str):
     if name not in _HOMES:
-        raise AttributeError(f"module 'bridge' has no attribute {name!r}; it has {', '.join(__all__)}")
+        raise AttributeError(
+            f"module 'bridge' has no attribute {name!r}; it has {', '.join(__all__)}"
+        )
     value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
     return value
 

@@ -1,4 +1,9 @@
-"""`python -m bridge doctor`: what this machine, these versions and these settings will do. `python -m bridge check`: is a potential right?"""
+"""The command line: `python -m bridge`.
+
+doctor     what this machine, these versions and these settings will do
+check      is a potential right?
+--version  of this package
+"""
 
 from __future__ import annotations
 
@@ -7,17 +12,23 @@ import importlib
 import inspect
 import os
 import sys
+from importlib.metadata import version
 
 from bridge.card import symbol
 from bridge.errors import message
 
 USAGE = """usage: python -m bridge doctor
+       python -m bridge --version
        python -m bridge check module:factory [--kind torch|jax] [--gradients model|autograd] [--cutoff X] [--elements Si,O]
                               [--dtype float64|float32] [--examples N]"""
 
 
 def main(arguments: list[str]) -> int:
-    """Print the diagnosis, or what was checked; 0 if all is well, 1 if not, 2 for what is no command."""
+    """Print the diagnosis, or what was checked; 0 if all is well, 1 if not, 2 for what is no
+    command."""
+    if arguments == ["--version"]:
+        print(f"jax-torch-bridge {version('jax-torch-bridge')}")
+        return 0
     if arguments == ["doctor"]:
         return doctor()
     if arguments[:1] != ["check"]:
@@ -44,34 +55,65 @@ def doctor() -> int:
 
 def check(options) -> int:
     """A line for each property as it is done, the text of each failure."""
-    from bridge.testing.subject import kind_of
     from bridge.testing import run_checks
+    from bridge.testing.subject import kind_of
 
-    given = {"kind": options.kind, "gradients": options.gradients, "cutoff": options.cutoff, "dtype": options.dtype, "elements": options.elements}
+    given = {
+        "kind": options.kind,
+        "gradients": options.gradients,
+        "cutoff": options.cutoff,
+        "dtype": options.dtype,
+        "elements": options.elements,
+    }
     failed, model = 0, model_of(options.model)
     if options.kind is None and kind_of(model) is None:
         got = f"a {type(model).__name__}, which may be either"
-        raise TypeError(message("--kind torch or --kind jax", got, "say which framework its arrays are of"))
+        raise TypeError(
+            message("--kind torch or --kind jax", got, "say which framework its arrays are of")
+        )
     for found in run_checks(model, max_examples=options.examples, **given):
-        state = "FAILED" if found.failure else "--    " if found.skipped else "warned" if found.warning else "ok    "
+        state = (
+            "FAILED"
+            if found.failure
+            else "--    "
+            if found.skipped
+            else "warned"
+            if found.warning
+            else "ok    "
+        )
         why = found.skipped or found.warning
         print(state, found.name + (f" ({why})" if why else ""), flush=True)
         if found.failure:
             failed += 1
-            print("\n".join("       " + line for line in found.failure.splitlines()[1:]), flush=True)
+            print(
+                "\n".join("       " + line for line in found.failure.splitlines()[1:]), flush=True
+            )
     return 1 if failed else 0
 
 
 def model_of(spec: str):
-    """The object that "module:name" names; called, if it is a class or a function of no arguments."""
+    """The object that "module:name" names; called, if it is a class or a function of no
+    arguments."""
     module, colon, name = spec.partition(":")
     if not (module and colon and name):
-        raise ValueError(message("module:factory", repr(spec), "write the module, a colon, and the name of the model in it"))
+        raise ValueError(
+            message(
+                "module:factory",
+                repr(spec),
+                "write the module, a colon, and the name of the model in it",
+            )
+        )
     sys.path[:0] = [] if os.getcwd() in sys.path else [os.getcwd()]
     found = importlib.import_module(module)
     for part in name.split("."):
         if not hasattr(found, part):
-            raise ValueError(message(f"{part!r} in {module}", f"only {', '.join(n for n in dir(found) if not n.startswith('_'))}", "name what is there"))
+            raise ValueError(
+                message(
+                    f"{part!r} in {module}",
+                    f"only {', '.join(n for n in dir(found) if not n.startswith('_'))}",
+                    "name what is there",
+                )
+            )
         found = getattr(found, part)
     return found() if _without_arguments(found) else found
 
@@ -84,16 +126,31 @@ def _without_arguments(x) -> bool:
         inspect.signature(x).bind()
     except TypeError as error:
         if inspect.isclass(x):
-            raise ValueError(message("a class of no arguments", f"{x.__name__}: {error}", "write a function that makes the model")) from error
+            raise ValueError(
+                message(
+                    "a class of no arguments",
+                    f"{x.__name__}: {error}",
+                    "write a function that makes the model",
+                )
+            ) from error
         return False
     return True
 
 
 def _parsed(arguments):
-    parser = argparse.ArgumentParser("python -m bridge check", description="Check a potential of the contract: bridge.testing.check_potential.")
-    parser.add_argument("model", help="module:factory, where the module can be imported from here; or module:model")
+    parser = argparse.ArgumentParser(
+        "python -m bridge check",
+        description="Check a potential of the contract: bridge.testing.check_potential.",
+    )
+    parser.add_argument(
+        "model", help="module:factory, where the module can be imported from here; or module:model"
+    )
     parser.add_argument("--kind", choices=("torch", "jax"))
-    parser.add_argument("--gradients", choices=("model", "autograd", "autodiff"), help="autograd: the model returns its energy alone")
+    parser.add_argument(
+        "--gradients",
+        choices=("model", "autograd", "autodiff"),
+        help="autograd: the model returns its energy alone",
+    )
     parser.add_argument("--cutoff", type=float, help="Angstrom, for a model that takes edges")
     parser.add_argument("--elements", type=_elements, help="symbols or atomic numbers, as Si,O")
     parser.add_argument("--dtype", choices=("float64", "float32"))
@@ -106,7 +163,9 @@ def _elements(text: str) -> tuple[int, ...]:
     known = {symbol(z).split()[0]: z for z in range(1, 119)}
     words = text.split(",")
     if strange := [w for w in words if w not in known and not w.isdigit()]:
-        raise argparse.ArgumentTypeError(message("symbols of elements", ", ".join(strange), "write them as Si,O"))
+        raise argparse.ArgumentTypeError(
+            message("symbols of elements", ", ".join(strange), "write them as Si,O")
+        )
     return tuple(known.get(w) or int(w) for w in words)
 
 

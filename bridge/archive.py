@@ -1,4 +1,5 @@
-"""Zip files of local potentials: written whole or not at all, read only where nothing about them is odd. Standard library only."""
+"""Zip files of local potentials: written whole or not at all, read only where nothing about them is
+odd. Standard library only."""
 
 from __future__ import annotations
 
@@ -14,12 +15,17 @@ from pathlib import Path
 from bridge.errors import message, spec
 
 METADATA = "metadata.json"
-FUNCTIONS = {  # name: its file, what it takes (Z atomic numbers, F node, M message or sum, r vector) and what it gives (E energy)
+# name: its file, what it takes (Z atomic numbers, F node, M message or sum, r vector) and what it
+# gives (E energy)
+FUNCTIONS = {
     "init": ("node_init", "Z", "F"),
     "edge": ("edge", "FFr", "M"),
     "readout": ("readout", "FM", "E"),
 }
-DTYPES = {"32bit": ("int32", "float32"), "64bit": ("int64", "float64")}  # precision: of atomic numbers, of all else
+DTYPES = {
+    "32bit": ("int32", "float32"),
+    "64bit": ("int64", "float64"),
+}  # precision: of atomic numbers, of all else
 LIMIT = 2**30  # bytes of all entries together
 
 
@@ -28,7 +34,8 @@ class Odd(Exception):
 
 
 def write(path, entries: dict) -> None:
-    """`entries` {name: bytes} as the zip `path`, the same bytes for the same entries. The file appears when it is complete, or not at all."""
+    """`entries` {name: bytes} as the zip `path`, the same bytes for the same entries. The file
+    appears when it is complete, or not at all."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -50,10 +57,11 @@ def zipped(entries: dict) -> bytes:
 
 
 def read(path, names, limit: int = LIMIT) -> dict:
-    """{name: bytes} of the zip `path`, whose entries must be exactly `names`, `limit` bytes together at the most; CRCs hold.
+    """{name: bytes} of the zip `path`, whose entries must be exactly `names`, `limit` bytes
+    together at the most; CRCs hold.
 
-    Raises: ValueError that names the file and the reason for anything else, the cause being what zipfile said; OSError where the
-    file can't be read.
+    Raises: ValueError that names the file and the reason for anything else, the cause being what
+    zipfile said; OSError where the file can't be read.
     """
     with open(path, "rb") as f:
         size = os.fstat(f.fileno()).st_size
@@ -91,10 +99,19 @@ def _check(infos, limit):
         parts = i.orig_filename.replace("\\", "/").split("/")
         for odd, why in (
             (i.orig_filename in seen, " twice"),
-            (".." in parts or parts[0] == "" or ":" in parts[0] or "\0" in i.orig_filename, " whose name leaves the folder it is in"),
-            (i.is_dir() or not stat.S_IFMT(i.external_attr >> 16) in (0, stat.S_IFREG), " that is no plain file (a link, a folder)"),
+            (
+                ".." in parts or parts[0] == "" or ":" in parts[0] or "\0" in i.orig_filename,
+                " whose name leaves the folder it is in",
+            ),
+            (
+                i.is_dir() or stat.S_IFMT(i.external_attr >> 16) not in (0, stat.S_IFREG),
+                " that is no plain file (a link, a folder)",
+            ),
             (i.flag_bits & 0x1, " that is encrypted"),
-            (i.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED), f" compressed by method {i.compress_type}"),
+            (
+                i.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED),
+                f" compressed by method {i.compress_type}",
+            ),
         ):
             if odd:
                 raise Odd(what + why, "don't use this file")
@@ -108,7 +125,8 @@ def metadata_bytes(cutoff, precision) -> bytes:
 
 
 def metadata(path, data: bytes) -> tuple:
-    """cutoff in Angstrom (float) and precision ("32bit" or "64bit") of metadata.json. Raises: ValueError naming the file and the reason."""
+    """cutoff in Angstrom (float) and precision ("32bit" or "64bit") of metadata.json. Raises:
+    ValueError naming the file and the reason."""
     try:
         meta = _parsed(data)
         checked_cutoff(meta["cutoff"])
@@ -144,7 +162,11 @@ def _unique(pairs):
 def checked_cutoff(cutoff) -> float:
     """A positive finite number. Raises TypeError or ValueError."""
     if isinstance(cutoff, bool) or not isinstance(cutoff, (int, float)):
-        raise TypeError(message("a cutoff in Angstrom", f"{type(cutoff).__name__} {cutoff!r:.60}", "give a number"))
+        raise TypeError(
+            message(
+                "a cutoff in Angstrom", f"{type(cutoff).__name__} {cutoff!r:.60}", "give a number"
+            )
+        )
     if not 0 < cutoff < 1e300 or not math.isfinite(cutoff):
         raise ValueError(message("a finite cutoff above 0 Angstrom", f"{cutoff!s:.60}", "give one"))
     return float(cutoff)
@@ -153,19 +175,36 @@ def checked_cutoff(cutoff) -> float:
 def checked_precision(precision) -> tuple:
     """Names of the dtypes of integers and floats. Raises ValueError."""
     if not isinstance(precision, str) or precision not in DTYPES:
-        raise ValueError(message(f"precision {' or '.join(map(repr, DTYPES))}", f"{precision!r:.60}", "name one of them"))
+        raise ValueError(
+            message(
+                f"precision {' or '.join(map(repr, DTYPES))}",
+                f"{precision!r:.60}",
+                "name one of them",
+            )
+        )
     return DTYPES[precision]
 
 
 def types(precision) -> dict:
-    """What the functions take and give: (shape without rows, dtype) by the letters of FUNCTIONS; a width that they choose is None."""
+    """What the functions take and give: (shape without rows, dtype) by the letters of FUNCTIONS; a
+    width that they choose is None."""
     integer, real = checked_precision(precision)
-    return {"Z": ((), integer), "r": ((3,), real), "F": ((None,), real), "M": ((None,), real), "E": ((), real)}
+    return {
+        "Z": ((), integer),
+        "r": ((3,), real),
+        "F": ((None,), real),
+        "M": ((None,), real),
+        "E": ((), real),
+    }
 
 
 def fits(shape, dtype: str, kind) -> bool:
     """Whether an array is rows of such a kind."""
-    return len(shape) == 1 + len(kind[0]) and all(w in (None, k) for w, k in zip(kind[0], shape[1:])) and dtype == kind[1]
+    return (
+        len(shape) == 1 + len(kind[0])
+        and all(w in (None, k) for w, k in zip(kind[0], shape[1:]))
+        and dtype == kind[1]
+    )
 
 
 def words(kind) -> str:

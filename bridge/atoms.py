@@ -1,6 +1,8 @@
-"""ASE's Atoms and a potential of the contract: what a calculator does, whichever bank the potential is of. Standard library only.
+"""ASE's Atoms and a potential of the contract: what a calculator does, whichever bank the potential
+is of. Standard library only.
 
-ase itself is for the engines of the banks to import: they hand its classes in, and a function from NumPy arrays to NumPy arrays.
+ase itself is for the engines of the banks to import: they hand its classes in, and a function from
+NumPy arrays to NumPy arrays.
 """
 
 from __future__ import annotations
@@ -19,11 +21,17 @@ PROPERTIES = {  # ASE's name: the outputs of the contract that it is made of
     "magmoms": ("magmoms",),
     "dipole": ("dipole",),
 }
-BY_ATOMS = ("node_energies", "charges", "magmoms", "dipole")  # outputs beside energy and gradients that ASE has a name for
+BY_ATOMS = (
+    "node_energies",
+    "charges",
+    "magmoms",
+    "dipole",
+)  # outputs beside energy and gradients that ASE has a name for
 
 
 def properties(outputs) -> list[str]:
-    """ASE's names of what these outputs give, and the contract's of those that ASE has no name for."""
+    """ASE's names of what these outputs give, and the contract's of those that ASE has no name
+    for."""
     named = [name for name, needed in PROPERTIES.items() if set(needed) <= set(outputs)]
     return named + [name for name in OUTPUTS if name in outputs and name not in _NAMED]
 
@@ -37,50 +45,87 @@ def has_stress(atoms) -> bool:
 
 
 def inputs_of(atoms, card, dtype: str, who: str) -> dict:
-    """The dict of the contract for one ase.Atoms, as fresh NumPy arrays: pos and cell in `dtype`, integers int64.
+    """The dict of the contract for one ase.Atoms, as fresh NumPy arrays: pos and cell in `dtype`,
+    integers int64.
 
-    charge and spin are atoms.info["charge"] and atoms.info["spin"], where the card requires or uses them. Elsewhere atoms.info is not
-    looked at, for files and other codes leave their own notes there: such a charge is not an explicit one.
+    charge and spin are atoms.info["charge"] and atoms.info["spin"], where the card requires or uses
+    them. Elsewhere atoms.info is not looked at, for files and other codes leave their own notes
+    there: such a charge is not an explicit one.
 
-    Raises: ValueError where the card requires one that atoms.info lacks, or what is there is not a number."""
+    Raises: ValueError where the card requires one that atoms.info lacks, or what is there is not a
+    number."""
     numbers, cell = atoms.numbers.astype("int64"), atoms.cell.array.astype(dtype)[None]
-    found = {"pos": atoms.positions.astype(dtype), "atomic_numbers": numbers, "cell": cell, "pbc": atoms.pbc.copy()[None], "batch": 0 * numbers}
+    found = {
+        "pos": atoms.positions.astype(dtype),
+        "atomic_numbers": numbers,
+        "cell": cell,
+        "pbc": atoms.pbc.copy()[None],
+        "batch": 0 * numbers,
+    }
     for name in (n for n in INFO if n in card.required_inputs and n not in atoms.info):
-        raise ValueError(message(f"atoms.info[{name!r}], which {who} needs", "none", f"set it ({INPUTS[name][2]}); it is never guessed"))
+        raise ValueError(
+            message(
+                f"atoms.info[{name!r}], which {who} needs",
+                "none",
+                f"set it ({INPUTS[name][2]}); it is never guessed",
+            )
+        )
     return found | {name: 0 * cell[:, 0, 0] + value for name, value in _info(atoms, card).items()}
 
 
 def _info(atoms, card) -> dict:
     """Charge and spin as far as the card has a use for them."""
-    return {n: _number(n, atoms.info[n]) for n in INFO if n in card.required_inputs | card.optional_inputs and n in atoms.info}
+    return {
+        n: _number(n, atoms.info[n])
+        for n in INFO
+        if n in card.required_inputs | card.optional_inputs and n in atoms.info
+    }
 
 
 def _number(name, value) -> float:
     try:
         return float(value)
     except (TypeError, ValueError) as error:
-        raise ValueError(message(f"a number as atoms.info[{name!r}]", repr(value), "set one, or take it out")) from error
+        raise ValueError(
+            message(f"a number as atoms.info[{name!r}]", repr(value), "set one, or take it out")
+        ) from error
 
 
 def results(out: dict, atoms, asked=()) -> dict:
-    """ASE's results from outputs of one system, NumPy arrays: energies in eV, forces -g, stress W/V (Voigt), all float64.
+    """ASE's results from outputs of one system, NumPy arrays: energies in eV, forces -g, stress W/V
+    (Voigt), all float64.
 
-    Outputs that ASE has no name for (energy_std, hessian, ...) have the contract's, units and signs included, in the shapes of
-    the contract without the axis of systems.
+    Outputs that ASE has no name for (energy_std, hessian, ...) have the contract's, units and signs
+    included, in the shapes of the contract without the axis of systems.
 
-    Raises: ValueError for an asymmetric virial where the stress is `asked` for; else there is none among the results."""
+    Raises: ValueError for an asymmetric virial where the stress is `asked` for; else there is none
+    among the results."""
     out = {name: x.astype("float64") for name, x in out.items()}
     found = {"energy": float(out["energy"][0]), "free_energy": float(out["energy"][0])}
-    found |= {name: out[key] for name, key in (("energies", "node_energies"), ("charges", "charges"), ("magmoms", "magmoms")) if key in out}
+    found |= {
+        name: out[key]
+        for name, key in (
+            ("energies", "node_energies"),
+            ("charges", "charges"),
+            ("magmoms", "magmoms"),
+        )
+        if key in out
+    }
     if "dipole" in out:
         found["dipole"] = out["dipole"][0]
-    found |= {name: _of_one_system(name, x) for name, x in out.items() if name in OUTPUTS and name not in _NAMED}
+    found |= {
+        name: _of_one_system(name, x)
+        for name, x in out.items()
+        if name in OUTPUTS and name not in _NAMED
+    }
     if (g := out.get("position_gradients")) is not None:
         found["forces"] = -g
         if "cell_gradients" in out and has_stress(atoms):
             cell = atoms.cell.array
             try:
-                found["stress"] = to("ase", atoms.positions.T @ g + cell.T @ out["cell_gradients"][0], cell)
+                found["stress"] = to(
+                    "ase", atoms.positions.T @ g + cell.T @ out["cell_gradients"][0], cell
+                )
             except ValueError:
                 if "stress" in asked:
                     raise
@@ -96,8 +141,9 @@ def _of_one_system(name, x):
 def calculator_class(base, refusal, module: str):
     """The class of calculators of one bank: `kind(evaluate, card, dtype, name)`.
 
-    `base` is ase's Calculator, `refusal` its PropertyNotImplementedError; `module` is where pickle finds the class as Calculator.
-    `evaluate` takes the dict of `inputs_of` and gives the model's outputs as NumPy arrays; each calculation is one call."""
+    `base` is ase's Calculator, `refusal` its PropertyNotImplementedError; `module` is where pickle
+    finds the class as Calculator. `evaluate` takes the dict of `inputs_of` and gives the model's
+    outputs as NumPy arrays; each calculation is one call."""
 
     class Calculator(base):
         """A potential of the contract under ASE; see `calculator`."""
@@ -111,16 +157,26 @@ def calculator_class(base, refusal, module: str):
 
         def check_state(self, atoms, tol=1e-15):
             changes = super().check_state(atoms, tol)
-            return changes or (["info"] if _info(self.atoms, self.card) != _info(atoms, self.card) else [])
+            return changes or (
+                ["info"] if _info(self.atoms, self.card) != _info(atoms, self.card) else []
+            )
 
         def calculate(self, atoms=None, properties=("energy",), system_changes=()):
             super().calculate(atoms, properties, system_changes)
             if "stress" in properties and not has_stress(self.atoms):
                 got = "no periodic axis" if not self.atoms.pbc.any() else "a singular cell"
-                raise refusal(message("a periodic system with three cell vectors for a stress", got, "such a system has none"))
+                raise refusal(
+                    message(
+                        "a periodic system with three cell vectors for a stress",
+                        got,
+                        "such a system has none",
+                    )
+                )
             out = self.evaluate(inputs_of(self.atoms, self.card, self.dtype, self.model_name))
             unasked = set(out) - _NAMED - self.card.active_outputs
-            self.results = results({name: x for name, x in out.items() if name not in unasked}, self.atoms, properties)
+            self.results = results(
+                {name: x for name, x in out.items() if name not in unasked}, self.atoms, properties
+            )
 
         def export_properties(self):
             """Those of the results that ASE has a name for: it refuses others."""

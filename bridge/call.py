@@ -1,4 +1,5 @@
-"""One call of a user's callable, taken apart: its arrays, the leaves that stay Python values, and how both become a call again.
+"""One call of a user's callable, taken apart: its arrays, the leaves that stay Python values, and
+how both become a call again.
 
 Standard library only: the pytree library is the caller's, a bank says what it counts as an array.
 """
@@ -15,8 +16,9 @@ from bridge.errors import message
 
 @dataclass(frozen=True)
 class Call:
-    """How a flat list of arrays becomes a call of the user's callable: `tree.unflatten` and `flatten` are the caller's
-    pytree library, `static` holds (position, kind, value) of the leaves that are no arrays."""
+    """How a flat list of arrays becomes a call of the user's callable: `tree.unflatten` and
+    `flatten` are the caller's pytree library, `static` holds (position, kind, value) of the leaves
+    that are no arrays."""
 
     target: Callable
     tree: Any
@@ -46,13 +48,20 @@ def between(static, arrays) -> list:
 
 
 def static_leaf(position: int, x, arrays: str) -> tuple[int, Any, Any]:
-    """(position, kind, value) of a leaf that is no array; the kind tells equal values apart: 1, 1.0 and True; 0.0 and -0.0.
+    """(position, kind, value) of a leaf that is no array; the kind tells equal values apart: 1, 1.0
+    and True; 0.0 and -0.0.
 
     Raises TypeError for what is not hashable; `arrays` says what may be passed instead."""
     try:
         hash(x)
     except TypeError as e:
-        raise TypeError(message(f"{arrays}, or hashable Python values, as arguments", f"a {type(x).__name__}", f"pass {arrays}, or something hashable")) from e
+        raise TypeError(
+            message(
+                f"{arrays}, or hashable Python values, as arguments",
+                f"a {type(x).__name__}",
+                f"pass {arrays}, or something hashable",
+            )
+        ) from e
     return position, (type(x), repr(x)) if isinstance(x, (float, complex)) else type(x), x
 
 

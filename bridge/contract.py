@@ -1,7 +1,8 @@
 """The potential contract: keys, shapes, units, signs (DESIGN section 5). Standard library only.
 
-Row convention: lattice vectors are the rows of the cell h; r = s h. Units eV and Angstrom. N atoms, B systems, E edges.
-Nothing here imports a framework: an array is anything with `.shape` and `.dtype`.
+Row convention: lattice vectors are the rows of the cell h; r = s h. Units eV and Angstrom. N atoms,
+B systems, E edges. Nothing here imports a framework: an array is anything with `.shape` and
+`.dtype`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,17 @@ from bridge.errors import message, spec
 INPUTS = {
     "pos": (("N", 3), "float", "Cartesian positions in Angstrom, any periodic image"),
     "atomic_numbers": (("N",), "int", "0 marks a padding atom"),
-    "cell": (("B", 3, 3), "float", "lattice vectors as rows, Angstrom; zeros where nothing is periodic"),
+    "cell": (
+        ("B", 3, 3),
+        "float",
+        "lattice vectors as rows, Angstrom; zeros where nothing is periodic",
+    ),
     "pbc": (("B", 3), "bool", "which axes are periodic"),
-    "edge_index": ((2, "E"), "int", "[0] centre i, [1] neighbour j, both directions; >= N marks an unused slot"),
+    "edge_index": (
+        (2, "E"),
+        "int",
+        "[0] centre i, [1] neighbour j, both directions; >= N marks an unused slot",
+    ),
     "cell_offsets": (("E", 3), "int", "r_ij = r_j - r_i + cell_offsets @ cell[batch[i]]"),
     "batch": (("N",), "int", "system of each atom, sorted"),
     "charge": (("B",), "float", "total charge in e, passed on as given"),
@@ -25,25 +34,46 @@ INPUTS = {
 }
 OUTPUTS = {
     "energy": (("B",), "float", "eV, extensive"),
-    "position_gradients": (("N", 3), "float", "g = dE/dr at fixed cell, eV/Angstrom; forces are -g"),
+    "position_gradients": (
+        ("N", 3),
+        "float",
+        "g = dE/dr at fixed cell, eV/Angstrom; forces are -g",
+    ),
     "cell_gradients": (("B", 3, 3), "float", "G = dE/dh at fixed Cartesian positions, eV/Angstrom"),
     "node_energies": (("N",), "float", "eV, atom by atom"),
     "charges": (("N",), "float", "partial charges in e"),
     "magmoms": (("N",), "float", "magnetic moments in Bohr magnetons"),
     "dipole": (("B", 3), "float", "e Angstrom"),
     "embeddings": (("N", "F"), "float", "features of each atom"),
-    "hessian": (("N", 3, "N", 3), "float", "d2E/dr dr at fixed cell, eV/Angstrom^2; zero between systems"),
+    "hessian": (
+        ("N", 3, "N", 3),
+        "float",
+        "d2E/dr dr at fixed cell, eV/Angstrom^2; zero between systems",
+    ),
     "energy_std": (("B",), "float", "eV, spread of a committee of M models (standard deviation)"),
     "position_gradients_std": (("N", 3), "float", "eV/Angstrom, spread of a committee"),
     "member_energies": (("M", "B"), "float", "eV, each of a committee"),
     "member_position_gradients": (("M", "N", 3), "float", "eV/Angstrom, each of a committee"),
 }
 INFO = ("charge", "spin")  # inputs of a system that a potential may have no use for
-ADDITIVE = ("energy", "position_gradients", "cell_gradients", "node_energies", "hessian", "dipole")  # outputs that add where potentials do
+ADDITIVE = (
+    "energy",
+    "position_gradients",
+    "cell_gradients",
+    "node_energies",
+    "hessian",
+    "dipole",
+)  # outputs that add where potentials do
 STRUCTURE = ("pos", "atomic_numbers", "cell", "pbc", "batch")  # what a structure model takes
 GRAPH = (*STRUCTURE, "edge_index", "cell_offsets")  # what a graph model takes
-GRADIENTS = {"pos": "position_gradients", "cell": "cell_gradients"}  # input -> the output that is its gradient
-ENERGY_AND_GRADIENTS = ("energy", *GRADIENTS.values())  # what a model that gives its own gradients returns at least
+GRADIENTS = {
+    "pos": "position_gradients",
+    "cell": "cell_gradients",
+}  # input -> the output that is its gradient
+ENERGY_AND_GRADIENTS = (
+    "energy",
+    *GRADIENTS.values(),
+)  # what a model that gives its own gradients returns at least
 DTYPES = {
     "float": ("float16", "bfloat16", "float32", "float64"),
     "int": ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
@@ -51,8 +81,11 @@ DTYPES = {
 }
 
 
-def output_shapes(n_atoms: int, n_systems: int, names=(*ENERGY_AND_GRADIENTS, "node_energies"), **sizes) -> dict[str, tuple[int, ...]]:
-    """Shape of the outputs named, for N atoms in B systems; `sizes` are those of other symbols (F features, M models).
+def output_shapes(
+    n_atoms: int, n_systems: int, names=(*ENERGY_AND_GRADIENTS, "node_energies"), **sizes
+) -> dict[str, tuple[int, ...]]:
+    """Shape of the outputs named, for N atoms in B systems; `sizes` are those of other symbols (F
+    features, M models).
 
     >>> output_shapes(5, 2)["cell_gradients"], output_shapes(5, 2, ["embeddings"], F=64)["embeddings"]
     ((2, 3, 3), (5, 64))
@@ -62,19 +95,28 @@ def output_shapes(n_atoms: int, n_systems: int, names=(*ENERGY_AND_GRADIENTS, "n
 
 
 def check_inputs(inputs: dict, required=STRUCTURE) -> tuple[int, int]:
-    """Check the dict that a model is called with, by shapes and dtype names alone, and return (N, B).
+    """Check the dict that a model is called with, by shapes and dtype names alone, and return (N,
+    B).
 
-    `inputs` holds arrays of any framework under the keys of `INPUTS`; keys outside of the contract are passed over.
-    N is taken from pos and B from cell. Nothing is read from the arrays, cast or moved, so that tracers are welcome.
+    `inputs` holds arrays of any framework under the keys of `INPUTS`; keys outside of the contract
+    are passed over. N is taken from pos and B from cell. Nothing is read from the arrays, cast or
+    moved, so that tracers are welcome.
 
-    Raises: ValueError where a key of `required` is missing, a shape or a kind of dtype is not the contract's, or pos
-    and cell differ in dtype.
+    Raises: ValueError where a key of `required` is missing, a shape or a kind of dtype is not the
+    contract's, or pos and cell differ in dtype.
 
     >>> from types import SimpleNamespace as A
     >>> check_inputs({"pos": A(shape=(2, 3), dtype="float32"), "cell": A(shape=(1, 3, 3), dtype="float32")}, ("pos",))
     (2, 1)
     """
-    return _check_inputs(tuple((name, tuple(x.shape), dtype_name(x)) for name, x in inputs.items() if x is not None and name in INPUTS), tuple(required))
+    return _check_inputs(
+        tuple(
+            (name, tuple(x.shape), dtype_name(x))
+            for name, x in inputs.items()
+            if x is not None and name in INPUTS
+        ),
+        tuple(required),
+    )
 
 
 @lru_cache(maxsize=256)
@@ -83,7 +125,13 @@ def _check_inputs(arrays, required):
     inputs = {name: _Type(shape, dtype) for name, shape, dtype in arrays}
     absent = [name for name in required if name not in inputs]
     if absent:
-        raise ValueError(message(f"the inputs {', '.join(required)}", f"no {', '.join(absent)}", "add what is missing"))
+        raise ValueError(
+            message(
+                f"the inputs {', '.join(required)}",
+                f"no {', '.join(absent)}",
+                "add what is missing",
+            )
+        )
     sizes = _check(inputs, INPUTS, {})
     same_dtype(inputs)
     return sizes.get("N", 0), sizes.get("B", 0)
@@ -99,18 +147,25 @@ def check_outputs(
 ) -> None:
     """Check what a model returned for N atoms in B systems, by shapes and dtype names alone.
 
-    `required` are the outputs that must be there; `dtype` is what floats must have (that of pos), None for any.
-    Raises: ValueError as in check_inputs; TypeError for what is neither a dict nor holds arrays."""
+    `required` are the outputs that must be there; `dtype` is what floats must have (that of pos),
+    None for any. Raises: ValueError as in check_inputs; TypeError for what is neither a dict nor
+    holds arrays."""
     if not isinstance(outputs, dict):
-        raise TypeError(message("a dict of outputs of the contract", type(outputs).__name__, _RETURN))
+        raise TypeError(
+            message("a dict of outputs of the contract", type(outputs).__name__, _RETURN)
+        )
     absent = [name for name in required if name not in outputs]
     if absent:
         got = f"only {', '.join(sorted(outputs)) or 'nothing'}"
-        raise ValueError(message(f"the outputs {', '.join(required)}", got, missing(absent, outputs)))
+        raise ValueError(
+            message(f"the outputs {', '.join(required)}", got, missing(absent, outputs))
+        )
     for name, x in outputs.items():
         if name in OUTPUTS and not (hasattr(x, "shape") and hasattr(x, "dtype")):
             raise TypeError(message(f"{name} as an array", type(x).__name__, _RETURN))
-    types = tuple((name, tuple(x.shape), dtype_name(x)) for name, x in outputs.items() if name in OUTPUTS)
+    types = tuple(
+        (name, tuple(x.shape), dtype_name(x)) for name, x in outputs.items() if name in OUTPUTS
+    )
     _check_outputs(types, n_atoms, n_systems, dtype)
 
 
@@ -123,7 +178,9 @@ def named(outputs) -> dict:
         got = f"only {', '.join(sorted(found)) or 'nothing'}"
         raise ValueError(message("the outputs energy", got, missing(["energy"], found)))
     if not (hasattr(found["energy"], "shape") and hasattr(found["energy"], "dtype")):
-        raise TypeError(message("the energy as an array (B,)", type(found["energy"]).__name__, _RETURN))
+        raise TypeError(
+            message("the energy as an array (B,)", type(found["energy"]).__name__, _RETURN)
+        )
     return found
 
 
@@ -144,11 +201,16 @@ def _check_outputs(types, n_atoms, n_systems, dtype):
     for name, shape, got in types:
         if dtype is not None and got in DTYPES["float"] and got != dtype:
             do = "compute it in the dtype of pos, or cast what you return"
-            raise ValueError(message(f"{name} as {spec(shape, dtype)}, in the dtype of pos", spec(shape, got), do))
+            raise ValueError(
+                message(
+                    f"{name} as {spec(shape, dtype)}, in the dtype of pos", spec(shape, got), do
+                )
+            )
 
 
 def added(outputs: list[dict]) -> dict:
-    """The outputs of a sum of potentials: what adds, where all have it; of what does not add, the one that there is."""
+    """The outputs of a sum of potentials: what adds, where all have it; of what does not add, the
+    one that there is."""
     names = dict.fromkeys(name for out in outputs for name in out)
     kept = [n for n in names if n not in ADDITIVE or all(n in out for out in outputs)]
     terms = {n: [out[n] for out in outputs if n in out] for n in kept}
@@ -160,7 +222,9 @@ def same_dtype(arrays: dict, names=("pos", "cell")) -> None:
     dtypes = {name: dtype_name(arrays[name]) for name in names if arrays.get(name) is not None}
     if len(set(dtypes.values())) > 1:
         got = " and ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
-        raise ValueError(message(f"one dtype for {' and '.join(dtypes)}", got, "cast one of them yourself"))
+        raise ValueError(
+            message(f"one dtype for {' and '.join(dtypes)}", got, "cast one of them yourself")
+        )
 
 
 def dtype_name(array) -> str:
@@ -169,14 +233,21 @@ def dtype_name(array) -> str:
 
 
 def _check(arrays, table, sizes):
-    """Shapes and dtypes of the arrays that `table` knows; binds the symbols of `sizes` on first sight."""
+    """Shapes and dtypes of the arrays that `table` knows; binds the symbols of `sizes` on first
+    sight."""
     for name, (shape, kind, _) in table.items():
         array = arrays.get(name)
         if array is None:
             continue
         if not _fits(tuple(array.shape), shape, sizes) or dtype_name(array) not in DTYPES[kind]:
             expected = spec([sizes.get(d, d) for d in shape], kind)
-            raise ValueError(message(f"{name} as {expected}", spec(array.shape, dtype_name(array)), _REMEDY.get(name, "reshape or cast it")))
+            raise ValueError(
+                message(
+                    f"{name} as {expected}",
+                    spec(array.shape, dtype_name(array)),
+                    _REMEDY.get(name, "reshape or cast it"),
+                )
+            )
     return sizes
 
 
@@ -184,13 +255,16 @@ def _fits(shape, wanted, sizes):
     """True where a shape matches the pattern; new symbols take their size here."""
     if len(shape) != len(wanted):
         return False
-    return all(n == (sizes.setdefault(d, n) if isinstance(d, str) else d) for n, d in zip(shape, wanted))
+    return all(
+        n == (sizes.setdefault(d, n) if isinstance(d, str) else d) for n, d in zip(shape, wanted)
+    )
 
 
 _RETURN = "return energies (B,) in eV, one for each system, or a dict with them as energy"
 _REMEDY = {
     "energy": (
-        "return one energy for each system, (B,): add up the energies of its atoms by batch (torch: "
+        "return one energy for each system, (B,): add up the energies of its atoms by batch "
+        "(torch: "
         'x["pos"].new_zeros(len(x["cell"])).index_add(0, x["batch"], node_energies); JAX: jax.ops.segment_sum); '
         "a model of one system alone returns energy.reshape(1)"
     ),

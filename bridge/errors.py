@@ -1,4 +1,5 @@
-"""Error texts: what was expected, what came, what to do. Standard library only, so that both banks may use it."""
+"""Error texts: what was expected, what came, what to do. Standard library only, so that both banks
+may use it."""
 
 from __future__ import annotations
 
@@ -10,7 +11,11 @@ def message(expected: str, got: str, do: str) -> str:
 
 def missing(package: str, what: str) -> ImportError:
     """The error for a third-party package that an adapter needs and does not find."""
-    return ImportError(message(f"the package {package!r} for {what}", "no such package", f"run: pip install {package}"))
+    return ImportError(
+        message(
+            f"the package {package!r} for {what}", "no such package", f"run: pip install {package}"
+        )
+    )
 
 
 def spec(shape, dtype) -> str:

@@ -1,13 +1,17 @@
-"""The neutral contract: a Function knows its shapes, runs, and gives its jvp, vjp and vmap, each a Function again.
+"""The neutral contract: a Function knows its shapes, runs, and gives its jvp, vjp and vmap, each a
+Function again.
 
-Standard library only. A bank implements `Base` (what is called) and an `Engine` (how its framework differentiates and
-batches a call); everything else here is bookkeeping of shapes, shared by both banks.
+Standard library only. A bank implements `Base` (what is called) and an `Engine` (how its framework
+differentiates and batches a call); everything else here is bookkeeping of shapes, shared by both
+banks.
 
 Conventions
 - All inputs and outputs are flat tuples of arrays; `inputs` and `outputs` are their `Spec`s.
-- A *linear* Function is linear in its last `linear` inputs; `along` keeps some of these (the others being zero) and
-  `transpose` exchanges them with its outputs. jvp and vjp are each other's transpose, WITHOUT conjugation, as in JAX.
-- `wrt` and `outs` are tuples of positions in the inputs and outputs of the function that is differentiated.
+- A *linear* Function is linear in its last `linear` inputs; `along` keeps some of these (the others
+  being zero) and `transpose` exchanges them with its outputs. jvp and vjp are each other's
+  transpose, WITHOUT conjugation, as in JAX.
+- `wrt` and `outs` are tuples of positions in the inputs and outputs of the function that is
+  differentiated.
 - Equality and hash are by value: two Functions that wrap the same things are the same Function.
 """
 
@@ -18,7 +22,6 @@ from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 from bridge.errors import message, spec
-
 
 WIDE = ("float64", "int64", "uint64", "complex128")  # dtypes of 64-bit parts
 
@@ -59,16 +62,18 @@ class Engine(Protocol):
     def check_vmap(self, f, mapped) -> None:
         """Raises NotImplementedError, naming the alternative, where `vmap` can't serve f."""
 
-    shares: bool  # True where vmap over tangents or cotangents alone evaluates the function once for all of them
+    # True where vmap over tangents or cotangents alone evaluates the function once for all of them
+    shares: bool
 
 
 class Function:
     """A call with known shapes. Subclasses set `inputs`, `outputs`, `engine` and define `__call__`.
 
-    A base also tells lanes how to run any Function built on it: `run(fn, buffers, into=None)` on foreign memory,
-    `tensor_type`, the class that buffers should arrive as, and `on_stream(stream, buffers)`, a context for a GPU call.
-    `runner(fn, ready)` is `run` for many calls into buffers (`ready` says that they are of tensor_type and of their dtypes),
-    and `give(results)` hands fresh results to the other bank.
+    A base also tells lanes how to run any Function built on it: `run(fn, buffers, into=None)` on
+    foreign memory, `tensor_type`, the class that buffers should arrive as, and `on_stream(stream,
+    buffers)`, a context for a GPU call. `runner(fn, ready)` is `run` for many calls into buffers
+    (`ready` says that they are of tensor_type and of their dtypes), and `give(results)` hands fresh
+    results to the other bank.
     """
 
     inputs: tuple[Spec, ...]
@@ -80,16 +85,20 @@ class Function:
     @cached_property
     def plain(self) -> bool:
         """True where every dtype travels as itself (see the carriers of a lane)."""
-        return not any(s.dtype.startswith(("complex", "float8")) for s in (*self.inputs, *self.outputs))
+        return not any(
+            s.dtype.startswith(("complex", "float8")) for s in (*self.inputs, *self.outputs)
+        )
 
     @cached_property
     def memo(self) -> dict:
-        """What a bank keeps with this Function: its program, its derivatives. Not part of its value."""
+        """What a bank keeps with this Function: its program, its derivatives. Not part of its
+        value."""
         return {}
 
     @cached_property
     def program(self):
-        """What runs this Function on memory that the other bank lends, made once (a base that has `program_of`)."""
+        """What runs this Function on memory that the other bank lends, made once (a base that has
+        `program_of`)."""
         return self.base.program_of(self)
 
     @cached_property
@@ -118,13 +127,19 @@ class Function:
         return Jvp(self, wrt, _inexact(self.outputs))
 
     def gradient(self, wrt: tuple[int, ...]) -> Function | None:
-        """inputs -> (outputs, gradients), in one forward and one backward; None unless the one real output is a scalar."""
+        """inputs -> (outputs, gradients), in one forward and one backward; None unless the one real
+        output is a scalar."""
         outs = _inexact(self.outputs)
         scalar = len(outs) == 1 and self.outputs[outs[0]].shape == () and self.outputs[outs[0]].real
-        return Gradient(self, wrt, outs[0]) if scalar and all(self.inputs[i].real for i in wrt) else None
+        return (
+            Gradient(self, wrt, outs[0])
+            if scalar and all(self.inputs[i].real for i in wrt)
+            else None
+        )
 
     def must_map(self, mapped: tuple[bool, ...]) -> tuple[bool, ...]:
-        """Which inputs have to carry the batch axis, given which do: linear ones always, so that transpose is exact."""
+        """Which inputs have to carry the batch axis, given which do: linear ones always, so that
+        transpose is exact."""
         fixed = len(mapped) - self.linear
         return tuple(m or i >= fixed for i, m in enumerate(mapped))
 
@@ -175,7 +190,9 @@ class Linearised(Derived):
 
     def must_map(self, mapped):
         inputs, linear = self._split(mapped)
-        return (inputs if self._shared(inputs) else self.of.must_map(inputs)) + (True,) * len(linear)
+        return (inputs if self._shared(inputs) else self.of.must_map(inputs)) + (True,) * len(
+            linear
+        )
 
     def _shared(self, inputs) -> bool:
         """Many tangents or cotangents at one point, which the engine serves by one evaluation."""
@@ -248,7 +265,8 @@ class Gradient(Derived):
 
 @dataclass(frozen=True)
 class Vmap(Derived):
-    """The call over a leading axis, served by the engine; the axis lies behind others where these are batched natively."""
+    """The call over a leading axis, served by the engine; the axis lies behind others where these
+    are batched natively."""
 
     mapped: tuple[bool, ...]
     size: int
@@ -258,18 +276,29 @@ class Vmap(Derived):
         self.engine.check_vmap(self.of, self.mapped)
 
     inputs = cached_property(
-        lambda self: tuple(s.stacked(self.size, self.axis) if m else s for s, m in zip(self.of.inputs, self.mapped, strict=True))
+        lambda self: tuple(
+            s.stacked(self.size, self.axis) if m else s
+            for s, m in zip(self.of.inputs, self.mapped, strict=True)
+        )
     )
-    outputs = cached_property(lambda self: tuple(s.stacked(self.size, self.axis) for s in self.of.outputs))
+    outputs = cached_property(
+        lambda self: tuple(s.stacked(self.size, self.axis) for s in self.of.outputs)
+    )
     linear = cached_property(lambda self: self.of.linear)
 
     def __call__(self, *arrays):
         there = range(self.axis, 0, -1)
-        arrays = tuple(_moved(a, there) if m else a for a, m in zip(arrays, self.mapped, strict=True))
-        return tuple(_moved(y, reversed(there)) for y in self.engine.vmap(self.of, self.mapped, self.size, arrays))
+        arrays = tuple(
+            _moved(a, there) if m else a for a, m in zip(arrays, self.mapped, strict=True)
+        )
+        return tuple(
+            _moved(y, reversed(there))
+            for y in self.engine.vmap(self.of, self.mapped, self.size, arrays)
+        )
 
     def _around_native(self, mapped) -> bool:
-        """Many tangents at one point of a model that batches natively, of which there now are several."""
+        """Many tangents at one point of a model that batches natively, of which there now are
+        several."""
         points = len(self.of.of.inputs) if isinstance(self.of, Linearised) else 0
         return self.base.native and any(mapped[:points]) and not any(self.mapped[:points])
 
@@ -282,8 +311,11 @@ class Vmap(Derived):
         return Vmap(self, mapped, size)
 
     def gradient(self, wrt):
-        """Per-example gradients, where each example has its own input; a shared input is served by vjp, which sums."""
-        inner = self.of.gradient(wrt) if not self.axis and all(self.mapped[i] for i in wrt) else None
+        """Per-example gradients, where each example has its own input; a shared input is served by
+        vjp, which sums."""
+        inner = (
+            self.of.gradient(wrt) if not self.axis and all(self.mapped[i] for i in wrt) else None
+        )
         return Vmap(inner, self.mapped, self.size) if inner else None
 
     def along(self, keep):
@@ -293,8 +325,14 @@ class Vmap(Derived):
         return self._linear(self.of.transpose(keep, outs), len(outs))
 
     def _linear(self, inner: Function, linear: int) -> Function:
-        """Linear inputs always carry the batch axis (must_map), so the transpose needs no sum over it."""
-        return Vmap(inner, self.mapped[: len(self.mapped) - self.linear] + (True,) * linear, self.size, self.axis)
+        """Linear inputs always carry the batch axis (must_map), so the transpose needs no sum over
+        it."""
+        return Vmap(
+            inner,
+            self.mapped[: len(self.mapped) - self.linear] + (True,) * linear,
+            self.size,
+            self.axis,
+        )
 
 
 def _moved(array, steps):
@@ -305,13 +343,15 @@ def _moved(array, steps):
 
 
 def _natively(of, mapped, size, wrt) -> Function | None:
-    """`of` over a batch, where its base takes batches itself: then jvp and vjp go over that, not beneath a vmap."""
+    """`of` over a batch, where its base takes batches itself: then jvp and vjp go over that, not
+    beneath a vmap."""
     if not of.base.native:
         return None
     if shared := [i for i in wrt if not mapped[i]]:
         raise NotImplementedError(
             message(
-                "one value for each example of every input that is differentiated under vmap, where a model batches natively",
+                "one value for each example of every input that is differentiated under vmap, "
+                "where a model batches natively",
                 f"input {of.base.input_name(shared[0])} without a batch axis",
                 'name it in batched={...}, or use batched="vmap" or "sequential"',
             )

@@ -1,4 +1,5 @@
-"""The one file that imports both sides: to_jax, to_torch, functional, module, potential, jax_potential, edges, torch_potential."""
+"""The one file that imports both sides: to_jax, to_torch, functional, module, potential,
+jax_potential, edges, torch_potential."""
 
 from __future__ import annotations
 
@@ -12,62 +13,75 @@ from bridge import contract
 from bridge.call import one_of
 from bridge.card import Card
 from bridge.errors import message
-from jax_side.calls import arrays as jax_arrays
 from jax_side import doctor as jax_doctor
+from jax_side.calls import arrays as jax_arrays
 from jax_side.calls import export as jax_export
-from jax_side.potentials import potential as jax_side_potential
 from jax_side.calls.calling import JaxCallable
+from jax_side.potentials import potential as jax_side_potential
 from jax_side.potentials.edges import Edges
 from jax_side.potentials.outputs import Outputs
-from torch_side.calls import arrays as torch_arrays
 from torch_side import doctor as torch_doctor
-from torch_side.calls import export as torch_export
+from torch_side.calls import arrays as torch_arrays
 from torch_side.calls import buffers
+from torch_side.calls import export as torch_export
 from torch_side.calls.adapted import Applied, Contracted
 from torch_side.calls.buckets import Buckets, Padded
 from torch_side.calls.calling import TorchCallable
-from torch_side.potentials.model import Model, Wrapped
 from torch_side.calls.module import JaxModule
+from torch_side.potentials.model import Model, Wrapped
 from torch_side.potentials.neighbors import Padded as PaddedEdges
 from torch_side.potentials.potential import JaxPotential
 
 tree = jax.tree_util
-EDGES = Buckets({"edge_index": "2 E", "cell_offsets": "E 3"}, fill={"edge_index": 2**31 - 1}, growth=1.25)  # of graph models
+EDGES = Buckets(
+    {"edge_index": "2 E", "cell_offsets": "E 3"}, fill={"edge_index": 2**31 - 1}, growth=1.25
+)  # of graph models
 
 
 def to_jax(x, *, copy=None, outputs=None, batched="vmap", derivatives="func", lane="auto"):
     """A torch tensor, a pytree of tensors, or a torch callable as its JAX counterpart.
 
-    TENSORS become jax.Arrays over the same memory: `copy=None` copies only what can't be shared (gaps, stride 0, an
-    address off XLA's 64 bytes, requires_grad, conj and neg bits), `copy=False` raises instead, `copy=True` always copies.
-    Writing to a tensor in place changes the array that shares its memory. The other arguments are for callables.
+    TENSORS become jax.Arrays over the same memory: `copy=None` copies only what can't be shared
+    (gaps, stride 0, an address off XLA's 64 bytes, requires_grad, conj and neg bits), `copy=False`
+    raises instead, `copy=True` always copies. Writing to a tensor in place changes the array that
+    shares its memory. The other arguments are for callables.
 
-    A CALLABLE (function, nn.Module, bound method) becomes a JAX function of the same signature: pytrees and keyword
-    arguments of arrays in, pytrees of arrays out; jit, grad, jvp, vmap, hessian, scan, shard_map and so on as for any JAX
-    function. Arguments that are no arrays (numbers, strings, None) stay Python values and must be hashable. A module must
-    be in evaluation mode if it has dropout or batch norm; its weights are read at each call (to train them from JAX use
-    `functional`). The callable must be pure: it may neither change its inputs nor keep a view of them.
+    A CALLABLE (function, nn.Module, bound method) becomes a JAX function of the same signature:
+    pytrees and keyword arguments of arrays in, pytrees of arrays out; jit, grad, jvp, vmap,
+    hessian, scan, shard_map and so on as for any JAX function. Arguments that are no arrays
+    (numbers, strings, None) stay Python values and must be hashable. A module must be in evaluation
+    mode if it has dropout or batch norm; its weights are read at each call (to train them from JAX
+    use `functional`). The callable must be pure: it may neither change its inputs nor keep a view
+    of them.
 
-    outputs      None: shapes are found with torch's fake tensors, without running, and a change of an input in place is an
-                 error before anything runs; or a pytree of jax.ShapeDtypeStruct; or a function of ShapeDtypeStructs in
-                 the shape of the arguments that returns such a pytree (a change in place is then seen after the first call)
-    batched      how vmap is served. "vmap": torch.func.vmap. "sequential": one call after another. An int: the model
-                 takes a batch axis there in every input and gives it there in every output. A dict {argument: axis}:
-                 only these inputs take a batch axis, outputs have it first (or at the axis named "return"). The shape
-                 of a natively batched output is checked; that its rows are independent is your word
-    derivatives  "func": torch.func (a first gradient by torch.autograd, the same and faster; what torch.func gets wrong, or has
-                 no forward mode for, by torch.autograd, one point after another). "autograd": torch.autograd, for models that torch.func refuses (TorchScript, an
-                 inner torch.autograd.grad, requires_grad_); vmap of derivatives then wants batched="sequential" or an axis
-    lane         "ffi": an XLA custom call on XLA's own buffers and stream (CPU, CUDA). "host": jax.pure_callback
-                 (everywhere). "auto": ffi where it exists, else host. An eager call goes by neither
+    outputs      None: shapes are found with torch's fake tensors, without running, and a change of
+                 an input in place is an error before anything runs; or a pytree of
+                 jax.ShapeDtypeStruct; or a function of ShapeDtypeStructs in the shape of the
+                 arguments that returns such a pytree (a change in place is then seen after the
+                 first call)
+    batched      how vmap is served. "vmap": torch.func.vmap. "sequential": one call after another.
+                 An int: the model takes a batch axis there in every input and gives it there in
+                 every output. A dict {argument: axis}: only these inputs take a batch axis, outputs
+                 have it first (or at the axis named "return"). The shape of a natively batched
+                 output is checked; that its rows are independent is your word
+    derivatives  "func": torch.func (a first gradient by torch.autograd, the same and faster; what
+                 torch.func gets wrong, or has no forward mode for, by torch.autograd, one point
+                 after another). "autograd": torch.autograd, for models that torch.func refuses
+                 (TorchScript, an inner torch.autograd.grad, requires_grad_); vmap of derivatives
+                 then wants batched="sequential" or an axis
+    lane         "ffi": an XLA custom call on XLA's own buffers and stream (CPU, CUDA). "host":
+                 jax.pure_callback (everywhere). "auto": ffi where it exists, else host. An eager
+                 call goes by neither
 
-    Units and signs are the callable's own. Inputs are lent to torch without a copy (complex and float8 are repacked by XLA on
-    the ffi lane, which can't carry them), each output is written once.
+    Units and signs are the callable's own. Inputs are lent to torch without a copy (complex and
+    float8 are repacked by XLA on the ffi lane, which can't carry them), each output is written
+    once.
 
-    Raises: TypeError for an argument of the wrong kind or an output that is no tensor; ValueError for shapes and dtypes
-    that are not what was inferred or declared, 64-bit outputs while x64 is off, a module in training mode;
-    NotImplementedError for a transform that can't be served as asked, and for second derivatives that a custom
-    autograd Function cuts off or a compiled model does not have. Exceptions of the callable: see `raising`.
+    Raises: TypeError for an argument of the wrong kind or an output that is no tensor; ValueError
+    for shapes and dtypes that are not what was inferred or declared, 64-bit outputs while x64 is
+    off, a module in training mode; NotImplementedError for a transform that can't be served as
+    asked, and for second derivatives that a custom autograd Function cuts off or a compiled model
+    does not have. Exceptions of the callable: see `raising`.
 
     >>> import jax, torch, bridge
     >>> energy = bridge.to_jax(lambda x: (x**2).sum())
@@ -82,32 +96,38 @@ def to_jax(x, *, copy=None, outputs=None, batched="vmap", derivatives="func", la
 def to_torch(x, *, copy=None, buckets=None):
     """A jax.Array, a pytree of them, or a JAX callable as its torch counterpart.
 
-    ARRAYS become tensors over the same memory: `copy=None` and `copy=False` share it, `copy=True` always copies. A tensor
-    that shares memory must not be written to: JAX believes its arrays constant (use copy=True for a tensor of your own).
+    ARRAYS become tensors over the same memory: `copy=None` and `copy=False` share it, `copy=True`
+    always copies. A tensor that shares memory must not be written to: JAX believes its arrays
+    constant (use copy=True for a tensor of your own).
 
-    A CALLABLE (a function, a jitted one, an equinox module) becomes a torch function of the same signature: pytrees and
-    keyword arguments of tensors in, pytrees of tensors out. Leaves that are no tensors (numbers, strings, None) stay Python
-    values and must be hashable; each combination of these, of shapes and dtypes is compiled once, by jax.jit
-    (`.compilations` counts programs: the forward, and the backward where one was asked for). JAX arrays in the callable's
-    closure are constants; for parameters that torch trains see `module`.
+    A CALLABLE (a function, a jitted one, an equinox module) becomes a torch function of the same
+    signature: pytrees and keyword arguments of tensors in, pytrees of tensors out. Leaves that are
+    no tensors (numbers, strings, None) stay Python values and must be hashable; each combination of
+    these, of shapes and dtypes is compiled once, by jax.jit (`.compilations` counts programs: the
+    forward, and the backward where one was asked for). JAX arrays in the callable's closure are
+    constants; for parameters that torch trains see `module`.
 
-    It differentiates as torch does: backward, double backward, torch.func (grad, vjp, jvp, jacrev, jacfwd, hessian, vmap and
-    what they compose to), forward-mode AD, gradcheck, checkpoint, torch.compile(fullgraph=True), torch.export. A backward
-    costs one backward: the forward keeps what it needs, as torch tensors that save_for_backward guards (an in-place change
-    in between is torch's own error). Without a graph (no_grad, no input that requires grad) nothing is kept. A derivative
-    of a derivative evaluates anew. Complex gradients follow torch's convention, the conjugate of JAX's. An input that no output
-    uses has a gradient of zeros, not None.
+    It differentiates as torch does: backward, double backward, torch.func (grad, vjp, jvp, jacrev,
+    jacfwd, hessian, vmap and what they compose to), forward-mode AD, gradcheck, checkpoint,
+    torch.compile(fullgraph=True), torch.export. A backward costs one backward: the forward keeps
+    what it needs, as torch tensors that save_for_backward guards (an in-place change in between is
+    torch's own error). Without a graph (no_grad, no input that requires grad) nothing is kept. A
+    derivative of a derivative evaluates anew. Complex gradients follow torch's convention, the
+    conjugate of JAX's. An input that no output uses has a gradient of zeros, not None.
 
-    `buckets={"edge_index": "2 E", ...}` (shapes by the names of parameters or dict keys; Buckets(...) also has fill values, masks
-    and the ladder) pads the named axes to a geometric ladder of sizes and cuts the results: a few programs serve every E.
+    `buckets={"edge_index": "2 E", ...}` (shapes by the names of parameters or dict keys;
+    Buckets(...) also has fill values, masks and the ladder) pads the named axes to a geometric
+    ladder of sizes and cuts the results: a few programs serve every E.
 
-    Tensors that are row-major and begin on a 64-byte boundary are read where they lie; others are copied first. Results
-    are fresh memory that belongs to the tensors alone, complete on the CPU, in the order of the current stream on a GPU.
+    Tensors that are row-major and begin on a 64-byte boundary are read where they lie; others are
+    copied first. Results are fresh memory that belongs to the tensors alone, complete on the CPU,
+    in the order of the current stream on a GPU.
 
-    Raises: TypeError for a leaf that is no jax.Array, for a tracer (inside jit use `to_jax(function)`) and for arguments that are
-    neither tensors nor hashable; ValueError for a deleted array or one on several devices, and for 64-bit tensors while x64 is off;
-    NotImplementedError for forward mode inside torch.compile.
-    What the callable raises while JAX traces it arrives as it is.
+    Raises: TypeError for a leaf that is no jax.Array, for a tracer (inside jit use
+    `to_jax(function)`) and for arguments that are neither tensors nor hashable; ValueError for a
+    deleted array or one on several devices, and for 64-bit tensors while x64 is off;
+    NotImplementedError for forward mode inside torch.compile. What the callable raises while JAX
+    traces it arrives as it is.
 
     >>> import bridge, jax, torch
     >>> bridge.to_torch({"x": jax.numpy.arange(3)})["x"].tolist()
@@ -117,24 +137,32 @@ def to_torch(x, *, copy=None, buckets=None):
     [0.0, 2.0, 4.0]
     """
     if callable(x):
-        return Padded(jax_export.Exporter(x), _buckets(buckets)) if buckets else TorchCallable(jax_export.Exporter(x))
+        return (
+            Padded(jax_export.Exporter(x), _buckets(buckets))
+            if buckets
+            else TorchCallable(jax_export.Exporter(x))
+        )
     return tree.tree_map_with_path(functools.partial(_array_to_torch, copy), x)
 
 
 def module(apply, params=None, *, buckets=None):
-    """A JAX model as an nn.Module: `module(apply, params)(*args)` is apply(params, *args), called with tensors.
+    """A JAX model as an nn.Module: `module(apply, params)(*args)` is apply(params, *args), called
+    with tensors.
 
-    `params` is any pytree: floating and complex arrays become Parameters, integer and bool arrays buffers, what is no array
-    (activation functions, sizes) stays as it is. Their names are the paths in the pytree, joined by dots, as in
-    `state_dict`. flax: module(model.apply, variables). equinox, or any pytree that is itself callable: module(model).
+    `params` is any pytree: floating and complex arrays become Parameters, integer and bool arrays
+    buffers, what is no array (activation functions, sizes) stays as it is. Their names are the
+    paths in the pytree, joined by dots, as in `state_dict`. flax: module(model.apply, variables).
+    equinox, or any pytree that is itself callable: module(model).
 
-    The arrays are copied once, here; from then on the Parameters own the memory and JAX reads it at each call without a
-    copy, so that what an optimizer writes is seen. state_dict, load_state_dict, to(dtype), to(device), requires_grad_,
-    deepcopy, pickle (if apply and what is no array can be pickled; jitted functions can't), torch.optim, clip_grad_norm_ and torch.func.functional_call work as for
-    any module. `.pytree()` gives the parameters in the shape of `params`, `.compilations` and `buckets` are those of `to_torch`.
+    The arrays are copied once, here; from then on the Parameters own the memory and JAX reads it at
+    each call without a copy, so that what an optimizer writes is seen. state_dict, load_state_dict,
+    to(dtype), to(device), requires_grad_, deepcopy, pickle (if apply and what is no array can be
+    pickled; jitted functions can't), torch.optim, clip_grad_norm_ and torch.func.functional_call
+    work as for any module. `.pytree()` gives the parameters in the shape of `params`,
+    `.compilations` and `buckets` are those of `to_torch`.
 
-    Raises: TypeError where there is no array among the parameters, or one that torch can't hold (typed PRNG keys); as
-    `to_torch` when it is called.
+    Raises: TypeError where there is no array among the parameters, or one that torch can't hold
+    (typed PRNG keys); as `to_torch` when it is called.
 
     >>> import bridge, jax, torch
     >>> net = bridge.module(lambda p, x: x @ p["w"], {"w": jax.numpy.ones((3, 1))})
@@ -145,23 +173,34 @@ def module(apply, params=None, *, buckets=None):
     if params is None:
         apply, params = jax_export.call_itself, apply
     if not callable(apply):
-        raise TypeError(message("a callable apply(params, ...)", f"{apply!r:.60}", "pass the model's function first, its parameters second"))
+        raise TypeError(
+            message(
+                "a callable apply(params, ...)",
+                f"{apply!r:.60}",
+                "pass the model's function first, its parameters second",
+            )
+        )
     skeleton, paths, leaves = jax_export.parameters(params)
-    leaves = [torch_arrays.import_(jax_arrays.export(x), copy=True) if isinstance(x, jax.Array) else x for x in leaves]
+    leaves = [
+        torch_arrays.import_(jax_arrays.export(x), copy=True) if isinstance(x, jax.Array) else x
+        for x in leaves
+    ]
     return JaxModule(to_torch(apply, buckets=buckets), skeleton, paths, leaves)
 
 
 def functional(module: torch.nn.Module, *, gradients="trainable", copy=True, **options):
-    """A module as `(apply, params)`: `apply(params, *args, **kwargs)` is a JAX function, `params` a dict of JAX arrays.
+    """A module as `(apply, params)`: `apply(params, *args, **kwargs)` is a JAX function, `params` a
+    dict of JAX arrays.
 
-    `params` has the names of `state_dict`: parameters and floating buffers (integer buffers stay in the module, so that
-    jax.grad takes the whole dict). They are inputs of the compiled program: an update needs no recompilation, and the
-    module itself is never written to. As in torch, gradients of buffers and of parameters with requires_grad=False are
-    zero; `gradients="all"` gives them too. `copy=False` lets params share the module's memory (then don't train both).
-    Other options are those of `to_jax`; `batched={...}` names the module's own arguments, or "params".
+    `params` has the names of `state_dict`: parameters and floating buffers (integer buffers stay in
+    the module, so that jax.grad takes the whole dict). They are inputs of the compiled program: an
+    update needs no recompilation, and the module itself is never written to. As in torch, gradients
+    of buffers and of parameters with requires_grad=False are zero; `gradients="all"` gives them
+    too. `copy=False` lets params share the module's memory (then don't train both). Other options
+    are those of `to_jax`; `batched={...}` names the module's own arguments, or "params".
 
-    Raises: TypeError if `module` is no nn.Module; ValueError for float64 weights while x64 is off, or a module in training
-    mode with dropout or batch norm.
+    Raises: TypeError if `module` is no nn.Module; ValueError for float64 weights while x64 is off,
+    or a module in training mode with dropout or batch norm.
 
     >>> import jax, torch, bridge
     >>> apply, params = bridge.functional(torch.nn.Linear(3, 1))
@@ -170,28 +209,58 @@ def functional(module: torch.nn.Module, *, gradients="trainable", copy=True, **o
     ['bias', 'weight']
     """
     if not isinstance(module, torch.nn.Module):
-        raise TypeError(message("a torch.nn.Module", type(module).__name__, "use bridge.to_jax for other callables"))
+        raise TypeError(
+            message(
+                "a torch.nn.Module", type(module).__name__, "use bridge.to_jax for other callables"
+            )
+        )
     one_of("gradients", gradients, ("trainable", "all"))
-    named = {n: t for n, t in (*module.named_parameters(), *module.named_buffers()) if buffers.spec_of(t).inexact}
+    named = {
+        n: t
+        for n, t in (*module.named_parameters(), *module.named_buffers())
+        if buffers.spec_of(t).inexact
+    }
     params = {n: _tensor_to_jax(copy, (), t.detach()) for n, t in named.items()}
-    frozen = frozenset(n for n, t in named.items() if gradients == "trainable" and not t.requires_grad)
+    frozen = frozenset(
+        n for n, t in named.items() if gradients == "trainable" and not t.requires_grad
+    )
     call = to_jax(Applied(module), **options)
 
     def apply(params, *args, **kwargs):
-        return call({n: jax.lax.stop_gradient(p) if n in frozen else p for n, p in params.items()}, *args, **kwargs)
+        return call(
+            {n: jax.lax.stop_gradient(p) if n in frozen else p for n, p in params.items()},
+            *args,
+            **kwargs,
+        )
 
     return apply, params
 
 
-def potential(model, *, atomic_numbers, pbc=None, batch=None, n_systems=1, gradients="model", outputs=(), cutoff=None, card=None, batched="graph", lane="auto", **extras):
-    """A torch potential as a differentiable JAX energy: `energy(positions, cell)`, in eV and Angstrom.
+def potential(
+    model,
+    *,
+    atomic_numbers,
+    pbc=None,
+    batch=None,
+    n_systems=1,
+    gradients="model",
+    outputs=(),
+    cutoff=None,
+    card=None,
+    batched="graph",
+    lane="auto",
+    **extras,
+):
+    """A torch potential as a differentiable JAX energy: `energy(positions, cell)`, in eV and
+    Angstrom.
 
-    `model` is a torch callable of the potential contract and what makes it a JAX model is said in `jax_potential`: gradients=,
-    outputs=, cutoff=, card=, batched=, lane=. What the returned object can do, and its other arguments (the atoms, their boundaries,
-    systems, and `extras` such as charge or edge_index): see jax_side.potentials.potential.potential.
+    `model` is a torch callable of the potential contract and what makes it a JAX model is said in
+    `jax_potential`: gradients=, outputs=, cutoff=, card=, batched=, lane=. What the returned object
+    can do, and its other arguments (the atoms, their boundaries, systems, and `extras` such as
+    charge or edge_index): see jax_side.potentials.potential.potential.
 
-    Value and gradient cost one call into torch: one forward, one backward. Higher orders go by double backward; Hessians
-    record the forward once for all rows.
+    Value and gradient cost one call into torch: one forward, one backward. Higher orders go by
+    double backward; Hessians record the forward once for all rows.
 
     Raises: as `jax_potential`, and as jax_side.potentials.potential.potential does.
 
@@ -201,31 +270,49 @@ def potential(model, *, atomic_numbers, pbc=None, batch=None, n_systems=1, gradi
     >>> jax.jit(jax.grad(energy))(jax.numpy.ones((2, 3))).tolist()
     [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]
     """
-    bridged = jax_potential(model, gradients=gradients, outputs=outputs, cutoff=cutoff, card=card, batched=batched, lane=lane)
-    return jax_side_potential.potential(bridged, atomic_numbers=atomic_numbers, pbc=pbc, batch=batch, n_systems=n_systems, **extras)
+    bridged = jax_potential(
+        model,
+        gradients=gradients,
+        outputs=outputs,
+        cutoff=cutoff,
+        card=card,
+        batched=batched,
+        lane=lane,
+    )
+    return jax_side_potential.potential(
+        bridged, atomic_numbers=atomic_numbers, pbc=pbc, batch=batch, n_systems=n_systems, **extras
+    )
 
 
-def jax_potential(model, *, gradients="model", outputs=(), cutoff=None, card=None, batched="graph", lane="auto"):
-    """A torch potential as a JAX model of the contract: a dict of arrays in, a dict of arrays out, for jax_side.potentials.direct and engines.
+def jax_potential(
+    model, *, gradients="model", outputs=(), cutoff=None, card=None, batched="graph", lane="auto"
+):
+    """A torch potential as a JAX model of the contract: a dict of arrays in, a dict of arrays out,
+    for jax_side.potentials.direct and engines.
 
-    `model` is a torch callable of the potential contract (bridge.contract): it takes one dict of tensors (pos (N,3),
-    cell (B,3,3) by rows, pbc (B,3), batch (N,), atomic_numbers (N,) and what else the caller gives), and returns one. With
-    `gradients="model"` that dict holds energy (B,), position_gradients g = dE/dr (N,3) and cell_gradients G = dE/dh at
-    fixed Cartesian positions (B,3,3); with `gradients="autograd"` it holds energy alone, and torch.autograd makes g and G
-    in the same pass.
+    `model` is a torch callable of the potential contract (bridge.contract): it takes one dict of
+    tensors (pos (N,3), cell (B,3,3) by rows, pbc (B,3), batch (N,), atomic_numbers (N,) and what
+    else the caller gives), and returns one. With `gradients="model"` that dict holds energy (B,),
+    position_gradients g = dE/dr (N,3) and cell_gradients G = dE/dh at fixed Cartesian positions
+    (B,3,3); with `gradients="autograd"` it holds energy alone, and torch.autograd makes g and G in
+    the same pass.
 
-    `outputs` names further outputs of bridge.contract.OUTPUTS that the result is to have (node_energies, charges, magmoms,
-    dipole, embeddings, hessian, ...). A model that is given edges takes edge_index (2,E) and cell_offsets (E,3), with unused
-    slots of index >= N (`bridge.edges` makes them); `cutoff` (Angstrom) makes them on the torch side instead, at each call, without
-    padding or capacity. The model never sees padding: unused slots, atoms of number 0, systems without atoms; and edges
-    beyond the cutoff are left out. `card` (bridge.Card) says what a model of your own has and needs; the models of this package
-    carry theirs. `batched` is how vmap is served: "graph", all structures as the systems of one batched call (the model
-    must keep systems apart); or "sequential", one call after another. `lane` is that of `to_jax`.
+    `outputs` names further outputs of bridge.contract.OUTPUTS that the result is to have
+    (node_energies, charges, magmoms, dipole, embeddings, hessian, ...). A model that is given edges
+    takes edge_index (2,E) and cell_offsets (E,3), with unused slots of index >= N (`bridge.edges`
+    makes them); `cutoff` (Angstrom) makes them on the torch side instead, at each call, without
+    padding or capacity. The model never sees padding: unused slots, atoms of number 0, systems
+    without atoms; and edges beyond the cutoff are left out. `card` (bridge.Card) says what a model
+    of your own has and needs; the models of this package carry theirs. `batched` is how vmap is
+    served: "graph", all structures as the systems of one batched call (the model must keep systems
+    apart); or "sequential", one call after another. `lane` is that of `to_jax`.
 
-    The result has the model's `.card`, its active outputs among it, and is equal for equal arguments. Its energy differentiates by
-    torch, not by the gradients beside it: jax_side.potentials.potential and jax_side.potentials.direct make energies that do.
+    The result has the model's `.card`, its active outputs among it, and is equal for equal
+    arguments. Its energy differentiates by torch, not by the gradients beside it:
+    jax_side.potentials.potential and jax_side.potentials.direct make energies that do.
 
-    Raises: ValueError where card, or an output that is asked for, and model don't fit; as `to_jax` and torch_side.potentials.graph.evaluate.
+    Raises: ValueError where card, or an output that is asked for, and model don't fit; as `to_jax`
+    and torch_side.potentials.graph.evaluate.
 
     >>> import bridge, jax.numpy as jnp
     >>> model = bridge.jax_potential(lambda x: (x["pos"] ** 2).sum()[None], gradients="autograd")
@@ -234,64 +321,96 @@ def jax_potential(model, *, gradients="model", outputs=(), cutoff=None, card=Non
     >>> model(inputs)["position_gradients"][0].tolist()
     [2.0, 2.0, 2.0]
     """
-    model = _model(model, one_of("gradients", gradients, ("model", "autograd")), tuple(outputs), cutoff, card)
+    model = _model(
+        model, one_of("gradients", gradients, ("model", "autograd")), tuple(outputs), cutoff, card
+    )
     one_of("batched", batched, ("graph", "sequential"))
-    bridged = to_jax(Contracted(model), outputs=_Declared(model.card), batched=batched, derivatives="autograd", lane=lane)
+    bridged = to_jax(
+        Contracted(model),
+        outputs=_Declared(model.card),
+        batched=batched,
+        derivatives="autograd",
+        lane=lane,
+    )
     bridged.card = model.card
     return bridged
 
 
 def edges(cutoff, capacity, *, ordered=False, lane="auto"):
-    """Neighbour lists in a fixed number of slots, for graph models in JAX: `find(positions, cell=None, pbc=None, batch=None)`.
+    """Neighbour lists in a fixed number of slots, for graph models in JAX: `find(positions,
+    cell=None, pbc=None, batch=None)`.
 
-    `find` takes positions (N,3) in Angstrom and cell (3,3) by rows, or (B,3,3) with batch (N,) int, sorted; pbc as in `potential`
-    (None: all axes if there is a cell). It returns {"edge_index": (2,capacity), "cell_offsets": (capacity,3)}, int32, of all
-    directed edges shorter than `cutoff` (Angstrom), periodic images included, made by vesin; unused slots have the index N.
-    jit, scan and vmap compose with it; derivatives are zero. With a cutoff longer than the model's (a skin) the list serves several
-    steps: energy(positions, cell, **edges), for a potential's models leave out what is beyond their own cutoff.
+    `find` takes positions (N,3) in Angstrom and cell (3,3) by rows, or (B,3,3) with batch (N,) int,
+    sorted; pbc as in `potential` (None: all axes if there is a cell). It returns {"edge_index":
+    (2,capacity), "cell_offsets": (capacity,3)}, int32, of all directed edges shorter than `cutoff`
+    (Angstrom), periodic images included, made by vesin; unused slots have the index N. jit, scan
+    and vmap compose with it; derivatives are zero. With a cutoff longer than the model's (a skin)
+    the list serves several steps: energy(positions, cell, **edges), for a potential's models leave
+    out what is beyond their own cutoff.
 
-    `ordered` sorts the edges by centre. Such a list takes up to twice as long to make; up to 10^5 atoms a model
-    gains nothing from it that was seen, at 10^6 it ran 1.1 to 1.35 times as fast, which pays where a list serves a few steps.
+    `ordered` sorts the edges by centre. Such a list takes up to twice as long to make; up to 10^5
+    atoms a model gains nothing from it that was seen, at 10^6 it ran 1.1 to 1.35 times as fast,
+    which pays where a list serves a few steps.
 
-    Raises: ValueError for a capacity that is too small, saying how many slots are needed; as torch_side.potentials.neighbors.neighbor_list.
+    Raises: ValueError for a capacity that is too small, saying how many slots are needed; as
+    torch_side.potentials.neighbors.neighbor_list.
 
     >>> import bridge, jax.numpy as jnp
     >>> bridge.edges(1.5, 3)(jnp.array([[0.0, 0, 0], [1, 0, 0]]))["edge_index"].tolist()
     [[0, 1, 2], [1, 0, 2]]
     """
-    slots = _Slots(one_of("capacity", capacity, [capacity] if isinstance(capacity, int) and capacity > 0 else (), "a positive int"))
-    return Edges(to_jax(PaddedEdges(cutoff, capacity, ordered), outputs=slots, batched="sequential", lane=lane))
+    slots = _Slots(
+        one_of(
+            "capacity",
+            capacity,
+            [capacity] if isinstance(capacity, int) and capacity > 0 else (),
+            "a positive int",
+        )
+    )
+    return Edges(
+        to_jax(
+            PaddedEdges(cutoff, capacity, ordered), outputs=slots, batched="sequential", lane=lane
+        )
+    )
 
 
 def torch_potential(model, params=None, *, gradients="model", cutoff=None, buckets=None, card=None):
-    """A JAX potential as an nn.Module of the potential contract: `module(inputs)` is a dict of tensors, by one JAX call.
+    """A JAX potential as an nn.Module of the potential contract: `module(inputs)` is a dict of
+    tensors, by one JAX call.
 
-    `model` is a JAX callable of one dict, or of (params, dict) with `params` given, whose arrays then are Parameters as in
-    `module` and train on energies, forces and cell gradients. The dict has the keys of bridge.contract; N atoms, B systems:
+    `model` is a JAX callable of one dict, or of (params, dict) with `params` given, whose arrays
+    then are Parameters as in `module` and train on energies, forces and cell gradients. The dict
+    has the keys of bridge.contract; N atoms, B systems:
 
-        pos (N,3) float, cell (B,3,3) float by rows, pbc (B,3) bool, batch (N,) int sorted, atomic_numbers (N,) int
+        pos (N,3) float, cell (B,3,3) float by rows, pbc (B,3) bool, batch (N,) int sorted,
+        atomic_numbers (N,) int
 
-    and whatever else the caller passes (charge, spin, ...). Integers of the contract may be int64: JAX gets them as int32.
-    With `gradients="model"` the model returns energy (B,), position_gradients g = dE/dr at fixed cell (N,3) and
-    cell_gradients G = dE/dh at fixed Cartesian positions (B,3,3), in eV and Angstrom; with `gradients="autodiff"` it returns
-    energy (B,), or a dict with it, and JAX makes g and G in the same program. Further outputs are passed on. Forces are -g.
+    and whatever else the caller passes (charge, spin, ...). Integers of the contract may be int64:
+    JAX gets them as int32. With `gradients="model"` the model returns energy (B,),
+    position_gradients g = dE/dr at fixed cell (N,3) and cell_gradients G = dE/dh at fixed Cartesian
+    positions (B,3,3), in eV and Angstrom; with `gradients="autodiff"` it returns energy (B,), or a
+    dict with it, and JAX makes g and G in the same program. Further outputs are passed on. Forces
+    are -g.
 
-    `cutoff` (Angstrom) is for graph models: edge_index (2,E) and cell_offsets (E,3) are then made by
-    torch_side.potentials.neighbors.neighbor_list at each call, unless the caller passes edge_index (torch.compile and vmap over positions
-    need that). As the number of edges changes from step to step, with a cutoff they are padded by unused slots (index >= N), up
-    to a quarter more, in a few programs; `buckets=`, as in `to_torch`, takes another ladder, and False none.
+    `cutoff` (Angstrom) is for graph models: edge_index (2,E) and cell_offsets (E,3) are then made
+    by torch_side.potentials.neighbors.neighbor_list at each call, unless the caller passes
+    edge_index (torch.compile and vmap over positions need that). As the number of edges changes
+    from step to step, with a cutoff they are padded by unused slots (index >= N), up to a quarter
+    more, in a few programs; `buckets=`, as in `to_torch`, takes another ladder, and False none.
 
-    Energies differentiate in torch by the model's own gradients: torch.autograd.grad(energy.sum(), pos) is g, in cell it is
-    G; all else, second derivatives included, differentiates the model. Without a graph (torch.no_grad, or neither inputs nor
-    parameters that require grad) nothing is kept. Inputs are read where they lie, results are fresh memory; float dtypes
-    are never cast.
+    Energies differentiate in torch by the model's own gradients: torch.autograd.grad(energy.sum(),
+    pos) is g, in cell it is G; all else, second derivatives included, differentiates the model.
+    Without a graph (torch.no_grad, or neither inputs nor parameters that require grad) nothing is
+    kept. Inputs are read where they lie, results are fresh memory; float dtypes are never cast.
 
-    Raises, when it is called: ValueError for inputs or outputs outside of the contract (checked once for each set of shapes
-    and dtypes, as JAX traces), and as neighbor_list does; otherwise as `to_torch`, with params as `module`. ValueError for
-    buckets with a mask: it is the index that marks an unused slot; and for a cutoff that is not the card's.
+    Raises, when it is called: ValueError for inputs or outputs outside of the contract (checked
+    once for each set of shapes and dtypes, as JAX traces), and as neighbor_list does; otherwise as
+    `to_torch`, with params as `module`. ValueError for buckets with a mask: it is the index that
+    marks an unused slot; and for a cutoff that is not the card's.
 
-    The module has a `card` (bridge.Card; by default: energy and gradients, this cutoff, and the model's word where it has an
-    attribute `batches` that it keeps systems apart) and adds to other models: `a + b`.
+    The module has a `card` (bridge.Card; by default: energy and gradients, this cutoff, and the
+    model's word where it has an attribute `batches` that it keeps systems apart) and adds to other
+    models: `a + b`.
 
     >>> import bridge, jax, torch
     >>> spring = lambda p, x: p["k"] * jax.ops.segment_sum((x["pos"] ** 2).sum(-1), x["batch"], num_segments=len(x["cell"]))
@@ -305,28 +424,54 @@ def torch_potential(model, params=None, *, gradients="model", cutoff=None, bucke
     >>> model.get_parameter("model.k").grad
     tensor(48.)
     """
-    outputs = Outputs(model, one_of("gradients", gradients, ("model", "autodiff")), params is not None)
+    outputs = Outputs(
+        model, one_of("gradients", gradients, ("model", "autodiff")), params is not None
+    )
     buckets = EDGES if buckets is None and cutoff is not None else buckets and _buckets(buckets)
     if buckets and buckets.mask:
-        raise ValueError(message("buckets without a mask", f"mask={buckets.mask}", "an index >= N marks an unused slot: fill edge_index with one"))
+        raise ValueError(
+            message(
+                "buckets without a mask",
+                f"mask={buckets.mask}",
+                "an index >= N marks an unused slot: fill edge_index with one",
+            )
+        )
     if None not in (card, cutoff) and card.cutoff not in (None, cutoff):
         got = f"{cutoff}, and {card.cutoff} on the card"
         raise ValueError(message("one cutoff", got, "pass the same with both"))
     if card is None:
         neighbors, vouched = None if cutoff is None else "own", getattr(model, "batches", False)
-        card = Card(cutoff=cutoff, neighbor_list=neighbors, optional_inputs=contract.INFO, batches=vouched)
-    return JaxPotential(to_torch(outputs, buckets=buckets) if params is None else module(outputs, params, buckets=buckets), cutoff, card)
+        card = Card(
+            cutoff=cutoff, neighbor_list=neighbors, optional_inputs=contract.INFO, batches=vouched
+        )
+    return JaxPotential(
+        to_torch(outputs, buckets=buckets)
+        if params is None
+        else module(outputs, params, buckets=buckets),
+        cutoff,
+        card,
+    )
 
 
 def diagnosis() -> list[tuple[str, bool, str]]:
-    """What `python -m bridge doctor` prints: (what, whether all is well, what was found or what to do)."""
-    triple = lambda x: 2 * x + x  # noqa: E731  the same code in both frameworks
-    into_jax = {"torch in JAX": lambda lane: to_jax(triple, lane=lane), "JAX in torch in JAX": lambda lane: to_jax(to_torch(triple), lane=lane)}
+    """What `python -m bridge doctor` prints: (what, whether all is well, what was found or what to
+    do)."""
+    triple = lambda x: 2 * x + x
+    into_jax = {
+        "torch in JAX": lambda lane: to_jax(triple, lane=lane),
+        "JAX in torch in JAX": lambda lane: to_jax(to_torch(triple), lane=lane),
+    }
     rows = [*jax_doctor.facts(), *torch_doctor.facts()]
     for where, bridged in into_jax.items():
-        rows += [(what.replace("torch in jit", where), *rest) for what, *rest in jax_doctor.checks(bridged)]
+        rows += [
+            (what.replace("torch in jit", where), *rest)
+            for what, *rest in jax_doctor.checks(bridged)
+        ]
     rows += torch_doctor.checks(to_torch(triple))
-    return rows + [(what.replace("JAX in torch", "torch in JAX in torch"), *rest) for what, *rest in torch_doctor.checks(to_torch(to_jax(triple)))]
+    return rows + [
+        (what.replace("JAX in torch", "torch in JAX in torch"), *rest)
+        for what, *rest in torch_doctor.checks(to_torch(to_jax(triple)))
+    ]
 
 
 def _buckets(buckets) -> Buckets:
@@ -338,14 +483,26 @@ def _model(model, gradients, outputs, cutoff, card) -> Model:
     """The torch model with a card, its outputs active."""
     if isinstance(model, Model):
         if cutoff is not None or card is not None:
-            raise ValueError(message(f"no cutoff and no card for {type(model).__name__}", "one of them", "it carries its own card: model.card"))
+            raise ValueError(
+                message(
+                    f"no cutoff and no card for {type(model).__name__}",
+                    "one of them",
+                    "it carries its own card: model.card",
+                )
+            )
         return model.asking(*outputs) if set(outputs) - model.card.active_outputs else model
     neighbors = None if cutoff is None else "own"
     if card is None:
         asked = {*contract.ENERGY_AND_GRADIENTS, *outputs}
-        card = Card(outputs=asked, cutoff=cutoff, neighbor_list=neighbors, optional_inputs=contract.INFO)
+        card = Card(
+            outputs=asked, cutoff=cutoff, neighbor_list=neighbors, optional_inputs=contract.INFO
+        )
     elif cutoff not in (None, card.cutoff):
-        raise ValueError(message("one cutoff", f"{cutoff}, and {card.cutoff} on the card", "pass it with one of them"))
+        raise ValueError(
+            message(
+                "one cutoff", f"{cutoff}, and {card.cutoff} on the card", "pass it with one of them"
+            )
+        )
     return Wrapped(model, card.asking(*outputs), gradients)
 
 
@@ -373,11 +530,23 @@ class _Slots:
 
 def _tensor_to_jax(copy, path, x):
     if not isinstance(x, torch.Tensor):
-        raise TypeError(message(f"a torch.Tensor at {tree.keystr(path) or 'the root'}", f"{type(x).__name__} {x!r:.60}", "pass tensors, or a torch callable"))
+        raise TypeError(
+            message(
+                f"a torch.Tensor at {tree.keystr(path) or 'the root'}",
+                f"{type(x).__name__} {x!r:.60}",
+                "pass tensors, or a torch callable",
+            )
+        )
     return jax_arrays.import_(torch_arrays.export(x, copy, "JAX"), torch_arrays.dtype_name(x.dtype))
 
 
 def _array_to_torch(copy, path, x):
     if not isinstance(x, jax.Array):
-        raise TypeError(message(f"a jax.Array at {tree.keystr(path) or 'the root'}", f"{type(x).__name__} {x!r:.60}", "pass JAX arrays"))
+        raise TypeError(
+            message(
+                f"a jax.Array at {tree.keystr(path) or 'the root'}",
+                f"{type(x).__name__} {x!r:.60}",
+                "pass JAX arrays",
+            )
+        )
     return torch_arrays.import_(jax_arrays.export(x, copy))

@@ -1,4 +1,5 @@
-"""Cu-Au alloys for the demo of Monte Carlo: Cleri and Rosato's second-moment potential as a local one, in torch; crystals and their order."""
+"""Cu-Au alloys for the demo of Monte Carlo: Cleri and Rosato's second-moment potential as a local
+one, in torch; crystals and their order."""
 
 from __future__ import annotations
 
@@ -13,18 +14,24 @@ import bridge
 from jax_side.montecarlo.local import Layout, LocalPotential
 
 CU, AU = 29, 79
-PAIRS = {  # A (eV), xi (eV), p, q, r0 (Angstrom); r0 of the unlike pair is our choice, copper's: Cu3Au is then stable, and 2.5 % too narrow
+# A (eV), xi (eV), p, q, r0 (Angstrom); r0 of the unlike pair is our choice, copper's: Cu3Au is then
+# stable, and 2.5 % too narrow
+PAIRS = {
     (CU, CU): (0.0855, 1.224, 10.960, 2.278, 2.556),
     (CU, AU): (0.1539, 1.5605, 11.05, 3.0475, 2.556),
     (AU, CU): (0.1539, 1.5605, 11.05, 3.0475, 2.556),
     (AU, AU): (0.2061, 1.790, 10.229, 4.036, 2.884),
 }
 LATTICE = 3.654  # Angstrom, what the potential gives Cu3Au at rest
-ONSET, CUTOFF = 5.9, 6.2  # Angstrom, behind the fifth neighbours to which the parameters were fitted
+ONSET, CUTOFF = (
+    5.9,
+    6.2,
+)  # Angstrom, behind the fifth neighbours to which the parameters were fitted
 
 
 class Bonds(torch.nn.Module):
-    """Messages of pairs: repulsion A exp(-p x) and squared hopping xi^2 exp(-2 q x), x = r/r0 - 1, switched off smoothly; rows in any leading shape."""
+    """Messages of pairs: repulsion A exp(-p x) and squared hopping xi^2 exp(-2 q x), x = r/r0 - 1,
+    switched off smoothly; rows in any leading shape."""
 
     def __init__(self):
         super().__init__()
@@ -32,7 +39,9 @@ class Bonds(torch.nn.Module):
         self.register_buffer("pairs", torch.stack([A, xi**2, p, 2 * q, r0], -1))
 
     def forward(self, a, b, r):
-        size, decay, r0 = ((a[..., :, None] * b[..., None, :]).flatten(-2) @ self.pairs).split([2, 2, 1], -1)
+        size, decay, r0 = ((a[..., :, None] * b[..., None, :]).flatten(-2) @ self.pairs).split(
+            [2, 2, 1], -1
+        )
         d = r.square().sum(-1, keepdim=True).sqrt()
         x = ((d - ONSET) / (CUTOFF - ONSET)).clamp(0, 1)
         return size * torch.exp(-decay * (d / r0 - 1)) * (1 - x**3 * (10 - 15 * x + 6 * x**2))
@@ -44,7 +53,8 @@ class Cohesion(torch.nn.Module):
 
 
 def potential() -> LocalPotential:
-    """E = sum_i [sum_j A exp(-p x) - sqrt(sum_j xi^2 exp(-2 q x))] in eV; an element is (1,0) for Cu, (0,1) for Au. Batch axes go straight into torch."""
+    """E = sum_i [sum_j A exp(-p x) - sqrt(sum_j xi^2 exp(-2 q x))] in eV; an element is (1,0) for
+    Cu, (0,1) for Au. Batch axes go straight into torch."""
     kinds = torch.zeros(120, 2, dtype=torch.float64)
     kinds[CU, 0] = kinds[AU, 1] = 1
     parts = (torch.nn.Embedding.from_pretrained(kinds), Bonds(), Cohesion())
@@ -62,28 +72,46 @@ def crystal(repeat, start="ordered", seed=0, a=LATTICE) -> ase.Atoms:
 
 
 def graph(atoms):
-    return dict(pos=jnp.asarray(atoms.positions), atomic_numbers=jnp.asarray(atoms.numbers), cell=jnp.asarray(atoms.cell.array), pbc=np.ones(3, bool))
+    return dict(
+        pos=jnp.asarray(atoms.positions),
+        atomic_numbers=jnp.asarray(atoms.numbers),
+        cell=jnp.asarray(atoms.cell.array),
+        pbc=np.ones(3, bool),
+    )
 
 
 def layout_of(repeat) -> Layout:
-    """One cell of the list for each conventional cell, whose four atoms rattle in its middle; the cutoff reaches less than two."""
-    return Layout(4 * repeat**3, per_cell=8, neighbors=100, periodic=(True,) * 3, grid=(repeat,) * 3, reach=(2,) * 3, width=CUTOFF)
+    """One cell of the list for each conventional cell, whose four atoms rattle in its middle; the
+    cutoff reaches less than two."""
+    return Layout(
+        4 * repeat**3,
+        per_cell=8,
+        neighbors=100,
+        periodic=(True,) * 3,
+        grid=(repeat,) * 3,
+        reach=(2,) * 3,
+        width=CUTOFF,
+    )
 
 
 def order(cache, near):
-    """Long-range order of Au among the four sublattices, and Warren and Cowley's of first neighbours: 1, -1/3 in order; about 0 without."""
+    """Long-range order of Au among the four sublattices, and Warren and Cowley's of first
+    neighbours: 1, -1/3 in order; about 0 without."""
     gold = (cache.atomic_numbers == AU).astype(float)
     long = (gold.reshape(-1, 4).mean(0).max() - 0.25) / 0.75
     return long, 1 - (gold * (1 - gold[near]).mean(1)).sum() / gold.sum() / 0.75
 
 
 def neighbors_of(atoms):
-    """The 12 first neighbours (N,12) in the perfect crystal: an atom keeps its site, only elements wander."""
+    """The 12 first neighbours (N,12) in the perfect crystal: an atom keeps its site, only elements
+    wander."""
     i, j = neighbor_list("ij", atoms, 0.85 * atoms.cell[0, 0] / round((len(atoms) / 4) ** (1 / 3)))
     return j[np.argsort(i, kind="stable")].reshape(len(atoms), 12)
 
 
 def apart(local, cache):
     """The incremental energy of a cache against a full evaluation of where it ended, relative."""
-    full = local.full(dict(pos=cache.pos, atomic_numbers=cache.atomic_numbers, cell=cache.cell), cache.layout).energy
+    full = local.full(
+        dict(pos=cache.pos, atomic_numbers=cache.atomic_numbers, cell=cache.cell), cache.layout
+    ).energy
     return abs(cache.energy / full - 1)

@@ -15,11 +15,18 @@ METALS = ("Al", "Cu", "Ag", "Au", "Ni", "Pd", "Pt")  # fcc, in EMT
 
 def strained(metal, repeat, count, seed) -> list[ase.Atoms]:
     """Strained and rattled crystals at several volumes, with EMT as their calculator."""
-    rng, perfect = np.random.default_rng(seed), ase.build.bulk(metal, "fcc", cubic=True).repeat(repeat)
+    rng, perfect = (
+        np.random.default_rng(seed),
+        ase.build.bulk(metal, "fcc", cubic=True).repeat(repeat),
+    )
     crystals = []
     for _ in range(count):
         atoms = perfect.copy()
-        atoms.set_cell(atoms.cell.array @ (rng.uniform(0.97, 1.05) * np.eye(3) + 0.02 * rng.normal(size=(3, 3))), scale_atoms=True)
+        atoms.set_cell(
+            atoms.cell.array
+            @ (rng.uniform(0.97, 1.05) * np.eye(3) + 0.02 * rng.normal(size=(3, 3))),
+            scale_atoms=True,
+        )
         atoms.positions += rng.uniform(0.02, 0.12) * rng.normal(size=atoms.positions.shape)
         atoms.calc = EMT()
         crystals.append(atoms)
@@ -28,12 +35,14 @@ def strained(metal, repeat, count, seed) -> list[ase.Atoms]:
 
 def inputs_of(crystals) -> dict:
     """The dict of the contract for several crystals at once."""
-    floats = lambda arrays: torch.tensor(np.concatenate(arrays), dtype=torch.float32)  # noqa: E731
+    floats = lambda arrays: torch.tensor(np.concatenate(arrays), dtype=torch.float32)
     return {
         "pos": floats([a.positions for a in crystals]),
         "cell": floats([a.cell.array[None] for a in crystals]),
         "pbc": torch.tensor(np.array([a.pbc for a in crystals])),
-        "batch": torch.arange(len(crystals)).repeat_interleave(torch.tensor([len(a) for a in crystals])),
+        "batch": torch.arange(len(crystals)).repeat_interleave(
+            torch.tensor([len(a) for a in crystals])
+        ),
         "atomic_numbers": torch.tensor(np.concatenate([a.numbers for a in crystals])),
     }
 
@@ -43,14 +52,26 @@ class Batch:
 
     def __init__(self, crystals, cutoff):
         self.inputs, self.n_atoms = inputs_of(crystals), torch.tensor([len(a) for a in crystals])
-        edges = neighbor_list(*(self.inputs[k] for k in ("pos", "cell", "pbc")), cutoff, self.inputs["batch"])
-        self.inputs |= dict(zip(("edge_index", "cell_offsets"), edges))  # they stay: training moves no atom
-        self.energy = torch.tensor([a.get_potential_energy() for a in crystals], dtype=torch.float32)
-        self.forces = torch.tensor(np.concatenate([a.get_forces() for a in crystals]), dtype=torch.float32)
-        self.stress = torch.tensor(np.array([a.get_stress(voigt=False) for a in crystals]), dtype=torch.float32)
+        edges = neighbor_list(
+            *(self.inputs[k] for k in ("pos", "cell", "pbc")), cutoff, self.inputs["batch"]
+        )
+        self.inputs |= dict(
+            zip(("edge_index", "cell_offsets"), edges)
+        )  # they stay: training moves no atom
+        self.energy = torch.tensor(
+            [a.get_potential_energy() for a in crystals], dtype=torch.float32
+        )
+        self.forces = torch.tensor(
+            np.concatenate([a.get_forces() for a in crystals]), dtype=torch.float32
+        )
+        self.stress = torch.tensor(
+            np.array([a.get_stress(voigt=False) for a in crystals]), dtype=torch.float32
+        )
 
     def errors(self, out):
         """Energy per atom, forces, and stress, which the loss leaves out."""
         x, g, G = self.inputs, out["position_gradients"], out["cell_gradients"]
-        stress = strain.stress(strain.virial(g, G, x["pos"], x["batch"], x["cell"]), x["cell"], x["pbc"])
+        stress = strain.stress(
+            strain.virial(g, G, x["pos"], x["batch"], x["cell"]), x["cell"], x["pbc"]
+        )
         return (out["energy"] - self.energy) / self.n_atoms, -g - self.forces, stress - self.stress

@@ -1,4 +1,5 @@
-"""SevenNet-0, a pretrained torch potential, drives a jitted jax-md run of a real crystal: NVT, then NVE.
+"""SevenNet-0, a pretrained torch potential, drives a jitted jax-md run of a real crystal: NVT, then
+NVE.
 
     make demo        or        python -m demos.md --help
 
@@ -41,19 +42,34 @@ CRYSTALS = {  # prototype and lattice constant in Angstrom (experiment, room tem
 def options(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m demos.md", description=__doc__.split("\n")[0])
     parser.add_argument("--crystal", choices=CRYSTALS, default="NaCl")
-    parser.add_argument("--repeat", type=at_least(int, 1), default=2, help="conventional cells along each axis (2: 64 atoms of NaCl)")
+    parser.add_argument(
+        "--repeat",
+        type=at_least(int, 1),
+        default=2,
+        help="conventional cells along each axis (2: 64 atoms of NaCl)",
+    )
     parser.add_argument("--temperature", type=at_least(float, 1.0), default=300.0, help="K")
     parser.add_argument("--dt", type=at_least(float, 0.01, 10.0), default=2.0, help="fs")
-    parser.add_argument("--nvt", type=at_least(int, 1), default=150, help="steps of NVT (Nose-Hoover)")
+    parser.add_argument(
+        "--nvt", type=at_least(int, 1), default=150, help="steps of NVT (Nose-Hoover)"
+    )
     parser.add_argument("--nve", type=at_least(int, 2), default=150, help="steps of NVE")
-    parser.add_argument("--every", type=at_least(int, 1), default=10, help="steps in one jitted call, and between frames")
+    parser.add_argument(
+        "--every",
+        type=at_least(int, 1),
+        default=10,
+        help="steps in one jitted call, and between frames",
+    )
     parser.add_argument("--lane", choices=("auto", "ffi", "host"), default="auto")
     parser.add_argument("--seed", type=at_least(int, 0), default=0)
     parser.add_argument("--out", type=Path, default=Path("demos/out"))
     chosen = parser.parse_args(argv)
     for name in ("nvt", "nve"):
         if getattr(chosen, name) % chosen.every:
-            parser.error(f"argument --{name}: expected a multiple of --every {chosen.every}, got {getattr(chosen, name)}; change one of them")
+            parser.error(
+                f"argument --{name}: expected a multiple of --every {chosen.every}, got "
+                f"{getattr(chosen, name)}; change one of them"
+            )
     if chosen.out.exists() and not chosen.out.is_dir():
         parser.error(f"argument --out: expected a folder, got the file {chosen.out}; name another")
     return chosen
@@ -72,9 +88,14 @@ class Counted(torch.nn.Module):
 
 
 def run(chosen):
-    atoms = ase.build.bulk(chosen.crystal, cubic=True, **CRYSTALS[chosen.crystal]).repeat(chosen.repeat)
+    atoms = ase.build.bulk(chosen.crystal, cubic=True, **CRYSTALS[chosen.crystal]).repeat(
+        chosen.repeat
+    )
     model = Counted(SevenNet("7net-0").eval())
-    print(f"{chosen.crystal}, {len(atoms)} atoms, {chosen.temperature:g} K, {chosen.dt:g} fs a step; jax {jax.__version__}, torch {torch.__version__}, lane {chosen.lane}")
+    print(
+        f"{chosen.crystal}, {len(atoms)} atoms, {chosen.temperature:g} K, {chosen.dt:g} fs a step; "
+        f"jax {jax.__version__}, torch {torch.__version__}, lane {chosen.lane}"
+    )
 
     # The whole of the bridge: a torch potential as a jax-md energy function.
     energy = bridge.potential(model, atomic_numbers=atoms.numbers, pbc=True, lane=chosen.lane)
@@ -82,11 +103,17 @@ def run(chosen):
     _, shift = space.periodic_general(box, fractional_coordinates=True)
     energy_fn = engine.energy(energy, box)
 
-    mass, kT, dt = jnp.asarray(atoms.get_masses(), jnp.float32), ase.units.kB * chosen.temperature, chosen.dt * ase.units.fs
+    mass, kT, dt = (
+        jnp.asarray(atoms.get_masses(), jnp.float32),
+        ase.units.kB * chosen.temperature,
+        chosen.dt * ase.units.fs,
+    )
     R = jnp.asarray(atoms.get_scaled_positions(), jnp.float32)
     rows, frames = {}, []
 
-    init, step = engine.observed(simulate.nvt_nose_hoover, energy_fn, shift, dt, kT, tau=50 * ase.units.fs)
+    init, step = engine.observed(
+        simulate.nvt_nose_hoover, energy_fn, shift, dt, kT, tau=50 * ase.units.fs
+    )
     state, _ = init(jax.random.key(chosen.seed), R, mass=mass)
     state = stretch("NVT", step, state, chosen.nvt, chosen, model, rows, frames, atoms)
     init, step = engine.observed(simulate.nve, energy_fn, shift, dt)
@@ -97,17 +124,27 @@ def run(chosen):
 
 
 def stretch(name, step, state, steps, chosen, model, rows, frames, atoms, beside=()):
-    """Steps in jitted chunks; each step gives its potential energy and temperature at no further call of the model.
+    """Steps in jitted chunks; each step gives its potential energy and temperature at no further
+    call of the model.
 
-    `beside` are (name, steps, call) to be timed in turn with the chunks, so that all see the same machine."""
+    `beside` are (name, steps, call) to be timed in turn with the chunks, so that all see the same
+    machine."""
 
     def one(state, _):
         state, potential = step(state)
         kinetic = quantity.kinetic_energy(momentum=state.momentum, mass=state.mass)
         return state, (potential, kinetic)
 
-    chunk = jax.jit(lambda state: jax.lax.scan(one, state, None, length=chosen.every)).lower(state).compile()
-    before, trace, times = model.calls, [], {label: [] for label in (name, *(label for label, *_ in beside))}
+    chunk = (
+        jax.jit(lambda state: jax.lax.scan(one, state, None, length=chosen.every))
+        .lower(state)
+        .compile()
+    )
+    before, trace, times = (
+        model.calls,
+        [],
+        {label: [] for label in (name, *(label for label, *_ in beside))},
+    )
     with tqdm(total=steps, desc=name, unit="step", file=sys.stdout) as bar:
         for _ in range(steps // chosen.every):
             began = time.perf_counter()
@@ -121,10 +158,18 @@ def stretch(name, step, state, steps, chosen, model, rows, frames, atoms, beside
             trace.append(np.asarray(seen, np.float64))
             frames.append(frame(atoms, state, trace[-1][:, -1]))
             bar.update(chosen.every)
-            bar.set_postfix(E=f"{trace[-1][0, -1]:.3f} eV", T=f"{frames[-1].info['temperature']:.0f} K")
+            bar.set_postfix(
+                E=f"{trace[-1][0, -1]:.3f} eV", T=f"{frames[-1].info['temperature']:.0f} K"
+            )
     potential, kinetic = np.concatenate(trace, 1)
     ms = {label: 1e3 * float(np.median(seen)) for label, seen in times.items()}
-    rows[name] = dict(steps=steps, ms=ms, calls=(model.calls - before) / steps, potential=potential, kinetic=kinetic)
+    rows[name] = dict(
+        steps=steps,
+        ms=ms,
+        calls=(model.calls - before) / steps,
+        potential=potential,
+        kinetic=kinetic,
+    )
     return state
 
 
@@ -133,23 +178,34 @@ def frame(atoms, state, energies) -> ase.Atoms:
     atoms = atoms.copy()
     atoms.set_scaled_positions(np.asarray(state.position, np.float64) % 1.0)
     atoms.set_momenta(np.asarray(state.momentum, np.float64))
-    atoms.calc = SinglePointCalculator(atoms, energy=energies[0], forces=np.asarray(state.force, np.float64))
+    atoms.calc = SinglePointCalculator(
+        atoms, energy=energies[0], forces=np.asarray(state.force, np.float64)
+    )
     atoms.info["temperature"] = atoms.get_temperature()
     return atoms
 
 
 def baselines(atoms, model, chosen):
-    """(name, steps, call) of the same model without the bridge: SevenNet's own calculator under ASE, and bare torch."""
+    """(name, steps, call) of the same model without the bridge: SevenNet's own calculator under
+    ASE, and bare torch."""
     from sevenn.calculator import SevenNetCalculator
 
     atoms = atoms.copy()
     atoms.calc = SevenNetCalculator("7net-0", device="cpu")
     dynamics = ase.md.verlet.VelocityVerlet(atoms, timestep=chosen.dt * ase.units.fs)
     cell = torch.tensor(atoms.cell.array, dtype=torch.float32)[None]
-    fixed = {"atomic_numbers": torch.tensor(atoms.numbers), "cell": cell, "pbc": torch.ones(1, 3, dtype=torch.bool), "batch": torch.zeros(len(atoms), dtype=torch.int64)}
-    bare = lambda: model({"pos": torch.tensor(atoms.positions, dtype=torch.float32), **fixed})  # noqa: E731
+    fixed = {
+        "atomic_numbers": torch.tensor(atoms.numbers),
+        "cell": cell,
+        "pbc": torch.ones(1, 3, dtype=torch.bool),
+        "batch": torch.zeros(len(atoms), dtype=torch.int64),
+    }
+    bare = lambda: model({"pos": torch.tensor(atoms.positions, dtype=torch.float32), **fixed})
     dynamics.run(1), bare()
-    return [("SevenNet in ASE, NVE", 2, lambda: dynamics.run(2)), ("SevenNet, bare torch", 2, lambda: (bare(), bare()))]
+    return [
+        ("SevenNet in ASE, NVE", 2, lambda: dynamics.run(2)),
+        ("SevenNet, bare torch", 2, lambda: (bare(), bare())),
+    ]
 
 
 def drift(row, chosen, n_atoms) -> float:
@@ -159,14 +215,25 @@ def drift(row, chosen, n_atoms) -> float:
 
 
 def table(rows, chosen, n_atoms) -> str:
-    lines = [f"{'':22}{'steps':>7}{'ms/step':>10}{'x bare torch':>14}{'torch calls/step':>18}{'drift meV/atom/ps':>19}"]
+    lines = [
+        f"{'':22}{'steps':>7}{'ms/step':>10}{'x bare torch':>14}{'torch calls/step':>18}{'drift meV/atom/ps':>19}"
+    ]
     base = rows["NVE"]["ms"]["SevenNet, bare torch"]
     for name, row in rows.items():
         for label, ms in row["ms"].items():
             ours = label == name
             ratio = f"{ms / base:.2f}" if name == "NVE" else "-"  # timed in turn with the baselines
-            calls, shown = (f"{row['calls']:.2f}", f"{drift(row, chosen, n_atoms):.3f}" if name == "NVE" else "-") if ours else ("-", "-")
-            lines.append(f"{f'jax-md {name}, jitted' if ours else label:22}{row['steps'] if ours else '-':>7}{ms:>10.1f}{ratio:>14}{calls:>18}{shown:>19}")
+            calls, shown = (
+                (
+                    f"{row['calls']:.2f}",
+                    f"{drift(row, chosen, n_atoms):.3f}" if name == "NVE" else "-",
+                )
+                if ours
+                else ("-", "-")
+            )
+            lines.append(
+                f"{f'jax-md {name}, jitted' if ours else label:22}{row['steps'] if ours else '-':>7}{ms:>10.1f}{ratio:>14}{calls:>18}{shown:>19}"
+            )
     return "\n".join(lines)
 
 
@@ -182,11 +249,19 @@ def picture(rows, chosen, n_atoms, path) -> None:
         ps = 1e-3 * chosen.dt * (start + np.arange(row["steps"]))
         total = row["potential"] + row["kinetic"]
         axes[0].plot(ps, 1e3 * (total - total[-1]) / n_atoms, label=f"{name}: total")
-        axes[0].plot(ps, 1e3 * (row["potential"] - rows["NVT"]["potential"][0]) / n_atoms, lw=0.8, label=f"{name}: potential - first")
+        axes[0].plot(
+            ps,
+            1e3 * (row["potential"] - rows["NVT"]["potential"][0]) / n_atoms,
+            lw=0.8,
+            label=f"{name}: potential - first",
+        )
         axes[1].plot(ps, 2 * row["kinetic"] / (3 * (n_atoms - 1)) / ase.units.kB, label=name)
         start += row["steps"]
     axes[1].axhline(chosen.temperature, color="grey", lw=0.8)
-    axes[0].set(ylabel="energy (meV/atom)", title=f"{chosen.crystal}, {n_atoms} atoms: SevenNet-0 (torch) in jitted jax-md")
+    axes[0].set(
+        ylabel="energy (meV/atom)",
+        title=f"{chosen.crystal}, {n_atoms} atoms: SevenNet-0 (torch) in jitted jax-md",
+    )
     axes[1].set(ylabel="temperature (K)", xlabel="time (ps)")
     axes[0].legend(fontsize=8)
     axes[1].legend(fontsize=8)
@@ -195,7 +270,9 @@ def picture(rows, chosen, n_atoms, path) -> None:
 
 def main(argv=None) -> None:
     chosen = options(argv)
-    warnings.filterwarnings("ignore", message="Explicitly requested dtype float64")  # jax-md sums momenta in float64 if it can
+    warnings.filterwarnings(
+        "ignore", message="Explicitly requested dtype float64"
+    )  # jax-md sums momenta in float64 if it can
     warnings.filterwarnings("ignore", message="No tensor product accelerator")  # sevenn, on a CPU
     chosen.out.mkdir(parents=True, exist_ok=True)
     atoms, rows, frames = run(chosen)
@@ -204,7 +281,10 @@ def main(argv=None) -> None:
     picture(rows, chosen, len(atoms), png)
     read = ase.io.read(trajectory, ":")
     print(f"\n{table(rows, chosen, len(atoms))}\n")
-    print(f"trajectory  {trajectory}  ({len(read)} frames, read back by ASE; last energy {read[-1].get_potential_energy():.4f} eV)\npicture     {png}")
+    print(
+        f"trajectory  {trajectory}  ({len(read)} frames, read back by ASE; last energy "
+        f"{read[-1].get_potential_energy():.4f} eV)\npicture     {png}"
+    )
 
 
 if __name__ == "__main__":

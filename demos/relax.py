@@ -1,8 +1,10 @@
-"""A strained, rattled crystal relaxed with its cell by SevenNet-0 inside jitted jax-md, beside ASE on SevenNet's own calculator.
+"""A strained, rattled crystal relaxed with its cell by SevenNet-0 inside jitted jax-md, beside ASE
+on SevenNet's own calculator.
 
     make demo-relax        or        python -m demos.relax --help
 
-Ends with a table of lattice constants, energies and residual stresses, and a PNG of the relaxations, in demos/out.
+Ends with a table of lattice constants, energies and residual stresses, and a PNG of the
+relaxations, in demos/out.
 """
 
 from __future__ import annotations
@@ -33,12 +35,34 @@ from torch_side.models.sevennet import SevenNet
 
 
 def options(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m demos.relax", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m demos.relax", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--crystal", choices=CRYSTALS, default="MgO")
-    parser.add_argument("--repeat", type=at_least(int, 1), default=1, help="conventional cells along each axis (1: 8 atoms of MgO)")
-    parser.add_argument("--strain", type=at_least(float, 0.0, 0.1), default=0.03, help="random strain of the cell at the start (standard deviation)")
-    parser.add_argument("--rattle", type=at_least(float, 0.0, 0.3), default=0.05, help="random displacements at the start, Angstrom")
-    parser.add_argument("--fmax", type=at_least(float, 5e-4), default=1e-3, help="largest force at the end, eV/Angstrom, that on the cell included")
+    parser.add_argument(
+        "--repeat",
+        type=at_least(int, 1),
+        default=1,
+        help="conventional cells along each axis (1: 8 atoms of MgO)",
+    )
+    parser.add_argument(
+        "--strain",
+        type=at_least(float, 0.0, 0.1),
+        default=0.03,
+        help="random strain of the cell at the start (standard deviation)",
+    )
+    parser.add_argument(
+        "--rattle",
+        type=at_least(float, 0.0, 0.3),
+        default=0.05,
+        help="random displacements at the start, Angstrom",
+    )
+    parser.add_argument(
+        "--fmax",
+        type=at_least(float, 5e-4),
+        default=1e-3,
+        help="largest force at the end, eV/Angstrom, that on the cell included",
+    )
     parser.add_argument("--steps", type=at_least(int, 1), default=400, help="at most")
     parser.add_argument("--seed", type=at_least(int, 0), default=0)
     parser.add_argument("--out", type=Path, default=Path("demos/out"))
@@ -50,7 +74,9 @@ def options(argv=None) -> argparse.Namespace:
 
 def start(chosen) -> ase.Atoms:
     """The crystal, out of equilibrium in all that a relaxation can change."""
-    atoms = ase.build.bulk(chosen.crystal, cubic=True, **CRYSTALS[chosen.crystal]).repeat(chosen.repeat)
+    atoms = ase.build.bulk(chosen.crystal, cubic=True, **CRYSTALS[chosen.crystal]).repeat(
+        chosen.repeat
+    )
     strain = chosen.strain * np.random.default_rng(chosen.seed).normal(size=(3, 3))
     atoms.set_cell(atoms.cell.array @ (np.eye(3) + (strain + strain.T) / 2), scale_atoms=True)
     atoms.rattle(chosen.rattle, seed=chosen.seed)
@@ -92,7 +118,8 @@ class Relaxation:
 def in_jax(atoms, model, chosen) -> Relaxation:
     """jax-md's FIRE on positions and cell at once, one XLA program from start to end.
 
-    The rows of x are the atoms' positions in the first cell, then N times the strain, as in ASE's filters."""
+    The rows of x are the atoms' positions in the first cell, then N times the strain, as in ASE's
+    filters."""
     found, n, home = Relaxation(), len(atoms), jnp.asarray(atoms.cell.array, jnp.float32)
     bar = tqdm(total=chosen.steps, desc="jax-md FIRE, jitted", unit="call", file=sys.stdout)
     model = Counted(model, lambda inputs, out: found.see(out["energy"], inputs["cell"][0], bar))
@@ -102,13 +129,17 @@ def in_jax(atoms, model, chosen) -> Relaxation:
         deformed = jnp.eye(3, dtype=x.dtype) + (x[n:] + x[n:].T) / (2 * n)
         return x[:n] @ deformed, home @ deformed
 
-    largest = lambda state: jnp.sqrt((state.force**2).sum(-1)).max()  # noqa: E731
-    init, step = minimize.fire_descent(lambda x, **_: energy(*structure(x)), lambda x, dx, **_: x + dx, dt_start=0.1, dt_max=0.25)
+    largest = lambda state: jnp.sqrt((state.force**2).sum(-1)).max()
+    init, step = minimize.fire_descent(
+        lambda x, **_: energy(*structure(x)), lambda x, dx, **_: x + dx, dt_start=0.1, dt_max=0.25
+    )
 
     @jax.jit
     def relaxed(x):
-        on = lambda carry: (largest(carry[0]) > chosen.fmax) & (carry[1] < chosen.steps)  # noqa: E731
-        state, _ = jax.lax.while_loop(on, lambda carry: (step(carry[0]), carry[1] + 1), (init(x), 1))
+        on = lambda carry: (largest(carry[0]) > chosen.fmax) & (carry[1] < chosen.steps)
+        state, _ = jax.lax.while_loop(
+            on, lambda carry: (step(carry[0]), carry[1] + 1), (init(x), 1)
+        )
         return *structure(state.position), largest(state) <= chosen.fmax
 
     x = jnp.concatenate([jnp.asarray(atoms.positions, jnp.float32), jnp.zeros((3, 3), jnp.float32)])
@@ -126,7 +157,9 @@ def in_ase(atoms, calculator, counted, chosen, name) -> Relaxation:
     found.atoms.calc = calculator
     relaxing = BFGS(FrechetCellFilter(found.atoms), logfile=None)
     with tqdm(total=chosen.steps, desc=name, unit="call", file=sys.stdout) as bar:
-        relaxing.attach(lambda: found.see(found.atoms.get_potential_energy(), found.atoms.cell.array, bar))
+        relaxing.attach(
+            lambda: found.see(found.atoms.get_potential_energy(), found.atoms.cell.array, bar)
+        )
         began = time.perf_counter()
         found.converged = bool(relaxing.run(fmax=chosen.fmax, steps=chosen.steps))
     found.seconds, found.calls = time.perf_counter() - began, counted.calls - before
@@ -137,16 +170,32 @@ def run(chosen) -> dict:
     from sevenn.calculator import SevenNetCalculator
 
     atoms, model = start(chosen), SevenNet("7net-0")
-    print(f"{chosen.crystal}, {len(atoms)} atoms, cell {np.round(atoms.cell.cellpar(), 3).tolist()}; jax {jax.__version__}, torch {torch.__version__}")
+    print(
+        f"{chosen.crystal}, {len(atoms)} atoms, cell {np.round(atoms.cell.cellpar(), 3).tolist()}; "
+        f"jax {jax.__version__}, torch {torch.__version__}"
+    )
     own, ours = SevenNetCalculator("7net-0", device="cpu"), ase_engine.calculator(model)
     own.model, ours.evaluate = Counted(own.model), Counted(ours.evaluate)
-    own.get_potential_energy(atoms), ours.get_potential_energy(atoms), own.reset(), ours.reset()  # the first call of torch is slow
+    (
+        own.get_potential_energy(atoms),
+        ours.get_potential_energy(atoms),
+        own.reset(),
+        ours.reset(),
+    )  # the first call of torch is slow
     rows = {"jax-md FIRE, jitted": in_jax(atoms, model, chosen)}
-    rows["ASE BFGS, our calculator"] = in_ase(atoms, ours, ours.evaluate, chosen, "ASE BFGS, our calculator")
-    rows["ASE BFGS, SevenNet's own"] = in_ase(atoms, own, own.model, chosen, "ASE BFGS, SevenNet's own")
+    rows["ASE BFGS, our calculator"] = in_ase(
+        atoms, ours, ours.evaluate, chosen, "ASE BFGS, our calculator"
+    )
+    rows["ASE BFGS, SevenNet's own"] = in_ase(
+        atoms, own, own.model, chosen, "ASE BFGS, SevenNet's own"
+    )
     for row in rows.values():  # all by the same judge
         row.atoms.calc = own
-        row.energy, row.stress, row.force = row.atoms.get_potential_energy(), row.atoms.get_stress(), row.atoms.get_forces()
+        row.energy, row.stress, row.force = (
+            row.atoms.get_potential_energy(),
+            row.atoms.get_stress(),
+            row.atoms.get_forces(),
+        )
     return rows
 
 
@@ -157,17 +206,46 @@ def lattice(row, chosen):
 
 
 def table(rows, chosen) -> str:
-    columns = {"a": 9, "b": 9, "c (A)": 9, "angles": 16, "eV/atom": 11, "max|stress| GPa": 17, "max|f| eV/A": 13, "torch calls": 13, "s": 7}
+    columns = {
+        "a": 9,
+        "b": 9,
+        "c (A)": 9,
+        "angles": 16,
+        "eV/atom": 11,
+        "max|stress| GPa": 17,
+        "max|f| eV/A": 13,
+        "torch calls": 13,
+        "s": 7,
+    }
     lines = [" " * 26 + "".join(f"{name:>{width}}" for name, width in columns.items())]
     for name, row in rows.items():
         lengths, angles = lattice(row, chosen)
-        cell = "".join(f"{x:9.4f}" for x in lengths) + f"{f'{angles.min():.2f}-{angles.max():.2f}':>16}"
-        stress, force = abs(row.stress).max() / ase.units.GPa, np.linalg.norm(row.force, axis=1).max()
+        cell = (
+            "".join(f"{x:9.4f}" for x in lengths)
+            + f"{f'{angles.min():.2f}-{angles.max():.2f}':>16}"
+        )
+        stress, force = (
+            abs(row.stress).max() / ase.units.GPa,
+            np.linalg.norm(row.force, axis=1).max(),
+        )
         costs = f"{row.calls:>13}{row.seconds:>7.1f}{'' if row.converged else '  not converged'}"
-        lines.append(f"{name:26}{cell}{row.energy / len(row.atoms):>11.5f}{stress:>17.4f}{force:>13.5f}{costs}")
+        lines.append(
+            f"{name:26}{cell}{row.energy / len(row.atoms):>11.5f}{stress:>17.4f}{force:>13.5f}{costs}"
+        )
     *others, own = rows
-    apart = {name: abs(lattice(rows[name], chosen)[0] - lattice(rows[own], chosen)[0]).max() for name in others}
-    return "\n".join([*lines, *(f"{name}: lattice constants within {x:.1e} A of SevenNet's own" for name, x in apart.items())])
+    apart = {
+        name: abs(lattice(rows[name], chosen)[0] - lattice(rows[own], chosen)[0]).max()
+        for name in others
+    }
+    return "\n".join(
+        [
+            *lines,
+            *(
+                f"{name}: lattice constants within {x:.1e} A of SevenNet's own"
+                for name, x in apart.items()
+            ),
+        ]
+    )
 
 
 def picture(rows, chosen, path) -> None:
@@ -180,9 +258,14 @@ def picture(rows, chosen, path) -> None:
     lowest = min(min(row.energies) for row in rows.values())
     for (name, row), style in zip(rows.items(), ("-", "-", "--")):
         n = len(row.atoms)
-        axes[0].semilogy(np.maximum(1e3 * (np.array(row.energies) - lowest) / n, 1e-4), style, label=name)
+        axes[0].semilogy(
+            np.maximum(1e3 * (np.array(row.energies) - lowest) / n, 1e-4), style, label=name
+        )
         axes[1].plot((np.array(row.volumes) / chosen.repeat**3) ** (1 / 3), style, label=name)
-    axes[0].set(ylabel="energy - lowest (meV/atom)", title=f"{chosen.crystal}, {n} atoms: SevenNet-0 (torch) relaxed with its cell")
+    axes[0].set(
+        ylabel="energy - lowest (meV/atom)",
+        title=f"{chosen.crystal}, {n} atoms: SevenNet-0 (torch) relaxed with its cell",
+    )
     axes[1].set(ylabel="cube root of the cell's volume (A)", xlabel="evaluations of the model")
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=120)
@@ -192,7 +275,9 @@ def picture(rows, chosen, path) -> None:
 def main(argv=None) -> dict:
     chosen = options(argv)
     warnings.filterwarnings("ignore", message="No tensor product accelerator")  # sevenn, on a CPU
-    warnings.filterwarnings("ignore", message="Explicitly requested dtype float64")  # jax-md, without x64
+    warnings.filterwarnings(
+        "ignore", message="Explicitly requested dtype float64"
+    )  # jax-md, without x64
     chosen.out.mkdir(parents=True, exist_ok=True)
     rows = run(chosen)
     png = chosen.out / "relax.png"

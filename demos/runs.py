@@ -1,4 +1,5 @@
-"""Long runs in jitted chunks: a progress bar, observables and trajectories on disk, a checkpoint, Ctrl-C that costs one chunk."""
+"""Long runs in jitted chunks: a progress bar, observables and trajectories on disk, a checkpoint,
+Ctrl-C that costs one chunk."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from bridge.errors import message
 
 @dataclass(frozen=True)
 class Run:
-    """What `run` returns: the last state, steps done of all that were asked for, observables by step from the first on."""
+    """What `run` returns: the last state, steps done of all that were asked for, observables by
+    step from the first on."""
 
     state: object
     done: int
@@ -36,30 +38,50 @@ class Run:
         return self.done == self.steps
 
 
-def run(step, state, steps, *, chunk, path, observe=None, frames=None, settings=None, resume=False, desc="run", shown=None) -> Run:
-    """`steps` of `step`, in jitted scans of `chunk`; what it sees goes to disk after each, and Ctrl-C loses nothing of it.
+def run(
+    step,
+    state,
+    steps,
+    *,
+    chunk,
+    path,
+    observe=None,
+    frames=None,
+    settings=None,
+    resume=False,
+    desc="run",
+    shown=None,
+) -> Run:
+    """`steps` of `step`, in jitted scans of `chunk`; what it sees goes to disk after each, and
+    Ctrl-C loses nothing of it.
 
-    step      state -> state, or state -> (state, seen), as of jax_side.engines.jax_md.observed; anything jit can take
+    step      state -> state, or state -> (state, seen), as of jax_side.engines.jax_md.observed;
+              anything jit can take
     state     a pytree of arrays (a jax-md state, PRNG keys included)
-    observe   (state, seen) -> a dict of arrays, for each step, inside the scan (seen is None if step gives none). Each step is
-              a JSON line in `<path>.jsonl`, all come back in Run.observables as arrays (steps, ...)
-    frames    (state, observables of the chunk's last step) -> {name: ase.Atoms}, after each chunk; each is appended to
-              `<path>-<name>.extxyz`
+    observe   (state, seen) -> a dict of arrays, for each step, inside the scan (seen is None if
+              step gives none). Each step is a JSON line in `<path>.jsonl`, all come back in
+              Run.observables as arrays (steps, ...)
+    frames    (state, observables of the chunk's last step) -> {name: ase.Atoms}, after each chunk;
+              each is appended to `<path>-<name>.extxyz`
     settings  what makes the run what it is, JSON: a checkpoint of others is refused
     desc      what the progress bar is called; None: no bar
     shown     observables of a chunk's last step -> a dict for the progress bar
 
-    After each chunk `<path>.ckpt.npz` is replaced, at once or not at all. With resume=True the run goes on from there to `steps`, and `state`
-    (as for a new run) only says what a state looks like; without a checkpoint it begins. The state after it, the
-    trajectories and the observables are to the bit those of a run that was never stopped, given a model that repeats its bits:
-    what was written after the checkpoint (a killed run) is cut off first. Frames are written whole, with one write.
+    After each chunk `<path>.ckpt.npz` is replaced, at once or not at all. With resume=True the run
+    goes on from there to `steps`, and `state` (as for a new run) only says what a state looks like;
+    without a checkpoint it begins. The state after it, the trajectories and the observables are to
+    the bit those of a run that was never stopped, given a model that repeats its bits: what was
+    written after the checkpoint (a killed run) is cut off first. Frames are written whole, with one
+    write.
 
-    The first Ctrl-C lets the chunk end, writes it and returns; the second leaves the chunk at once, and the last
-    checkpoint stands. Both close the files, print how to go on and return a Run with finished False. Elsewhere than in the main thread,
-    where Python has no signals, a KeyboardInterrupt does as the second.
+    The first Ctrl-C lets the chunk end, writes it and returns; the second leaves the chunk at once,
+    and the last checkpoint stands. Both close the files, print how to go on and return a Run with
+    finished False. Elsewhere than in the main thread, where Python has no signals, a
+    KeyboardInterrupt does as the second.
 
-    Raises: ValueError where chunk does not divide steps, and for a checkpoint of another state, chunk or settings, one beyond
-    `steps`, one without its files, or one that can't be read; what the model raises arrives as it is, and the checkpoint stands.
+    Raises: ValueError where chunk does not divide steps, and for a checkpoint of another state,
+    chunk or settings, one beyond `steps`, one without its files, or one that can't be read; what
+    the model raises arrives as it is, and the checkpoint stands.
 
     >>> import tempfile
     >>> path = tempfile.mkdtemp() + "/doubling"
@@ -69,12 +91,27 @@ def run(step, state, steps, *, chunk, path, observe=None, frames=None, settings=
     64.0
     """
     if chunk < 1 or steps % chunk:
-        raise ValueError(message("steps as a multiple of chunk", f"steps {steps}, chunk {chunk}", "change one of them"))
+        raise ValueError(
+            message(
+                "steps as a multiple of chunk",
+                f"steps {steps}, chunk {chunk}",
+                "change one of them",
+            )
+        )
     files = Files(Path(path), json.loads(json.dumps({"chunk": chunk, **(settings or {})})))
     template = [_host(leaf) for leaf in jax.tree.leaves(state)]
-    done, leaves = files.load(template, steps) if resume and files.checkpoint.exists() else (0, files.begin(template))
+    done, leaves = (
+        files.load(template, steps)
+        if resume and files.checkpoint.exists()
+        else (0, files.begin(template))
+    )
     state, many = _device(leaves, state), jax.jit(_scanned(step, observe, chunk))
-    with Interrupts() as interrupts, tqdm(total=steps, initial=done, desc=desc, unit="step", file=sys.stdout, disable=desc is None) as bar:
+    with (
+        Interrupts() as interrupts,
+        tqdm(
+            total=steps, initial=done, desc=desc, unit="step", file=sys.stdout, disable=desc is None
+        ) as bar,
+    ):
         while done < steps and not interrupts.asked:
             try:
                 with interrupts.allowed(), bridge.raising():
@@ -91,7 +128,11 @@ def run(step, state, steps, *, chunk, path, observe=None, frames=None, settings=
             bar.update(chunk)
             bar.set_postfix(shown(last) if shown else {})
     if done < steps:
-        print(f"stopped after {done} of {steps} steps; to go on, run again with resume=True (--resume): {files.checkpoint}", flush=True)
+        print(
+            f"stopped after {done} of {steps} steps; to go on, run again with resume=True "
+            f"(--resume): {files.checkpoint}",
+            flush=True,
+        )
     return Run(state, done, steps, files.observables())
 
 
@@ -105,7 +146,11 @@ class Files:
 
     def begin(self, leaves):
         """A new run: nothing of an old one of this name is left."""
-        for old in (self.checkpoint, self.lines, *self.path.parent.glob(f"{_escaped(self.path.name)}-*.extxyz")):
+        for old in (
+            self.checkpoint,
+            self.lines,
+            *self.path.parent.glob(f"{_escaped(self.path.name)}-*.extxyz"),
+        ):
             old.unlink(missing_ok=True)
         self.append({}, {})
         return leaves
@@ -129,7 +174,9 @@ class Files:
         meta = json.dumps(dict(done=done, settings=self.settings, sizes=self.sizes))
         fresh = _beside(self.checkpoint, ".tmp")
         with open(fresh, "wb") as opened:
-            np.savez(opened, meta=np.array(meta), **{f"leaf_{i}": leaf for i, leaf in enumerate(leaves)})
+            np.savez(
+                opened, meta=np.array(meta), **{f"leaf_{i}": leaf for i, leaf in enumerate(leaves)}
+            )
             opened.flush()
             os.fsync(opened.fileno())
         os.replace(fresh, self.checkpoint)
@@ -138,19 +185,46 @@ class Files:
         """Steps done and leaves of the state, checked; files cut to what they were."""
         try:
             with np.load(self.checkpoint, allow_pickle=False) as saved:
-                meta, leaves = json.loads(saved["meta"].item()), [saved[f"leaf_{i}"] for i in range(len(saved.files) - 1)]
+                meta, leaves = (
+                    json.loads(saved["meta"].item()),
+                    [saved[f"leaf_{i}"] for i in range(len(saved.files) - 1)],
+                )
         except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(message("a checkpoint of runs.run", f"{self.checkpoint}, which can't be read", "begin anew (resume=False)")) from error
+            raise ValueError(
+                message(
+                    "a checkpoint of runs.run",
+                    f"{self.checkpoint}, which can't be read",
+                    "begin anew (resume=False)",
+                )
+            ) from error
         kinds, found = ([(x.shape, str(x.dtype)) for x in part] for part in (template, leaves))
-        differ = sorted(k for k in {*self.settings, *meta["settings"]} if self.settings.get(k) != meta["settings"].get(k))
+        differ = sorted(
+            k
+            for k in {*self.settings, *meta["settings"]}
+            if self.settings.get(k) != meta["settings"].get(k)
+        )
         here, there = ({k: s.get(k) for k in differ} for s in (self.settings, meta["settings"]))
         for fine, expected, got in [
             (not differ, f"a checkpoint with {here}", f"one with {there}"),
-            (kinds == found, f"a checkpoint of {len(kinds)} arrays like the state's", f"{len(found)} of other shapes or dtypes"),
-            (meta["done"] <= steps, f"a checkpoint of at most {steps} steps", f"one of {meta['done']}"),
+            (
+                kinds == found,
+                f"a checkpoint of {len(kinds)} arrays like the state's",
+                f"{len(found)} of other shapes or dtypes",
+            ),
+            (
+                meta["done"] <= steps,
+                f"a checkpoint of at most {steps} steps",
+                f"one of {meta['done']}",
+            ),
         ]:
             if not fine:
-                raise ValueError(message(expected, got, f"go on as it began, or begin anew (resume=False): {self.checkpoint}"))
+                raise ValueError(
+                    message(
+                        expected,
+                        got,
+                        f"go on as it began, or begin anew (resume=False): {self.checkpoint}",
+                    )
+                )
         self._cut(meta["sizes"])
         return meta["done"], leaves
 
@@ -158,7 +232,13 @@ class Files:
         for name, size in sizes.items():
             file = self.path.parent / name
             if not file.exists() or file.stat().st_size < size:
-                raise ValueError(message(f"{file} with at least {size} bytes, as at the checkpoint", "less", "bring it back, or begin anew (resume=False)"))
+                raise ValueError(
+                    message(
+                        f"{file} with at least {size} bytes, as at the checkpoint",
+                        "less",
+                        "bring it back, or begin anew (resume=False)",
+                    )
+                )
         for name, size in sizes.items():
             os.truncate(self.path.parent / name, size)
         for file in self.path.parent.glob(f"{_escaped(self.path.name)}-*.extxyz"):
@@ -173,7 +253,8 @@ class Files:
 
 
 class Interrupts:
-    """SIGINT, counted: noted at first, a KeyboardInterrupt at the second time if that is allowed at the moment."""
+    """SIGINT, counted: noted at first, a KeyboardInterrupt at the second time if that is allowed at
+    the moment."""
 
     def __init__(self):
         self.asked, self.can, self.before = 0, False, None
@@ -221,11 +302,14 @@ def _host(leaf):
 
 
 def _device(leaves, like):
-    """The state of these leaves, typed as in `like`, weakly where that is: a new run and a checkpoint get the same program."""
+    """The state of these leaves, typed as in `like`, weakly where that is: a new run and a
+    checkpoint get the same program."""
 
     def back(leaf, old):
         typed = isinstance(old, jax.Array) and jax.dtypes.issubdtype(old.dtype, jax.dtypes.prng_key)
-        weak = leaf.ndim == 0 and getattr(old, "weak_type", not hasattr(old, "dtype"))  # jax-md's tau, a number of Python
+        weak = leaf.ndim == 0 and getattr(
+            old, "weak_type", not hasattr(old, "dtype")
+        )  # jax-md's tau, a number of Python
         array = jax.numpy.asarray(leaf.item()) if weak else jax.numpy.array(leaf)
         return jax.random.wrap_key_data(array, impl=jax.random.key_impl(old)) if typed else array
 

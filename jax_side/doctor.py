@@ -17,12 +17,33 @@ Row = tuple[str, bool, str]  # what, whether all is well, what was found or what
 
 def facts() -> list[Row]:
     """Versions, devices and settings of JAX."""
-    dispatch = "off" if not compat.asynchronous() else f"on: fine on the ffi lane; lane=\"host\" called by several threads can wait for ever: {lanes.SYNCHRONOUS}"
+    dispatch = (
+        "off"
+        if not compat.asynchronous()
+        else f'on: fine on the ffi lane; lane="host" called by several threads can wait for ever: {lanes.SYNCHRONOUS}'
+    )
     return [
-        ("jax", True, f"{jax.__version__}, jaxlib {_version('jaxlib')}, jax-tvm-ffi {_version('jax-tvm-ffi')}"),
+        (
+            "jax",
+            True,
+            f"{jax.__version__}, jaxlib {_version('jaxlib')}, jax-tvm-ffi "
+            f"{_version('jax-tvm-ffi')}",
+        ),
         ("devices of JAX", True, ", ".join(map(str, jax.local_devices()))),
-        ("lanes", lanes.has_ffi(), "ffi (cpu, cuda), host" if lanes.has_ffi() else "host alone, slower: pip install jax-tvm-ffi"),
-        ("64-bit dtypes", True, "on" if jax.config.jax_enable_x64 else 'off, float64 is an error: call jax.config.update("jax_enable_x64", True)'),
+        (
+            "lanes",
+            lanes.has_ffi(),
+            "ffi (cpu, cuda), host"
+            if lanes.has_ffi()
+            else "host alone, slower: pip install jax-tvm-ffi",
+        ),
+        (
+            "64-bit dtypes",
+            True,
+            "on"
+            if jax.config.jax_enable_x64
+            else 'off, float64 is an error: call jax.config.update("jax_enable_x64", True)',
+        ),
         ("lending arrays", *_lending()),
         ("asynchronous dispatch", True, dispatch),
         ("compilation cache", True, _cache()),
@@ -32,13 +53,21 @@ def facts() -> list[Row]:
 
 
 def checks(bridged) -> list[Row]:
-    """`bridged(lane)` gives x -> 2 x + x, made by the other bank, as a JAX function; a second depth calls back into JAX."""
+    """`bridged(lane)` gives x -> 2 x + x, made by the other bank, as a JAX function; a second depth
+    calls back into JAX."""
     x = jnp.arange(3.0, dtype="float32")
     found = []
     for lane in ("ffi", "host") if lanes.has_ffi() else ("host",):
         f = bridged(lane)
-        calls = {"a call": f, "its gradient": jax.grad(lambda x: f(x).sum()), "a batch": lambda x: jax.vmap(f)(x[None])[0]}
-        found += [_check(f"torch in jit, {lane} lane, {name}", jax.jit(call), x) for name, call in calls.items()]
+        calls = {
+            "a call": f,
+            "its gradient": jax.grad(lambda x: f(x).sum()),
+            "a batch": lambda x: jax.vmap(f)(x[None])[0],
+        }
+        found += [
+            _check(f"torch in jit, {lane} lane, {name}", jax.jit(call), x)
+            for name, call in calls.items()
+        ]
     return found
 
 
@@ -61,7 +90,8 @@ def _cache() -> str:
     return f"on, in {folder}, for what takes {least:g} s or more to compile (jax_persistent_cache_min_compile_time_secs)"
 
 
-# jaxlib hands sums over short axes, of which e3nn-like models are full, to YNNPACK; no fusion type takes them back.
+# jaxlib hands sums over short axes, of which e3nn-like models are full, to YNNPACK; no fusion type
+# takes them back.
 XLAS_OWN = {"xla_cpu_experimental_ynn_fusion_type": ""}
 SLOWER = 2.0  # of what is measured as 8 to 12; on a busy machine it wavers by a third
 
@@ -97,7 +127,12 @@ def _seconds(call, x) -> float:
 
 def _lending() -> tuple[bool, str]:
     fast = bool(arrays._cpu_view(0))
-    return fast, "4 us an array" if fast else "by the public functions, 19 us an array: this jaxlib has other private names"
+    return (
+        fast,
+        "4 us an array"
+        if fast
+        else "by the public functions, 19 us an array: this jaxlib has other private names",
+    )
 
 
 def _version(package: str) -> str:

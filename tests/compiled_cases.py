@@ -31,7 +31,10 @@ KINDS = {  # how it is made, and what it is without a compiler
     "inside of a lambda": ("inside()", "lambda x: net(x).sum()"),
     "a GraphModule": ("torch.fx.symbolic_trace(net)", "net"),
     "an exported program": ("torch.export.export(net, (sample,)).module()", "net"),
-    "a compiled exported program": ("torch.compile(torch.export.export(net, (sample,)).module())", "net"),
+    "a compiled exported program": (
+        "torch.compile(torch.export.export(net, (sample,)).module())",
+        "net",
+    ),
     "TorchScript": ("torch.jit.script(net)", "net"),
 }
 BODY = """
@@ -65,8 +68,20 @@ for derivatives in ("func", "autograd"):
             np.testing.assert_allclose(got, transform(plain)(x), rtol=1e-8, err_msg=str((derivatives, warm, way)))
 print("passed")
 """
+
+
 def run(source, tmp_path):
     script = tmp_path / "compiled.py"
     script.write_text(source)
-    settings = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"), "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=280, env=os.environ | settings)
+    settings = {
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
+        "PYTHONPATH": os.getcwd(),
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run(
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=os.environ | settings,
+    )

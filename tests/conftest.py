@@ -1,4 +1,5 @@
-"""One session: x64 on, two CPU devices for shard_map, hypothesis without a deadline (a first call compiles)."""
+"""One session: x64 on, two CPU devices for shard_map, hypothesis without a deadline (a first call
+compiles)."""
 
 import gc
 
@@ -10,7 +11,9 @@ import torch
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_num_cpu_devices", 2)
-hypothesis.settings.register_profile("bridge", deadline=None, max_examples=25, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile(
+    "bridge", deadline=None, max_examples=25, derandomize=True, print_blob=True
+)
 hypothesis.settings.load_profile("bridge")
 
 
@@ -20,7 +23,8 @@ after_clearing = [memory().rss]
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_programs_end_before_they_fill_the_memory():
-    """Some thousand of them take gigabytes; to compile all anew for each file would take minutes."""
+    """Some thousand of them take gigabytes; to compile all anew for each file would take
+    minutes."""
     yield
     if memory().rss > after_clearing[0] + 2e9:
         jax.clear_caches()
@@ -56,7 +60,8 @@ def fresh_dynamo():
 
 @pytest.fixture
 def refused_line(capsys, tmp_path, monkeypatch):
-    """(options, args) -> the last line of what a demo's command line says of nonsense; `file` is a file in its folder."""
+    """(options, args) -> the last line of what a demo's command line says of nonsense; `file` is a
+    file in its folder."""
     monkeypatch.chdir(tmp_path)
 
     def last_line(options, args, file="a_file"):

@@ -1,4 +1,5 @@
-"""A FrankenPotential on SevenNet-0 (its weights lie in sevenn's wheel), fitted by franken's own trainer to EMT energies and forces of Cu-Au."""
+"""A FrankenPotential on SevenNet-0 (its weights lie in sevenn's wheel), fitted by franken's own
+trainer to EMT energies and forces of Cu-Au."""
 
 import copy
 import functools
@@ -50,7 +51,9 @@ TRAINING = [
 def checkpoint():
     import sevenn
 
-    return str(next(Path(sevenn.__file__).parent.glob("pretrained_potentials/SevenNet_0__11Jul2024/*.pth")))
+    return str(
+        next(Path(sevenn.__file__).parent.glob("pretrained_potentials/SevenNet_0__11Jul2024/*.pth"))
+    )
 
 
 @functools.cache
@@ -82,14 +85,17 @@ def labelled():
 
 @quiet
 def fitted():
-    """(potential, weights (M,F) float32) of franken's trainer, one model for each penalty and weight of the forces."""
+    """(potential, weights (M,F) float32) of franken's trainer, one model for each penalty and
+    weight of the forces."""
     from franken.data import FrankenAtomsDataset
     from franken.trainers import RandomFeaturesTrainer
 
     potential, path = copy.deepcopy(untrained()), Path(folder().name) / "train.xyz"
     ase.io.write(path, labelled())
     data = FrankenAtomsDataset(path, "train", potential.gnn_config)
-    trainer = RandomFeaturesTrainer(data.get_dataloader(distributed=False), None, device="cpu", dtype="float64")
+    trainer = RandomFeaturesTrainer(
+        data.get_dataloader(distributed=False), None, device="cpu", dtype="float64"
+    )
     _, weights = trainer.fit(potential, {"l2_penalty": PENALTIES, "force_weight": FORCE_WEIGHTS})
     potential.rf.weights = weights[:1].float()
     potential.gnn.franken_val()
@@ -120,15 +126,38 @@ def mace():
     from mace import modules
 
     torch.manual_seed(0)
-    block, path = modules.interaction_classes["RealAgnosticResidualInteractionBlock"], Path(folder().name) / "mace.pt"
+    block, path = (
+        modules.interaction_classes["RealAgnosticResidualInteractionBlock"],
+        Path(folder().name) / "mace.pt",
+    )
     network = modules.ScaleShiftMACE(
-        r_max=4.5, num_bessel=4, num_polynomial_cutoff=5, max_ell=2, interaction_cls=block, interaction_cls_first=block, num_interactions=2,
-        num_elements=2, hidden_irreps=o3.Irreps("8x0e + 8x1o"), MLP_irreps=o3.Irreps("8x0e"), gate=torch.nn.functional.silu,
-        atomic_energies=np.zeros(2), avg_num_neighbors=8.0, atomic_numbers=[29, 79], correlation=2, radial_MLP=[8], radial_type="bessel",
-        atomic_inter_scale=1.0, atomic_inter_shift=0.0,
+        r_max=4.5,
+        num_bessel=4,
+        num_polynomial_cutoff=5,
+        max_ell=2,
+        interaction_cls=block,
+        interaction_cls_first=block,
+        num_interactions=2,
+        num_elements=2,
+        hidden_irreps=o3.Irreps("8x0e + 8x1o"),
+        MLP_irreps=o3.Irreps("8x0e"),
+        gate=torch.nn.functional.silu,
+        atomic_energies=np.zeros(2),
+        avg_num_neighbors=8.0,
+        atomic_numbers=[29, 79],
+        correlation=2,
+        radial_MLP=[8],
+        radial_type="bessel",
+        atomic_inter_scale=1.0,
+        atomic_inter_shift=0.0,
     )
     torch.save(network, path)
-    return FrankenPotential(MaceBackboneConfig(str(path)), GaussianRFConfig(24, length_scale=0.5, rng_seed=1), jac_chunk_size=12, num_species=2)
+    return FrankenPotential(
+        MaceBackboneConfig(str(path)),
+        GaussianRFConfig(24, length_scale=0.5, rng_seed=1),
+        jac_chunk_size=12,
+        num_species=2,
+    )
 
 
 def configuration(atoms, potential):

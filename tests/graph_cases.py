@@ -1,4 +1,5 @@
-"""A graph potential in torch that counts its calls, the same by brute force in JAX, and structures for both."""
+"""A graph potential in torch that counts its calls, the same by brute force in JAX, and structures
+for both."""
 
 import itertools
 
@@ -12,19 +13,29 @@ from torch_side.potentials.geometry import edge_vectors
 from torch_side.potentials.model import Model, Wrapped
 
 CUTOFF = 3.0
-CARD = Card(outputs={"energy", "position_gradients", "cell_gradients", "node_energies", "hessian"}, cutoff=CUTOFF, neighbor_list="own", elements=range(1, 90), batches=True)
+CARD = Card(
+    outputs={"energy", "position_gradients", "cell_gradients", "node_energies", "hessian"},
+    cutoff=CUTOFF,
+    neighbor_list="own",
+    elements=range(1, 90),
+    batches=True,
+)
 seen = []  # shapes of the inputs of each call
 
 
 def embedded(inputs):
-    """Square roots of sums over neighbours (so not a sum of pairs), each weighted by its element."""
+    """Square roots of sums over neighbours (so not a sum of pairs), each weighted by its
+    element."""
     seen.append({name: tuple(x.shape) for name, x in inputs.items()})
     r2 = edge_vectors(inputs).square().sum(-1)
     numbers = inputs["atomic_numbers"].to(r2.dtype)
     i, j = inputs["edge_index"]
     density = (1 - r2 / CUTOFF**2) ** 3 * numbers[j]
     nodes = -torch.sqrt(1 + r2.new_zeros(len(numbers)).index_add(0, i, density)) + numbers / 100
-    return {"energy": r2.new_zeros(len(inputs["cell"])).index_add(0, inputs["batch"], nodes), "node_energies": nodes}
+    return {
+        "energy": r2.new_zeros(len(inputs["cell"])).index_add(0, inputs["batch"], nodes),
+        "node_energies": nodes,
+    }
 
 
 class Embedded(Model):
@@ -48,7 +59,9 @@ def brute(pos, cell, numbers, pbc=(True, True, True)):
     r2 = ((pos[None, :, None] - pos[:, None, None] + images @ cell) ** 2).sum(-1)
     here = jnp.eye(len(pos), dtype=bool)[:, :, None] & (images == 0).all(-1)
     inside = ~here & (r2 < CUTOFF**2)
-    density = (jnp.where(inside, 1 - jnp.where(inside, r2, 0) / CUTOFF**2, 0) ** 3).sum(-1) @ jnp.asarray(numbers)
+    density = (jnp.where(inside, 1 - jnp.where(inside, r2, 0) / CUTOFF**2, 0) ** 3).sum(
+        -1
+    ) @ jnp.asarray(numbers)
     return (-jnp.sqrt(1 + density) + jnp.asarray(numbers) / 100).sum()
 
 

@@ -1,4 +1,5 @@
-"""A Lennard-Jones crystal: the pair potential in torch, which counts its calls, and jax-md's own, of the same physics."""
+"""A Lennard-Jones crystal: the pair potential in torch, which counts its calls, and jax-md's own,
+of the same physics."""
 
 import itertools
 from functools import cache
@@ -16,11 +17,15 @@ from jax_side.engines import jax_md as engine
 from torch_side.potentials.geometry import edge_vectors
 from torch_side.potentials.model import Wrapped
 
-LJ = dict(sigma=1.0, epsilon=1.0, r_onset=1.25, r_cutoff=1.5)  # exact in float32, which jax-md rounds it to
+LJ = dict(
+    sigma=1.0, epsilon=1.0, r_onset=1.25, r_cutoff=1.5
+)  # exact in float32, which jax-md rounds it to
 BOX = jnp.array([[3.25, 0.125, -0.0625], [0, 3.1875, 0.09375], [0, 0, 3.125]])  # columns
 FCC = [[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]]
 SITES = (np.array(list(itertools.product(range(2), repeat=3)))[:, None] + FCC).reshape(-1, 3) / 2
-R = jnp.asarray((SITES + 0.01 * np.random.default_rng(0).normal(size=SITES.shape)) % 1)  # fractional
+R = jnp.asarray(
+    (SITES + 0.01 * np.random.default_rng(0).normal(size=SITES.shape)) % 1
+)  # fractional
 KEY = jax.random.key(0)
 SHIFT = space.periodic_general(BOX)[1]
 calls = []  # how many systems each call of the torch model was given
@@ -37,11 +42,18 @@ def lennard_jones(inputs):
     batch, systems = inputs["batch"], len(inputs["cell"])
     calls.append(systems)
     r2 = edge_vectors(inputs).square().sum(-1)
-    each = 2 * LJ["epsilon"] * smoothed(r2) * ((LJ["sigma"] ** 2 / r2) ** 6 - (LJ["sigma"] ** 2 / r2) ** 3)
+    each = (
+        2
+        * LJ["epsilon"]
+        * smoothed(r2)
+        * ((LJ["sigma"] ** 2 / r2) ** 6 - (LJ["sigma"] ** 2 / r2) ** 3)
+    )
     return {"energy": r2.new_zeros(systems).index_add(0, batch[inputs["edge_index"][0]], each)}
 
 
-MODEL = Wrapped(lennard_jones, Card(cutoff=LJ["r_cutoff"], neighbor_list="own", batches=True), "autograd")
+MODEL = Wrapped(
+    lennard_jones, Card(cutoff=LJ["r_cutoff"], neighbor_list="own", batches=True), "autograd"
+)
 
 
 @cache
@@ -59,7 +71,9 @@ def ours(lane="auto", n=len(R)):
 def native(displacement=None):
     """jax-md's own; its constants, kept here, are none of a program that calls this first."""
     with jax.ensure_compile_time_eval():
-        return jax_md_energy.lennard_jones_pair(displacement or space.periodic_general(BOX)[0], **LJ)
+        return jax_md_energy.lennard_jones_pair(
+            displacement or space.periodic_general(BOX)[0], **LJ
+        )
 
 
 def counted(f, *args):

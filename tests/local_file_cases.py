@@ -28,7 +28,12 @@ def potential(dtype="float64"):
         d2 = (r**2).sum(-1, keepdims=True)
         return jnp.tanh(a @ w + 2 * (b @ w) + r @ v) * (1 - d2 / CUTOFF**2) ** 3
 
-    return LocalPotential(lambda Z: jnp.asarray(t)[Z], edge, lambda a, s: jnp.tanh(jnp.concatenate([a, s], 1)) @ u, CUTOFF)
+    return LocalPotential(
+        lambda Z: jnp.asarray(t)[Z],
+        edge,
+        lambda a, s: jnp.tanh(jnp.concatenate([a, s], 1)) @ u,
+        CUTOFF,
+    )
 
 
 class Net(torch.nn.Module):
@@ -36,7 +41,9 @@ class Net(torch.nn.Module):
 
     def __init__(self, dtype="float64"):
         super().__init__()
-        self.t, self.w, self.v, self.u = (torch.nn.Parameter(torch.tensor(x.astype(dtype))) for x in (TABLE, W, V, U))
+        self.t, self.w, self.v, self.u = (
+            torch.nn.Parameter(torch.tensor(x.astype(dtype))) for x in (TABLE, W, V, U)
+        )
 
     def init(self, Z):
         return self.t[Z]
@@ -60,7 +67,12 @@ class Init(torch.nn.Module):
 
 def graph(pos, numbers=NUMBERS):
     cell, none = jnp.zeros((1, 3, 3), pos.dtype), jnp.zeros((PAIRS.shape[1], 3), int)
-    rest = {"pbc": jnp.zeros((1, 3), bool), "batch": jnp.zeros(len(pos), int), "edge_index": jnp.asarray(PAIRS), "cell_offsets": none}
+    rest = {
+        "pbc": jnp.zeros((1, 3), bool),
+        "batch": jnp.zeros(len(pos), int),
+        "edge_index": jnp.asarray(PAIRS),
+        "cell_offsets": none,
+    }
     return {"pos": pos, "cell": cell, "atomic_numbers": jnp.asarray(numbers), **rest}
 
 
@@ -70,7 +82,11 @@ def energy(local):
 
 @functools.cache
 def wanted(kind, dtype="float64"):
-    transform = {"energy": lambda f: f, "gradient": jax.grad, "hessian": lambda f: jax.jacrev(jax.jacrev(f))}[kind]
+    transform = {
+        "energy": lambda f: f,
+        "gradient": jax.grad,
+        "hessian": lambda f: jax.jacrev(jax.jacrev(f)),
+    }[kind]
     return jax.jit(transform(energy(potential(dtype))))(jnp.asarray(POS, dtype))
 
 
@@ -80,7 +96,9 @@ FOLDER = tempfile.TemporaryDirectory()
 @functools.cache
 def saved(dtype="float64", order=1, platforms=None):
     path = Path(FOLDER.name) / f"{dtype}-{order}-{platforms and len(platforms)}.zip"
-    local_files.save(path, potential(dtype), precision=dtype[-2:] + "bit", order=order, platforms=platforms)
+    local_files.save(
+        path, potential(dtype), precision=dtype[-2:] + "bit", order=order, platforms=platforms
+    )
     return path
 
 

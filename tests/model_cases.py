@@ -1,4 +1,5 @@
-"""The adapters of torch_side/models beside the calculators of their own packages: one Case for each, and the structures."""
+"""The adapters of torch_side/models beside the calculators of their own packages: one Case for
+each, and the structures."""
 
 import functools
 import warnings
@@ -15,23 +16,33 @@ def skewed(atoms, seed=0, rattle=0.1, strain=0.06):
     """Triclinic, rattled."""
     atoms = atoms.copy()
     atoms.rattle(rattle, seed=seed)
-    atoms.set_cell(atoms.cell[:] @ (np.eye(3) + strain * np.random.default_rng(seed).normal(size=(3, 3))), scale_atoms=True)
+    atoms.set_cell(
+        atoms.cell[:] @ (np.eye(3) + strain * np.random.default_rng(seed).normal(size=(3, 3))),
+        scale_atoms=True,
+    )
     return atoms
 
 
 CRYSTALS = {
     "si": bulk("Si"),
     "skewed": skewed(bulk("NaCl", "rocksalt", 5.6) * (2, 1, 1)),
-    "slab": Atoms("NaCl", positions=[[0, 0, 0], [0.1, 2.6, 0.2]], cell=[[4.0, 0, 0], [0.5, 5.2, 0], [0, 0, 12]], pbc=[True, True, False]),
+    "slab": Atoms(
+        "NaCl",
+        positions=[[0, 0, 0], [0.1, 2.6, 0.2]],
+        cell=[[4.0, 0, 0], [0.5, 5.2, 0], [0, 0, 12]],
+        pbc=[True, True, False],
+    ),
 }
 MOLECULES = {"water": molecule("H2O"), "ethanol": skewed(molecule("CH3CH2OH"))}
 
 
 @dataclass(frozen=True)
 class Case:
-    """`build(dtype)` gives the adapter, `calculator()` the family's own ASE calculator, in float32 unless dtype says otherwise.
+    """`build(dtype)` gives the adapter, `calculator()` the family's own ASE calculator, in float32
+    unless dtype says otherwise.
 
-    `triclinic` is the key of a triclinic and rattled crystal among the systems (None for a model without pbc)."""
+    `triclinic` is the key of a triclinic and rattled crystal among the systems (None for a model
+    without pbc)."""
 
     build: Callable
     calculator: Callable
@@ -90,16 +101,33 @@ def boxed(atoms, size=15.0):
 
 
 def mace_network(kind="ScaleShiftMACE", seed=0, heads=None, **options):
-    """A MACE with seeded random weights, E0s and, from ScaleShiftMACE, forces of about 1 eV/Angstrom, in float32."""
+    """A MACE with seeded random weights, E0s and, from ScaleShiftMACE, forces of about 1
+    eV/Angstrom, in float32."""
     from e3nn import o3
     from mace import modules
 
-    each = (lambda x: x) if heads is None else lambda x: np.array([x * (1 + 0.2 * i) for i in range(len(heads))])
+    each = (
+        (lambda x: x)
+        if heads is None
+        else lambda x: np.array([x * (1 + 0.2 * i) for i in range(len(heads))])
+    )
     settings = dict(
-        r_max=4.0, num_bessel=6, num_polynomial_cutoff=5, max_ell=2, correlation=2, num_interactions=2, avg_num_neighbors=8.0,
-        interaction_cls_first=modules.RealAgnosticInteractionBlock, interaction_cls=modules.RealAgnosticResidualInteractionBlock,
-        hidden_irreps=o3.Irreps("4x0e+4x1o"), MLP_irreps=o3.Irreps("4x0e+4x1o" if "Dipole" in kind else "4x0e"), radial_MLP=[16, 16],
-        gate=torch.nn.functional.silu, num_elements=6, atomic_numbers=[1, 6, 8, 11, 14, 17], atomic_energies=each(-3.3 * np.arange(1.0, 7.0)),
+        r_max=4.0,
+        num_bessel=6,
+        num_polynomial_cutoff=5,
+        max_ell=2,
+        correlation=2,
+        num_interactions=2,
+        avg_num_neighbors=8.0,
+        interaction_cls_first=modules.RealAgnosticInteractionBlock,
+        interaction_cls=modules.RealAgnosticResidualInteractionBlock,
+        hidden_irreps=o3.Irreps("4x0e+4x1o"),
+        MLP_irreps=o3.Irreps("4x0e+4x1o" if "Dipole" in kind else "4x0e"),
+        radial_MLP=[16, 16],
+        gate=torch.nn.functional.silu,
+        num_elements=6,
+        atomic_numbers=[1, 6, 8, 11, 14, 17],
+        atomic_energies=each(-3.3 * np.arange(1.0, 7.0)),
     )
     if kind == "ScaleShiftMACE":
         settings |= {"atomic_inter_scale": each(200.0), "atomic_inter_shift": each(0.2)}
@@ -128,10 +156,19 @@ def ani(kind="simple_ani", **options):
     from torchani import arch
 
     energies = {"H": -0.5, "C": -37.8, "O": -75.0, "Na": -162.1, "Si": -289.2, "Cl": -459.9}
-    options = {"strategy": "pyaev", "radial_shifts": 8, "angular_shifts": 2, "sections": 2, "bias": True, **options}
+    options = {
+        "strategy": "pyaev",
+        "radial_shifts": 8,
+        "angular_shifts": 2,
+        "sections": 2,
+        "bias": True,
+        **options,
+    }
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        network = getattr(arch, kind)(tuple(energies), "wb97x-631gd", self_energies=energies, **options)
+        network = getattr(arch, kind)(
+            tuple(energies), "wb97x-631gd", self_energies=energies, **options
+        )
     for name, p in network.named_parameters():
         p.data *= 4 if "final_layer" not in name else 1
     return network.double()
@@ -146,14 +183,20 @@ def torchani(dtype):
 
 @quiet
 def torchani_calculator():
-    return ani().ase(stress_kind="fdotr")  # "scaling" shears an open axis of a slab away from its atoms: xz is not zx there
+    return ani().ase(
+        stress_kind="fdotr"
+    )  # "scaling" shears an open axis of a slab away from its atoms: xz is not zx there
 
 
 MODELS = {
     "sevennet": Case(sevennet, sevennet_calculator),
-    "chgnet": Case(chgnet, chgnet_calculator, CRYSTALS | {name: boxed(a) for name, a in MOLECULES.items()}),
+    "chgnet": Case(
+        chgnet, chgnet_calculator, CRYSTALS | {name: boxed(a) for name, a in MOLECULES.items()}
+    ),
     "torchani": Case(torchani, torchani_calculator, dtype=torch.float64),
-    "mace": Case(mace, mace_calculator, {k: a for k, a in (CRYSTALS | MOLECULES).items() if k != "slab"}),  # slabs: tests/models/test_mace_values.py
+    "mace": Case(
+        mace, mace_calculator, {k: a for k, a in (CRYSTALS | MOLECULES).items() if k != "slab"}
+    ),  # slabs: tests/models/test_mace_values.py
 }
 
 

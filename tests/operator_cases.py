@@ -1,7 +1,9 @@
-"""Operators of torch as functions of one real array: OPERATORS has name -> (function, shape of its argument).
+"""Operators of torch as functions of one real array: OPERATORS has name -> (function, shape of its
+argument).
 
-The first group is what potentials are made of (`make test`); the others complete the table (`make test-all`). Each operator is
-made curved enough that its second derivatives show, and its result is weighted so that no symmetry hides an error.
+The first group is what potentials are made of (`make test`); the others complete the table (`make
+test-all`). Each operator is made curved enough that its second derivatives show, and its result is
+weighted so that no symmetry hides an error.
 """
 
 from functools import partial
@@ -47,7 +49,8 @@ def counted(x):
 
 
 def attention(x):
-    """By torch's formula: its fused kernels have a first backward alone, which newer versions take for so few rows."""
+    """By torch's formula: its fused kernels have a first backward alone, which newer versions take
+    for so few rows."""
     with sdpa_kernel(SDPBackend.MATH):
         return F.scaled_dot_product_attention(x[None], 2 * x[None], x[None] ** 2)
 
@@ -97,7 +100,9 @@ POTENTIALS = {
     "cosine_similarity": lambda x: F.cosine_similarity(x[:1], x[1:]),
     "attention": attention,
     "layer_norm": lambda x: F.layer_norm(x, (3,)),
-    "group_norm": lambda x: F.group_norm(x[None].repeat(1, 2, 1) * torch.arange(1, 5, dtype=x.dtype)[:, None], 2),
+    "group_norm": lambda x: F.group_norm(
+        x[None].repeat(1, 2, 1) * torch.arange(1, 5, dtype=x.dtype)[:, None], 2
+    ),
     "huber": lambda x: F.huber_loss(x, x**2, delta=0.3),
     "smooth_l1": lambda x: F.smooth_l1_loss(x, x**2, beta=0.3),
     "fft": lambda x: torch.fft.fft(x).abs() ** 2,
@@ -165,7 +170,9 @@ OTHERS = {
     "scatter sum": lambda x: x.new_zeros(2, 3).scatter_reduce(0, WIDE, x[INDEX] ** 2, "sum"),
     "scatter amax": lambda x: x.new_zeros(2, 3).scatter_reduce(0, WIDE, counted(x) ** 2, "amax"),
     "index_reduce prod": lambda x: x.new_ones(2, 3).index_reduce(0, INDEX, counted(x), "prod"),
-    "segment_reduce": lambda x: torch.segment_reduce(x.flatten() ** 2, "sum", lengths=torch.tensor([2, 4])),
+    "segment_reduce": lambda x: torch.segment_reduce(
+        x.flatten() ** 2, "sum", lengths=torch.tensor([2, 4])
+    ),
     "masked_fill": lambda x: x.masked_fill(torch.tensor([True, False, False]), 1.0) ** 2,
     "roll": lambda x: x.roll(1, 1) * x,
     "pad": lambda x: F.pad(x[None], (1, 1), mode="reflect") ** 2,
@@ -200,8 +207,12 @@ OTHERS = {
     "max_pool": lambda x: F.max_pool1d(x[None], 2) ** 2,
     "avg_pool": lambda x: F.avg_pool1d(x[None], 2) ** 2,
     "interpolate": lambda x: F.interpolate(x[None, None], size=(4, 5), mode="bicubic") ** 2,
-    "grid_sample": lambda x: F.grid_sample(x[None, None], torch.tanh(x).reshape(1, 1, 3, 2) / 2, align_corners=True),
-    "lstm_cell": lambda x: torch.lstm_cell(x, (x[:, :1], x[:, :1]), x.new_ones(4, 3), x.new_ones(4, 1)),
+    "grid_sample": lambda x: F.grid_sample(
+        x[None, None], torch.tanh(x).reshape(1, 1, 3, 2) / 2, align_corners=True
+    ),
+    "lstm_cell": lambda x: torch.lstm_cell(
+        x, (x[:, :1], x[:, :1]), x.new_ones(4, 3), x.new_ones(4, 1)
+    ),
     "gru_cell": lambda x: torch.gru_cell(x, x[:, :1], x.new_ones(3, 3), x.new_ones(3, 1)),
     "rfft": lambda x: torch.fft.rfft(x).abs() ** 2,
     "complex": lambda x: torch.view_as_real(torch.complex(x, x**2) ** 2),
@@ -210,7 +221,9 @@ OTHERS = {
     "hardsigmoid": lambda x: F.hardsigmoid(x) ** 2,
     "cholesky_solve": lambda a: torch.cholesky_solve(a, linalg.cholesky(definite(a))),
     "cholesky_inverse": lambda a: torch.cholesky_inverse(linalg.cholesky(definite(a))),
-    "solve_triangular": lambda a: linalg.solve_triangular(a.triu() + 2 * torch.eye(3, dtype=a.dtype), a, upper=True),
+    "solve_triangular": lambda a: linalg.solve_triangular(
+        a.triu() + 2 * torch.eye(3, dtype=a.dtype), a, upper=True
+    ),
     "lu": lambda a: linalg.lu(a)[1:],
     "lu_solve": lambda a: linalg.lu_solve(*linalg.lu_factor(a), a.mT),
     "inv_ex": lambda a: linalg.inv_ex(a)[0],
@@ -224,7 +237,23 @@ OTHERS = {
     "tensorsolve": lambda a: linalg.tensorsolve(a, a[0]),
 }
 _SQUARE = {"det", "householder_product", "matrix_exp"}
-for _name in ("volume", "inv", "logdet", "cholesky", "eig", "svd", "qr", "solve", "pinv", "polar d", "lu", "matrix_", "nuclear", "tensorsolve", "slogdet"):
+for _name in (
+    "volume",
+    "inv",
+    "logdet",
+    "cholesky",
+    "eig",
+    "svd",
+    "qr",
+    "solve",
+    "pinv",
+    "polar d",
+    "lu",
+    "matrix_",
+    "nuclear",
+    "tensorsolve",
+    "slogdet",
+):
     _SQUARE |= {n for n in POTENTIALS | OTHERS if n.startswith(_name)}
 
 
@@ -235,7 +264,16 @@ def case(name):
 
 # What torch has no second derivative of: an error says so.
 ONCE = {"cdist", "pdist", "segment_reduce", "multi_margin", "hardsigmoid"}
-# What torch.func.vmap can't batch a derivative of: an error names derivatives="autograd" (of prelu, torch's own about shapes).
-UNBATCHED = {"scatter prod", "index_reduce prod", "grid_sample", "lstm_cell", "prelu", "segment_reduce"}
-# Double backward, differentiated in its cotangent as derivatives="autograd" serves forward mode, is NaN in torch itself.
+# What torch.func.vmap can't batch a derivative of: an error names derivatives="autograd" (of prelu,
+# torch's own about shapes).
+UNBATCHED = {
+    "scatter prod",
+    "index_reduce prod",
+    "grid_sample",
+    "lstm_cell",
+    "prelu",
+    "segment_reduce",
+}
+# Double backward, differentiated in its cotangent as derivatives="autograd" serves forward mode, is
+# NaN in torch itself.
 NOT_FORWARD = {"logcumsumexp"}

@@ -1,4 +1,5 @@
-"""First and second derivatives of an operator through the bridge, beside finite differences in torch."""
+"""First and second derivatives of an operator through the bridge, beside finite differences in
+torch."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,9 @@ def slopes(f, x, step=2e-3):
     """d f / d x by central differences of the sixth order, (*f(x).shape, *x.shape)."""
     columns = []
     for unit in torch.eye(x.numel(), dtype=x.dtype).reshape(-1, *x.shape):
-        differences = [(f(x + k * step * unit) - f(x - k * step * unit)) / (2 * k * step) for k in (1, 2, 3)]
+        differences = [
+            (f(x + k * step * unit) - f(x - k * step * unit)) / (2 * k * step) for k in (1, 2, 3)
+        ]
         columns.append(sum(w * d for w, d in zip((1.5, -0.6, 0.1), differences)))
     return torch.stack(columns, -1).reshape(*f(x).shape, *x.shape)
 
@@ -50,7 +53,7 @@ def gradient(f, x):
 def check(name, derivatives):
     """Every way of FIRST and SECOND, of one point and of two under vmap."""
     f, shape = case(name)
-    total = lambda x: f(x).sum()  # noqa: E731
+    total = lambda x: f(x).sum()
     xs = points(shape)
     X = jnp.asarray(xs.numpy())
     options = ENGINES[derivatives]
@@ -67,7 +70,15 @@ def check(name, derivatives):
             for batched in (False, True):
                 label = f"{way}{' under vmap' if batched else ''} of {name} by {derivatives}"
                 run = jax.vmap(transform(function)) if batched else transform(function)
-                _compare(label, run, X if batched else X[0], want if batched else want[0], name, order, derivatives)
+                _compare(
+                    label,
+                    run,
+                    X if batched else X[0],
+                    want if batched else want[0],
+                    name,
+                    order,
+                    derivatives,
+                )
 
 
 def _compare(label, run, x, want, name, order, derivatives):
@@ -79,8 +90,12 @@ def _compare(label, run, x, want, name, order, derivatives):
         got = np.asarray(run(x))
     except RuntimeError as error:
         once = name in ONCE and "is not implemented" in str(error)
-        advised = any('pass derivatives="autograd"' in note for note in getattr(error, "__notes__", ()))
-        assert once or derivatives == "func" and name in UNBATCHED and (advised or name == "prelu"), (label, error)
+        advised = any(
+            'pass derivatives="autograd"' in note for note in getattr(error, "__notes__", ())
+        )
+        assert once or (
+            derivatives == "func" and name in UNBATCHED and (advised or name == "prelu")
+        ), (label, error)
         return
     if derivatives == "autograd" and name in NOT_FORWARD and np.isnan(got).any():
         return

@@ -1,4 +1,5 @@
-"""A right potential, in torch and in JAX, and a gallery of wrong ones, each with the property of bridge.testing that must catch it."""
+"""A right potential, in torch and in JAX, and a gallery of wrong ones, each with the property of
+bridge.testing that must catch it."""
 
 import functools
 from dataclasses import dataclass
@@ -19,11 +20,13 @@ FINITE = "position gradients are those of finite differences"
 CELL = "cell gradients are those of finite differences at fixed Cartesian positions"
 
 
-# The right model: pairs, and a square root of the density that all neighbours make (as in the embedded-atom method).
+# The right model: pairs, and a square root of the density that all neighbours make (as in the
+# embedded-atom method).
 
 
 def nodes(numbers, i, j, d2, used=1.0):
-    """Node energies in torch: numbers (N,), edges i -> j of squared lengths d2; `used` is 0 for edges that count nothing."""
+    """Node energies in torch: numbers (N,), edges i -> j of squared lengths d2; `used` is 0 for
+    edges that count nothing."""
     q, n = numbers.to(d2.dtype) / 10, len(numbers)
     near = used * (1 - d2 / CUTOFF**2).clamp(min=0) ** 4
     pairs = d2.new_zeros(n).index_add(0, i, q[i] * q[j] * near * torch.exp(-d2 / 3))
@@ -48,20 +51,40 @@ def right_jax(x, used=None):
     n, q = len(pos), x["atomic_numbers"].astype(pos.dtype) / 10
     used = (i < n) & (j < n) if used is None else used
     i, j = jnp.where(used, i, 0), jnp.where(used, j, 0)
-    d2 = ((pos[j] - pos[i] + jnp.einsum("ea,eab->eb", x["cell_offsets"].astype(pos.dtype), cell[batch[i]])) ** 2).sum(-1)
+    d2 = (
+        (
+            pos[j]
+            - pos[i]
+            + jnp.einsum("ea,eab->eb", x["cell_offsets"].astype(pos.dtype), cell[batch[i]])
+        )
+        ** 2
+    ).sum(-1)
     near = used * jnp.maximum(1 - d2 / CUTOFF**2, 0) ** 4
-    pairs, density = (jax.ops.segment_sum(v, i, num_segments=n) for v in (q[i] * q[j] * near * jnp.exp(-d2 / 3), q[j] * near))
+    pairs, density = (
+        jax.ops.segment_sum(v, i, num_segments=n)
+        for v in (q[i] * q[j] * near * jnp.exp(-d2 / 3), q[j] * near)
+    )
     each = pairs - q * (0.1 + density) ** 0.5
-    return {"energy": jax.ops.segment_sum(each, batch, num_segments=len(cell)), "node_energies": each}
+    return {
+        "energy": jax.ops.segment_sum(each, batch, num_segments=len(cell)),
+        "node_energies": each,
+    }
 
 
 def edged(x, **changed):
     """The inputs with edges of a model that finds its own."""
     y = x | changed
-    return x | dict(zip(("edge_index", "cell_offsets"), neighbor_list(*(y[k] for k in ("pos", "cell", "pbc")), CUTOFF, y["batch"])))
+    return x | dict(
+        zip(
+            ("edge_index", "cell_offsets"),
+            neighbor_list(*(y[k] for k in ("pos", "cell", "pbc")), CUTOFF, y["batch"]),
+        )
+    )
 
 
-structure = with_gradients(lambda x: right(edged(x)))  # the right model as a structure model that gives its gradients
+structure = with_gradients(
+    lambda x: right(edged(x))
+)  # the right model as a structure model that gives its gradients
 
 
 # Wrong in their gradients.
@@ -84,7 +107,9 @@ def from_virial(change):
         out = structure(x)
         if not x["pbc"].any():
             return out
-        w = virial(out["position_gradients"], out["cell_gradients"], x["pos"], x["batch"], x["cell"])
+        w = virial(
+            out["position_gradients"], out["cell_gradients"], x["pos"], x["batch"], x["cell"]
+        )
         return out | {"cell_gradients": change(w, out["position_gradients"], x)}
 
     return model
@@ -159,7 +184,11 @@ def leaks_neighbours(x):
 
 def float32_inside(x):
     y = edged(x)
-    each = nodes(x["atomic_numbers"], *y["edge_index"], edge_vectors(y).float().square().sum(-1).to(x["pos"].dtype))
+    each = nodes(
+        x["atomic_numbers"],
+        *y["edge_index"],
+        edge_vectors(y).float().square().sum(-1).to(x["pos"].dtype),
+    )
     return {"energy": per_system(each, x)}
 
 
@@ -179,7 +208,9 @@ def mean(x):
 
 def first_atom_counts_twice(x):
     each = right(edged(x))["node_energies"]
-    first = torch.ones_like(x["batch"]).scatter(0, torch.searchsorted(x["batch"], torch.unique(x["batch"])), 2)
+    first = torch.ones_like(x["batch"]).scatter(
+        0, torch.searchsorted(x["batch"], torch.unique(x["batch"])), 2
+    )
     return {"energy": per_system(first * each, x)}
 
 
@@ -242,7 +273,8 @@ def cell_gradients_of_one(x):
 
 @dataclass(frozen=True)
 class CountsPadding:
-    """A graph model with a card that takes padding for real: the edges' unused slots are edges of the first atom."""
+    """A graph model with a card that takes padding for real: the edges' unused slots are edges of
+    the first atom."""
 
     card = Card(cutoff=CUTOFF, neighbor_list="own")
 
@@ -257,12 +289,17 @@ class CountsPadding:
 
 def counts_padding_jax(x):
     """JAX clamps an index out of range: an unused slot is an edge of the last atom."""
-    return right_jax(x, used=jnp.ones(x["edge_index"].shape[1], bool))["energy"] + 0.01 * x["edge_index"].shape[1]
+    return (
+        right_jax(x, used=jnp.ones(x["edge_index"].shape[1], bool))["energy"]
+        + 0.01 * x["edge_index"].shape[1]
+    )
 
 
 def counts_padding_atoms_jax(x):
     """An atom of number 0 has an energy."""
-    return right_jax(x)["energy"] - 0.5 * jax.ops.segment_sum(jnp.ones(len(x["pos"]), x["pos"].dtype), x["batch"], num_segments=len(x["cell"]))
+    return right_jax(x)["energy"] - 0.5 * jax.ops.segment_sum(
+        jnp.ones(len(x["pos"]), x["pos"].dtype), x["batch"], num_segments=len(x["cell"])
+    )
 
 
 def forces_as_gradients_jax(x):
@@ -271,7 +308,9 @@ def forces_as_gradients_jax(x):
 
 
 def mean_jax(x):
-    return right_jax(x)["energy"] / jax.ops.segment_sum(jnp.ones(len(x["pos"])), x["batch"], num_segments=len(x["cell"]))
+    return right_jax(x)["energy"] / jax.ops.segment_sum(
+        jnp.ones(len(x["pos"])), x["batch"], num_segments=len(x["cell"])
+    )
 
 
 def radial(f):
@@ -279,7 +318,12 @@ def radial(f):
 
     def energy(x):
         i = x["edge_index"][0]
-        return per_system(edge_vectors(x)[:, 0].new_zeros(len(x["pos"])).index_add(0, i, f(edge_vectors(x).norm(dim=-1))), x)
+        return per_system(
+            edge_vectors(x)[:, 0]
+            .new_zeros(len(x["pos"]))
+            .index_add(0, i, f(edge_vectors(x).norm(dim=-1))),
+            x,
+        )
 
     return energy
 
@@ -289,7 +333,9 @@ def jumps_jax(x):
     i, j = x["edge_index"]
     r = jnp.sqrt((edges_jax(x) ** 2).sum(-1))
     used = (i < len(x["pos"])) & (r < CUTOFF)
-    each = jax.ops.segment_sum(jnp.where(used, jnp.exp(-r), 0), jnp.where(used, i, 0), num_segments=len(x["pos"]))
+    each = jax.ops.segment_sum(
+        jnp.where(used, jnp.exp(-r), 0), jnp.where(used, i, 0), num_segments=len(x["pos"])
+    )
     return jax.ops.segment_sum(each, x["batch"], num_segments=len(x["cell"]))
 
 
@@ -297,7 +343,11 @@ def edges_jax(x):
     pos, cell, batch, (i, j) = x["pos"], x["cell"], x["batch"], x["edge_index"]
     used = (i < len(pos)) & (j < len(pos))
     i, j = jnp.where(used, i, 0), jnp.where(used, j, 0)
-    r = pos[j] - pos[i] + jnp.einsum("ea,eab->eb", x["cell_offsets"].astype(pos.dtype), cell[batch[i]])
+    r = (
+        pos[j]
+        - pos[i]
+        + jnp.einsum("ea,eab->eb", x["cell_offsets"].astype(pos.dtype), cell[batch[i]])
+    )
     return jnp.where(used[:, None], r, CUTOFF)
 
 
@@ -324,7 +374,9 @@ CONTINUOUS = "continuous where neighbours come and go"
 
 
 def _radial(f):
-    return Wrong(lambda: radial(f), CONTINUOUS, {"kind": "torch", "gradients": "autograd", "cutoff": CUTOFF})
+    return Wrong(
+        lambda: radial(f), CONTINUOUS, {"kind": "torch", "gradients": "autograd", "cutoff": CUTOFF}
+    )
 
 
 GALLERY = {
@@ -355,8 +407,12 @@ GALLERY = {
     "energy jumps at the cutoff": _radial(lambda r: torch.exp(-r)),
     "energy jumps a little": _radial(lambda r: (1 - r / CUTOFF) ** 3 + 1e-5),
     "forces jump at the cutoff": _radial(lambda r: CUTOFF - r),
-    "energy jumps at an inner radius": _radial(lambda r: (1 - r / CUTOFF) ** 4 * (1 + 0.1 * (r < 2.2))),
-    "energy jumps, structure model": _energy(lambda x: radial(lambda r: torch.exp(-r))(edged(x)), CONTINUOUS),
+    "energy jumps at an inner radius": _radial(
+        lambda r: (1 - r / CUTOFF) ** 4 * (1 + 0.1 * (r < 2.2))
+    ),
+    "energy jumps, structure model": _energy(
+        lambda x: radial(lambda r: torch.exp(-r))(edged(x)), CONTINUOUS
+    ),
     "energy jumps at the cutoff, JAX": _jax(jumps_jax, CONTINUOUS),
     "padding counted": Wrong(CountsPadding, PADDING, {}),
     "padding counted, JAX": _jax(counts_padding_jax, PADDING),

@@ -1,4 +1,5 @@
-"""JAX potentials of three kinds, a triclinic and perturbed crystal, and what both look like in JAX and in torch."""
+"""JAX potentials of three kinds, a triclinic and perturbed crystal, and what both look like in JAX
+and in torch."""
 
 import itertools
 from functools import cache, partial
@@ -20,7 +21,9 @@ from torch_side.potentials.neighbors import neighbor_list
 
 RNG = np.random.default_rng(0)
 CELL = np.diag([6.0, 6.3, 5.8]) + 0.5 * RNG.uniform(-1, 1, (3, 3))
-FRACTIONAL = np.array(list(itertools.product(range(2), repeat=3))) / 2 + 0.04 * RNG.normal(size=(8, 3))
+FRACTIONAL = np.array(list(itertools.product(range(2), repeat=3))) / 2 + 0.04 * RNG.normal(
+    size=(8, 3)
+)
 IMAGES = jnp.array(list(itertools.product((-1, 0, 1), repeat=3)), float)
 CUTOFF = 3.5
 MORSE = dict(sigma=2.75, epsilon=0.5, alpha=1.25, r_onset=2.5, r_cutoff=2.875)  # exact in float32
@@ -42,7 +45,13 @@ def lattice(cell, n=1):
     """One atom in a cell, repeated n times along each axis."""
     sites = torch.tensor(list(itertools.product(range(n), repeat=3)), dtype=torch.float64) @ cell
     pbc, batch = torch.ones(1, 3, dtype=torch.bool), torch.zeros(n**3, dtype=torch.int64)
-    return {"pos": sites, "cell": n * cell[None], "pbc": pbc, "batch": batch, "atomic_numbers": torch.full((n**3,), 29)}
+    return {
+        "pos": sites,
+        "cell": n * cell[None],
+        "pbc": pbc,
+        "batch": batch,
+        "atomic_numbers": torch.full((n**3,), 29),
+    }
 
 
 def pair(params, inputs):
@@ -54,14 +63,24 @@ def pair(params, inputs):
 
 
 def bonds(params, inputs):
-    """A smooth pair potential over the edges, any number of systems; unused slots and long edges add nothing."""
+    """A smooth pair potential over the edges, any number of systems; unused slots and long edges
+    add nothing."""
     pos, cell, batch, (i, j) = inputs["pos"], inputs["cell"], inputs["batch"], inputs["edge_index"]
     used = i < len(pos)
     i, j = jnp.where(used, i, 0), jnp.where(used, j, 0)
-    r = pos[j] - pos[i] + jnp.einsum("ea,eab->eb", inputs["cell_offsets"].astype(pos.dtype), cell[batch[i]])
-    each = jnp.where(used, jnp.maximum(1 - (r**2).sum(-1) / CUTOFF**2, 0) ** 3, 0) * jnp.cos(params["a"] * (r**2).sum(-1))
+    r = (
+        pos[j]
+        - pos[i]
+        + jnp.einsum("ea,eab->eb", inputs["cell_offsets"].astype(pos.dtype), cell[batch[i]])
+    )
+    each = jnp.where(used, jnp.maximum(1 - (r**2).sum(-1) / CUTOFF**2, 0) ** 3, 0) * jnp.cos(
+        params["a"] * (r**2).sum(-1)
+    )
     nodes = params["e"] * jax.ops.segment_sum(each, i, num_segments=len(pos))
-    return {"energy": jax.ops.segment_sum(nodes, batch, num_segments=len(cell)), "node_energies": nodes}
+    return {
+        "energy": jax.ops.segment_sum(nodes, batch, num_segments=len(cell)),
+        "node_energies": nodes,
+    }
 
 
 def morse():
@@ -76,7 +95,9 @@ PARAMS = {"a": jnp.array(0.3), "e": jnp.array(1.7)}
 def trainable(name):
     """(apply, params)"""
     small = dict(hidden="4x0e + 2x1o", radial=4, neighbors=8, dtype="float64")
-    return {"pair": (pair, PARAMS), "bonds": (bonds, PARAMS)}.get(name) or NequIP([13, 29], CUTOFF, **small)
+    return {"pair": (pair, PARAMS), "bonds": (bonds, PARAMS)}.get(name) or NequIP(
+        [13, 29], CUTOFF, **small
+    )
 
 
 @cache
@@ -87,7 +108,9 @@ def potentials(name):
         return energy, bridge.torch_potential(energy, gradients="autodiff")
     apply, params = trainable(name)
     cutoff = None if name == "pair" else CUTOFF
-    return partial(apply, params), bridge.torch_potential(apply, params, gradients="autodiff", cutoff=cutoff).requires_grad_(False)
+    return partial(apply, params), bridge.torch_potential(
+        apply, params, gradients="autodiff", cutoff=cutoff
+    ).requires_grad_(False)
 
 
 def total(energy, inputs):
@@ -99,28 +122,47 @@ def total(energy, inputs):
 def in_jax(inputs):
     """The same in JAX, edges included."""
     edges = neighbor_list(*(inputs[k] for k in ("pos", "cell", "pbc")), CUTOFF, inputs["batch"])
-    return {k: jnp.asarray(x.detach().numpy()) for k, x in (inputs | dict(zip(("edge_index", "cell_offsets"), edges))).items()}
+    return {
+        k: jnp.asarray(x.detach().numpy())
+        for k, x in (inputs | dict(zip(("edge_index", "cell_offsets"), edges))).items()
+    }
 
 
 def close(got, want, tolerance=1e-10):
     got, want = (np.asarray(x.detach() if isinstance(x, torch.Tensor) else x) for x in (got, want))
-    assert got.shape == want.shape and abs(got - want).max() <= tolerance * abs(want).max(), abs(got - want).max() / abs(want).max()
+    assert got.shape == want.shape and abs(got - want).max() <= tolerance * abs(want).max(), (
+        abs(got - want).max() / abs(want).max()
+    )
 
 
 def plain_morse(inputs):
     """jax-md's function of the distance, on minimum images by the plain formula."""
     pos, cell = inputs["pos"], inputs["cell"][0]
     s = (pos[:, None] - pos) @ jnp.linalg.inv(cell)
-    r2 = ((pos[:, None] - pos - jax.lax.stop_gradient(jnp.round(s)) @ cell) ** 2).sum(-1) + jnp.eye(len(pos))
-    f = jax_md_energy.multiplicative_isotropic_cutoff(jax_md_energy.morse, MORSE["r_onset"], MORSE["r_cutoff"])
-    return {"energy": 0.5 * (f(jnp.sqrt(r2), *(MORSE[k] for k in ("sigma", "epsilon", "alpha"))) * (1 - jnp.eye(len(pos)))).sum()[None]}
+    r2 = ((pos[:, None] - pos - jax.lax.stop_gradient(jnp.round(s)) @ cell) ** 2).sum(-1) + jnp.eye(
+        len(pos)
+    )
+    f = jax_md_energy.multiplicative_isotropic_cutoff(
+        jax_md_energy.morse, MORSE["r_onset"], MORSE["r_cutoff"]
+    )
+    return {
+        "energy": 0.5
+        * (
+            f(jnp.sqrt(r2), *(MORSE[k] for k in ("sigma", "epsilon", "alpha")))
+            * (1 - jnp.eye(len(pos)))
+        ).sum()[None]
+    }
 
 
 def check_outputs(name, n_systems, tolerance=1e-10):
     """The module gives what JAX gives."""
     (energy, module), inputs = potentials(name), crystal(n_systems)
     out, want = module(inputs), jax.jit(with_gradients(energy))(in_jax(inputs))
-    assert set(out) == set(want) and {"energy", *GRADIENTS.values()} <= set(out) and not any(x.requires_grad for x in out.values())
+    assert (
+        set(out) == set(want)
+        and {"energy", *GRADIENTS.values()} <= set(out)
+        and not any(x.requires_grad for x in out.values())
+    )
     for key, x in out.items():
         close(x, want[key], tolerance)
     assert min(abs(np.asarray(want[k])).max() for k in ("energy", *GRADIENTS.values())) > 1e-3
@@ -131,8 +173,14 @@ def check_gradients(name, h=1e-4):
     module, inputs = potentials(name)[1], crystal()
     out = module(inputs)
     for key, gradient in GRADIENTS.items():
-        steps = h * torch.eye(inputs[key].numel(), dtype=torch.float64)[::3].reshape(-1, *inputs[key].shape)
-        found = [sum(s * module(inputs | {key: inputs[key] + s * d})["energy"][0] for s in (1, -1)) / (2 * h) for d in steps]
+        steps = h * torch.eye(inputs[key].numel(), dtype=torch.float64)[::3].reshape(
+            -1, *inputs[key].shape
+        )
+        found = [
+            sum(s * module(inputs | {key: inputs[key] + s * d})["energy"][0] for s in (1, -1))
+            / (2 * h)
+            for d in steps
+        ]
         close(torch.stack(found), out[gradient].flatten()[::3], 1e-6)
 
 
@@ -140,7 +188,9 @@ def check_autograd(module, inputs):
     """g and G are those of torch.autograd. (what the module gives)"""
     leaves = {k: inputs[k].clone().requires_grad_() for k in GRADIENTS}
     out = module(inputs | leaves)
-    for found, gradient in zip(torch.autograd.grad(3 * out["energy"].sum(), leaves.values()), GRADIENTS.values()):
+    for found, gradient in zip(
+        torch.autograd.grad(3 * out["energy"].sum(), leaves.values()), GRADIENTS.values()
+    ):
         close(found, 3 * out[gradient])
     return out
 
@@ -156,29 +206,54 @@ def second_derivatives(energy):
 def check_second_derivatives(name, reference, names=("pos", "cell")):
     """By double backward and torch.func, those that JAX gives of the reference."""
     module, inputs = potentials(name)[1], crystal()
-    xs, want = tuple(inputs[n] for n in names), [row[: len(names)] for row in second_derivatives(reference)[: len(names)]]
-    inputs |= {k: torch.tensor(np.asarray(in_jax(inputs)[k])) for k in ("edge_index", "cell_offsets")}
-    f = lambda *xs: module(inputs | dict(zip(names, xs)))["energy"].sum()  # noqa: E731
-    for got, expected in zip(jax.tree.leaves(torch.autograd.functional.hessian(f, xs)), jax.tree.leaves(want), strict=True):
+    xs, want = (
+        tuple(inputs[n] for n in names),
+        [row[: len(names)] for row in second_derivatives(reference)[: len(names)]],
+    )
+    inputs |= {
+        k: torch.tensor(np.asarray(in_jax(inputs)[k])) for k in ("edge_index", "cell_offsets")
+    }
+    f = lambda *xs: module(inputs | dict(zip(names, xs)))["energy"].sum()
+    for got, expected in zip(
+        jax.tree.leaves(torch.autograd.functional.hessian(f, xs)),
+        jax.tree.leaves(want),
+        strict=True,
+    ):
         close(got, expected, 1e-9)
     for hessian in (torch.func.hessian(f), torch.func.jacfwd(torch.func.jacfwd(f))):
         close(hessian(*xs), want[0][0], 1e-9)
 
 
 def check_training(name):
-    """What the module gives, and the gradient of a loss on energies, forces and cell gradients in all there is, are those of pure JAX."""
+    """What the module gives, and the gradient of a loss on energies, forces and cell gradients in
+    all there is, are those of pure JAX."""
     apply, params = trainable(name)
-    card = Card(batches=True) if name == "pair" else Card(cutoff=CUTOFF, neighbor_list="own", batches=True)
-    module, inputs = bridge.torch_potential(apply, params, gradients="autodiff", cutoff=card.cutoff, card=card), crystal(2)
+    card = (
+        Card(batches=True)
+        if name == "pair"
+        else Card(cutoff=CUTOFF, neighbor_list="own", batches=True)
+    )
+    module, inputs = (
+        bridge.torch_potential(apply, params, gradients="autodiff", cutoff=card.cutoff, card=card),
+        crystal(2),
+    )
 
     def loss(out):
-        return out["energy"].sum() + (out["position_gradients"] ** 2).sum() + (out["cell_gradients"] ** 2).sum(), out
+        return out["energy"].sum() + (out["position_gradients"] ** 2).sum() + (
+            out["cell_gradients"] ** 2
+        ).sum(), out
 
     leaves = {k: inputs[k].clone().requires_grad_() for k in GRADIENTS}
     before, out = loss(module(inputs | leaves))
     before.backward()
     fixed = in_jax(inputs)
-    in_all = jax.grad(lambda p, pos, cell: loss(with_gradients(partial(apply, p))(fixed | {"pos": pos, "cell": cell})), (0, 1, 2), has_aux=True)
+    in_all = jax.grad(
+        lambda p, pos, cell: loss(
+            with_gradients(partial(apply, p))(fixed | {"pos": pos, "cell": cell})
+        ),
+        (0, 1, 2),
+        has_aux=True,
+    )
     want, outputs = jax.jit(in_all)(params, fixed["pos"], fixed["cell"])
     for key in outputs | out:
         close(out[key], outputs[key])

@@ -1,4 +1,5 @@
-"""The import rules of DESIGN section 2: each is a function of a directory, true of this tree and false of a planted one."""
+"""The import rules of DESIGN section 2: each is a function of a directory, true of this tree and
+false of a planted one."""
 
 import ast
 import json
@@ -10,40 +11,76 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BANKS = ("bridge", "jax_side", "torch_side")
-FLOOR = {"bridge.errors", "bridge.function", "bridge.failures", "bridge.contract", "bridge.call", "bridge.card", "bridge.conventions", "bridge.atoms", "bridge.archive"}
+FLOOR = {
+    "bridge.errors",
+    "bridge.function",
+    "bridge.failures",
+    "bridge.contract",
+    "bridge.call",
+    "bridge.card",
+    "bridge.conventions",
+    "bridge.atoms",
+    "bridge.archive",
+}
 JAX = {"jax", "jaxlib", "jax_side"}
 TORCH = {"torch", "torch_side"}
+STOREYS = {"calls": 0, "potentials": 1, "montecarlo": 2, "engines": 3, "models": 3}
+ATTIC = 4  # testing.py and doctor.py of a bank see all of it
+PACKAGES = {*BANKS, "bridge.testing", *(f"{b}.{room}" for b in BANKS[1:] for room in STOREYS)}
 SCIENCE = {"numpy", "ml_dtypes"}
-OWN = {  # what a file may import beyond its bank; an adapter of an engine or a model: the package of its own name
+# what a file may import beyond its bank; an adapter of an engine or a model: the package of its own
+# name
+OWN = {
     "jax_side/calls/lanes.py": {"jax_tvm_ffi", "tvm_ffi"},
     "jax_side/models/nequip.py": {"jax_md", "jraph"},  # jax-md depends on jraph
     "torch_side/potentials/neighbors.py": {"vesin"},
     "torch_side/models/sevennet.py": {"sevenn"},
 }
-AT_TOP = {f"bridge/{name}.py": {"hypothesis"} for name in ("testing", "strategies")}  # what a file may import at module level
-ADAPTED = set().union(*OWN.values(), {"jax_md", "chgnet", "torchani", "mace", "franken", "ase", "torch_sim", "nvalchemi", "kups"})
+# What a file may import at module level.
+AT_TOP = {f"bridge/testing/{name}.py": {"hypothesis"} for name in ("__init__", "strategies")}
+ADAPTED = set().union(
+    *OWN.values(),
+    {"jax_md", "chgnet", "torchani", "mace", "franken", "ase", "torch_sim", "nvalchemi", "kups"},
+)
 DYNAMIC = ("import_module", "__import__", "find_spec", "LazyLoader")
 
 
 def files(root):
-    return {p.relative_to(root).as_posix(): p for d in BANKS for p in sorted((root / d).rglob("*.py"))}
+    return {
+        p.relative_to(root).as_posix(): p for d in BANKS for p in sorted((root / d).rglob("*.py"))
+    }
 
 
 def imports(path, name):
-    """(module, True where only a call of a function imports it) for every import of a file, dynamic ones included."""
+    """(module, True where only a call of a function imports it) for every import of a file, dynamic
+    ones included."""
     found = []
 
     def visit(node, inside):
         if isinstance(node, ast.Import):
             found.extend((a.name, inside) for a in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join([*name.split("/")[: -node.level], *filter(None, [node.module])]) if node.level else node.module
-            deeper = base in BANKS  # there a name is a module of its own
+            base = (
+                ".".join([*name.split("/")[: -node.level], *filter(None, [node.module])])
+                if node.level
+                else node.module
+            )
+            deeper = base in PACKAGES  # there a name is a module of its own
             found.extend((f"{base}.{a.name}" if deeper else base, inside) for a in node.names)
-        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in DYNAMIC:
-            found.extend((n.value, inside) for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str))
+        elif (
+            isinstance(node, ast.Call)
+            and getattr(node.func, "attr", getattr(node.func, "id", "")) in DYNAMIC
+        ):
+            found.extend(
+                (n.value, inside)
+                for n in ast.walk(node)
+                if isinstance(n, ast.Constant) and isinstance(n.value, str)
+            )
         for child in ast.iter_child_nodes(node):
-            visit(child, inside or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
+            visit(
+                child,
+                inside or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)),
+            )
 
     visit(ast.parse(path.read_text()), False)
     return found
@@ -61,33 +98,97 @@ def top(module):
 
 
 def jax_side_imports_torch(root):
-    return [f for f, p in files(root).items() if f.startswith("jax_side/") and TORCH & {top(m) for m, _ in imports(p, f)}]
+    return [
+        f
+        for f, p in files(root).items()
+        if f.startswith("jax_side/") and TORCH & {top(m) for m, _ in imports(p, f)}
+    ]
 
 
 def torch_side_imports_jax(root):
-    return [f for f, p in files(root).items() if f.startswith("torch_side/") and JAX & {top(m) for m, _ in imports(p, f)}]
+    return [
+        f
+        for f, p in files(root).items()
+        if f.startswith("torch_side/") and JAX & {top(m) for m, _ in imports(p, f)}
+    ]
 
 
 def bank_imports_beyond_the_floor(root):
     banks = [(f, p) for f, p in files(root).items() if not f.startswith("bridge/")]
-    return [f for f, p in banks if any(top(m) == "bridge" and m not in FLOOR for m, _ in imports(p, f))]
+    return [
+        f for f, p in banks if any(top(m) == "bridge" and m not in FLOOR for m, _ in imports(p, f))
+    ]
 
 
 def joins_outside_of_join(root):
-    found = [f for f, p in files(root).items() if (tops := {top(m) for m, _ in imports(p, f)}) & JAX and tops & TORCH]
+    found = [
+        f
+        for f, p in files(root).items()
+        if (tops := {top(m) for m, _ in imports(p, f)}) & JAX and tops & TORCH
+    ]
     return [f for f in found if f != "bridge/join.py"]
 
 
 def floor_imports_third_parties(root):
     floor = [(f, p) for f, p in files(root).items() if dotted(f) in FLOOR]
-    return [f for f, p in floor if any(m not in FLOOR and top(m) not in sys.stdlib_module_names for m, _ in imports(p, f))]
+    return [
+        f
+        for f, p in floor
+        if any(m not in FLOOR and top(m) not in sys.stdlib_module_names for m, _ in imports(p, f))
+    ]
 
 
 def third_parties_outside_their_adapter(root):
     base = JAX | TORCH | SCIENCE | {"bridge"} | set(sys.stdlib_module_names)
-    own = {f: OWN.get(f, {p.stem} if p.parent.name in ("engines", "models") else set()) for f, p in files(root).items()}
-    allowed = lambda f, m, inside: top(m) in base | AT_TOP.get(f, set()) or inside and top(m) in own[f]  # noqa: E731
-    return [f for f, p in files(root).items() if not all(allowed(f, m, inside) for m, inside in imports(p, f))]
+    own = {
+        f: OWN.get(f, {p.stem} if p.parent.name in ("engines", "models") else set())
+        for f, p in files(root).items()
+    }
+    allowed = lambda f, m, inside: (
+        top(m) in base | AT_TOP.get(f, set()) or (inside and top(m) in own[f])
+    )
+    return [
+        f
+        for f, p in files(root).items()
+        if not all(allowed(f, m, inside) for m, inside in imports(p, f))
+    ]
+
+
+def storey(module):
+    """Of a file or module of a bank; None for what is in none."""
+    bank, *rooms = module.split(".")
+    if bank not in BANKS[1:] or not rooms:
+        return None
+    return STOREYS.get(rooms[0], ATTIC)
+
+
+def imports_from_a_higher_storey(root):
+    def climbs(file, module):
+        above, here = storey(module), storey(dotted(file))
+        return above is not None and top(module) == top(file.replace("/", ".")) and above > here
+
+    banks = {f: p for f, p in files(root).items() if not f.startswith("bridge/")}
+    return [f for f, p in banks.items() if any(climbs(f, m) for m, _ in imports(p, f))]
+
+
+def circles(root):
+    """Files that import one another, directly or by others, when they are loaded or later."""
+    found = files(root)
+    modules = {dotted(f): f for f in found}
+    arrows = {
+        modules[name]: {modules[m] for m, _ in imports(found[f], f) if m in modules}
+        for name, f in modules.items()
+    }
+
+    def reached(file):
+        seen, todo = set(), [file]
+        while todo:
+            for nearer in arrows[todo.pop()] - seen:
+                seen.add(nearer)
+                todo.append(nearer)
+        return seen
+
+    return [f for f in arrows if storey(dotted(f)) is not None and f in reached(f)]
 
 
 RULES = {  # rule: (file, source) pairs, each of which breaks it
@@ -98,11 +199,26 @@ RULES = {  # rule: (file, source) pairs, each of which breaks it
     ],
     torch_side_imports_jax: [
         ("torch_side/a.py", "from jax import numpy"),
-        ("torch_side/models/b.py", "class A:\n    def f(self):\n        import jax_side.calls.lanes"),
+        (
+            "torch_side/models/b.py",
+            "class A:\n    def f(self):\n        import jax_side.calls.lanes",
+        ),
         ("torch_side/c.py", "if True:\n    from ..jax_side import lanes"),
     ],
-    bank_imports_beyond_the_floor: [("jax_side/a.py", "from bridge import to_jax"), ("torch_side/b.py", "import bridge.join")],
-    joins_outside_of_join: [("bridge/testing/__init__.py", "import jax\ndef f():\n    import torch"), ("bridge/__init__.py", "import jax_side, torch_side")],
+    imports_from_a_higher_storey: [
+        ("jax_side/calls/a.py", "from jax_side.potentials import strain"),
+        ("torch_side/potentials/b.py", "def f():\n    import torch_side.models.mace"),
+        ("torch_side/montecarlo/c.py", "from torch_side.testing import run"),
+    ],
+    circles: [("jax_side/calls/a.py", "def f():\n    from jax_side.calls import a")],
+    bank_imports_beyond_the_floor: [
+        ("jax_side/a.py", "from bridge import to_jax"),
+        ("torch_side/b.py", "import bridge.join"),
+    ],
+    joins_outside_of_join: [
+        ("bridge/testing/__init__.py", "import jax\ndef f():\n    import torch"),
+        ("bridge/__init__.py", "import jax_side, torch_side"),
+    ],
     floor_imports_third_parties: [
         ("bridge/errors.py", "import numpy"),
         ("bridge/function.py", "from bridge.join import to_jax"),
@@ -110,7 +226,10 @@ RULES = {  # rule: (file, source) pairs, each of which breaks it
     ],
     third_parties_outside_their_adapter: [
         ("torch_side/models/mace.py", "import mace"),
-        ("torch_side/models/mace.py", "try:\n    from mace.tools import x\nexcept ImportError: pass"),
+        (
+            "torch_side/models/mace.py",
+            "try:\n    from mace.tools import x\nexcept ImportError: pass",
+        ),
         ("torch_side/models/chgnet.py", "def f():\n    import mace"),
         ("jax_side/potentials/potential.py", "def f():\n    import jax_md"),
         ("bridge/join.py", "class A:\n    import tvm_ffi"),
@@ -118,7 +237,11 @@ RULES = {  # rule: (file, source) pairs, each of which breaks it
         ("torch_side/testing.py", "def f():\n    from hypothesis import given"),
     ],
 }
-PLANTED = [pytest.param(rule, f, s, id=f"{rule.__name__}-{i}") for rule, twins in RULES.items() for i, (f, s) in enumerate(twins)]
+PLANTED = [
+    pytest.param(rule, f, s, id=f"{rule.__name__}-{i}")
+    for rule, twins in RULES.items()
+    for i, (f, s) in enumerate(twins)
+]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: r.__name__)
@@ -129,7 +252,10 @@ def test_rule_x_this_tree(rule):
 
 @pytest.mark.parametrize("rule, file, source", PLANTED)
 def test_rule_x_planted_tree(rule, file, source, tmp_path):
-    good = {"bridge/join.py": "import jax, torch", "jax_side/engines/jax_md.py": "import jax\ndef f(): import jax_md"}
+    good = {
+        "bridge/join.py": "import jax, torch",
+        "jax_side/engines/jax_md.py": "import jax\ndef f(): import jax_md",
+    }
     for name, text in {**good, file: source}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -138,8 +264,18 @@ def test_rule_x_planted_tree(rule, file, source, tmp_path):
     assert rule(tmp_path) == []
 
 
+def test_a_circle_of_two_files_is_seen(tmp_path):
+    for name, other in ("a", "b"), ("b", "a"):
+        path = tmp_path / f"torch_side/calls/{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"def f():\n    from torch_side.calls import {other}")
+    assert circles(tmp_path) == ["torch_side/calls/a.py", "torch_side/calls/b.py"]
+
+
 def python(code):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -191,7 +327,11 @@ print(json.dumps([k for k, v in state().items() if v != before[k]]))
     "change, seen",
     [
         ("", []),
-        ("os.environ['OMP_NUM_THREADS'] = '7'; jax.config.update('jax_enable_x64', True); torch.set_num_threads(3)", ["env", "jax", "torch"]),
+        (
+            "os.environ['OMP_NUM_THREADS'] = '7'; jax.config.update('jax_enable_x64', True); "
+            "torch.set_num_threads(3)",
+            ["env", "jax", "torch"],
+        ),
     ],
     ids=["nothing", "planted"],
 )

@@ -1,4 +1,5 @@
-"""README's examples run as shown; its file map and targets are those of the tree; docstring examples run."""
+"""README's examples run as shown; its file map and targets are those of the tree; docstring
+examples run."""
 
 import contextlib
 import doctest
@@ -14,16 +15,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
-MODULES = sorted(".".join(p.relative_to(ROOT).with_suffix("").parts) for d in ("bridge", "jax_side", "torch_side") for p in (ROOT / d).rglob("*.py") if p.name != "__init__.py")
+MODULES = sorted(
+    ".".join(p.relative_to(ROOT).with_suffix("").parts)
+    for d in ("bridge", "jax_side", "torch_side")
+    for p in (ROOT / d).rglob("*.py")
+    if p.name != "__init__.py"
+)
 
 
 def test_the_first_example_has_eight_lines_and_prints_what_it_says():
     lines = [line for line in EXAMPLES[0].splitlines() if line.strip()]
     assert len(lines) == 8
     out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        with jax.enable_x64(False):
-            exec(EXAMPLES[0], {})
+    with contextlib.redirect_stdout(out), jax.enable_x64(False):
+        exec(EXAMPLES[0], {})
     assert out.getvalue().strip() == lines[-1].split("# ")[1].strip()
 
 
@@ -32,7 +37,12 @@ def test_the_other_examples_run(i):
     scope = {}
     exec(EXAMPLES[i], scope)
     if "init" in scope:
-        state, e0 = scope["init"](jax.random.key(0), jax.numpy.asarray(scope["atoms"].get_scaled_positions(), "float32"), kT=0.02, mass=30.0)
+        state, e0 = scope["init"](
+            jax.random.key(0),
+            jax.numpy.asarray(scope["atoms"].get_scaled_positions(), "float32"),
+            kT=0.02,
+            mass=30.0,
+        )
         _, e1 = scope["step"](state)
         assert float(e0) < -20 and abs(float(e1 - e0)) < 1
 
@@ -51,10 +61,14 @@ def test_the_file_map_names_every_file():
 
 
 def test_make_help_lists_every_target():
-    listed = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
     assert targets and all(f"make {t} " in listed for t in targets)
 
 
 def test_the_commands_of_the_readme_are_targets():
-    assert set(re.findall(r"`?make ([a-z-]+)", README)) <= set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"`?make ([a-z-]+)", README)) <= set(
+        re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+    )

@@ -1,4 +1,5 @@
-"""Every transform of torch as a function of (f, inputs), for tests of JAX callables in torch. Add a row, and all twins are tested on it."""
+"""Every transform of torch as a function of (f, inputs), for tests of JAX callables in torch. Add a
+row, and all twins are tested on it."""
 
 import re
 from functools import cache, partial
@@ -14,14 +15,17 @@ import bridge
 from tests.cases import TWINS, Twin, draw
 
 F = torch.func
-ALL = lambda xs: tuple(range(len(xs)))  # noqa: E731
-CT = lambda y: torch.cos(torch.arange(y.numel(), dtype=y.real.dtype)).reshape(y.shape)  # noqa: E731
-real = lambda y: torch.view_as_real(y.resolve_conj()) if y.is_complex() else y  # noqa: E731
-TOTAL = lambda f: lambda *xs: (lambda y: (CT(y) * y).sum())(real(f(*xs)))  # noqa: E731
-TWO = lambda xs: [torch.stack([x, 2 * x]) for x in xs]  # noqa: E731
+ALL = lambda xs: tuple(range(len(xs)))
+CT = lambda y: torch.cos(torch.arange(y.numel(), dtype=y.real.dtype)).reshape(y.shape)
+real = lambda y: torch.view_as_real(y.resolve_conj()) if y.is_complex() else y
+TOTAL = lambda f: lambda *xs: (lambda y: (CT(y) * y).sum())(real(f(*xs)))
+TWO = lambda xs: [torch.stack([x, 2 * x]) for x in xs]
 close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
 
-Z, R = torch.tensor([0.3 + 0.4j, -1.2 + 0.7j], dtype=torch.complex128), torch.tensor([0.5, -1.5], dtype=torch.float64)
+Z, R = (
+    torch.tensor([0.3 + 0.4j, -1.2 + 0.7j], dtype=torch.complex128),
+    torch.tensor([0.5, -1.5], dtype=torch.float64),
+)
 COMPLEX = {  # the third entry: the inputs themselves
     "holomorphic": Twin(lambda z: z**3 + z.exp(), lambda z: z**3 + jnp.exp(z), (Z,)),
     "conj": Twin(lambda z: z.conj() * z**2, lambda z: z.conj() * z**2, (Z,)),
@@ -29,8 +33,12 @@ COMPLEX = {  # the third entry: the inputs themselves
     "abs": Twin(lambda z: z.abs().sum(), lambda z: jnp.abs(z).sum(), (Z,)),
     "real_out": Twin(lambda z: z.real * z.imag**2, lambda z: z.real * z.imag**2, (Z,)),
     "real_in": Twin(lambda x: torch.exp(1j * x) * x, lambda x: jnp.exp(1j * x) * x, (R,)),
-    "through": Twin(lambda x: torch.fft.fft(x).abs() ** 2, lambda x: jnp.abs(jnp.fft.fft(x)) ** 2, (R,)),
-    "mixed": Twin(lambda x, z: (x * z).sin() * z.conj(), lambda x, z: jnp.sin(x * z) * z.conj(), (R, Z)),
+    "through": Twin(
+        lambda x: torch.fft.fft(x).abs() ** 2, lambda x: jnp.abs(jnp.fft.fft(x)) ** 2, (R,)
+    ),
+    "mixed": Twin(
+        lambda x, z: (x * z).sin() * z.conj(), lambda x, z: jnp.sin(x * z) * z.conj(), (R, Z)
+    ),
 }
 
 
@@ -40,7 +48,11 @@ def bridged(name):
 
 
 def inputs(name, n=2, m=3, seed=0, dtype="float64"):
-    return tuple(torch.from_numpy(np.array(x)) for x in draw(TWINS[name], n, m, seed, dtype)) if name in TWINS else COMPLEX[name].shapes
+    return (
+        tuple(torch.from_numpy(np.array(x)) for x in draw(TWINS[name], n, m, seed, dtype))
+        if name in TWINS
+        else COMPLEX[name].shapes
+    )
 
 
 def leaves(xs):
@@ -59,7 +71,7 @@ def again(f, xs, order):
     xs = leaves(xs)
     y = f(*xs)
     for _ in range(order):
-        loss = TOTAL(lambda: y)() + sum(0 * real(x).sum() for x in xs)  # noqa: B023
+        loss = TOTAL(lambda: y)() + sum(0 * real(x).sum() for x in xs)
         y = torch.cat([real(g).flatten() for g in torch.autograd.grad(loss, xs, create_graph=True)])
     return y
 
@@ -95,7 +107,9 @@ TRANSFORMS = {
     "triple_backward": lambda f, xs: again(f, xs, 3),
     "grad": lambda f, xs: F.grad(TOTAL(f), ALL(xs))(*xs),
     "vjp": lambda f, xs: (lambda y, pull: (pull(CT(y).to(y.dtype)), pull(y)))(*F.vjp(f, *xs)),
-    "vjp_backward": lambda f, xs: (lambda y, pull: backward(lambda c: pull(c)[0], [CT(y).to(y.dtype)]))(*F.vjp(f, *xs)),
+    "vjp_backward": lambda f, xs: (
+        lambda y, pull: backward(lambda c: pull(c)[0], [CT(y).to(y.dtype)])
+    )(*F.vjp(f, *xs)),
     "jvp": lambda f, xs: F.jvp(f, xs, tuple(map(torch.cos, xs))),
     "jvp_of_first": lambda f, xs: F.jvp(lambda x: f(x, *xs[1:]), xs[:1], xs[:1]),
     "linearize": lambda f, xs: F.linearize(f, *xs)[1](*map(torch.cos, xs)),
@@ -113,16 +127,28 @@ TRANSFORMS = {
     "vmap_of_first": lambda f, xs: over_first(f, xs)(torch.stack([xs[0], -xs[0]]), *xs[1:]),
     "vmap_last_axis": lambda f, xs: F.vmap(f, -1, -1)(*[torch.stack([x, 2 * x], -1) for x in xs]),
     "vmap_vmap": lambda f, xs: F.vmap(F.vmap(f))(*TWO(TWO(xs))),
-    "vmap_vmap_crossed": lambda f, xs: F.vmap(over_first(f, xs), (1,) + (None,) * (len(xs) - 1), 1)(torch.stack(TWO([xs[0], -xs[0]])), *xs[1:]),
+    "vmap_vmap_crossed": lambda f, xs: F.vmap(over_first(f, xs), (1,) + (None,) * (len(xs) - 1), 1)(
+        torch.stack(TWO([xs[0], -xs[0]])), *xs[1:]
+    ),
     "vmap_grad": lambda f, xs: F.vmap(F.grad(TOTAL(f), ALL(xs)))(*TWO(xs)),
     "vmap_jvp": lambda f, xs: F.vmap(lambda *xs: F.jvp(f, xs, xs))(*TWO(xs)),
     "vmap_hessian": lambda f, xs: F.vmap(F.hessian(TOTAL(f)))(*TWO(xs)),
-    "grad_vmap": lambda f, xs: F.grad(lambda *ys: (over_first(f, xs)(*ys) ** 2).sum(), ALL(xs))(torch.stack([xs[0], -xs[0]]), *xs[1:]),
-    "jvp_vmap": lambda f, xs: F.jvp(over_first(f, xs), (torch.stack([xs[0], -xs[0]]), *xs[1:]), (torch.stack([xs[0], xs[0]]), *xs[1:]))[1],
+    "grad_vmap": lambda f, xs: F.grad(lambda *ys: (over_first(f, xs)(*ys) ** 2).sum(), ALL(xs))(
+        torch.stack([xs[0], -xs[0]]), *xs[1:]
+    ),
+    "jvp_vmap": lambda f, xs: F.jvp(
+        over_first(f, xs),
+        (torch.stack([xs[0], -xs[0]]), *xs[1:]),
+        (torch.stack([xs[0], xs[0]]), *xs[1:]),
+    )[1],
     "backward_vmap": lambda f, xs: backward(F.vmap(f), TWO(xs)),
     "backward_grad": lambda f, xs: backward(F.grad(TOTAL(f)), xs),
     "dual": dual,
-    "dual_backward": lambda f, xs: dual(lambda *ys: torch.autograd.grad(TOTAL(f)(*ys), ys[0], create_graph=True)[0], leaves(xs), torch.enable_grad),
+    "dual_backward": lambda f, xs: dual(
+        lambda *ys: torch.autograd.grad(TOTAL(f)(*ys), ys[0], create_graph=True)[0],
+        leaves(xs),
+        torch.enable_grad,
+    ),
     "backward_dual": lambda f, xs: backward(lambda *xs: dual(f, xs, torch.enable_grad), xs),
     "functional_vjp": lambda f, xs: A.vjp(TOTAL(f), xs),
     "functional_jvp": lambda f, xs: A.jvp(f, xs, tuple(map(torch.cos, xs))),
@@ -130,15 +156,23 @@ TRANSFORMS = {
     "functional_hessian": lambda f, xs: A.hessian(TOTAL(f), xs),
     "functional_hvp": lambda f, xs: A.hvp(TOTAL(f), xs, tuple(map(torch.cos, xs))),
     "checkpoint": lambda f, xs: backward(lambda *xs: checkpoint(f, *xs, use_reentrant=False), xs),
-    "checkpoint_reentrant": lambda f, xs: backward(lambda *xs: checkpoint(f, *xs, use_reentrant=True), xs),
+    "checkpoint_reentrant": lambda f, xs: backward(
+        lambda *xs: checkpoint(f, *xs, use_reentrant=True), xs
+    ),
     "save_on_cpu": offloaded,
 }
 BATCHED_COTANGENTS = {
-    "is_grads_batched": lambda f, xs: (lambda xs, y: torch.autograd.grad(y, xs, torch.stack([CT(y), y.detach()]), is_grads_batched=True))(*(lambda xs: (xs, f(*xs)))(leaves(xs))),
+    "is_grads_batched": lambda f, xs: (
+        lambda xs, y: torch.autograd.grad(
+            y, xs, torch.stack([CT(y), y.detach()]), is_grads_batched=True
+        )
+    )(*(lambda xs: (xs, f(*xs)))(leaves(xs))),
     "jacobian": lambda f, xs: A.jacobian(f, xs, vectorize=True),
     "jacobian_forward": lambda f, xs: A.jacobian(f, xs, vectorize=True, strategy="forward-mode"),
     "hessian": lambda f, xs: A.hessian(TOTAL(f), xs, vectorize=True),
-    "hessian_forward": lambda f, xs: A.hessian(TOTAL(f), xs, vectorize=True, outer_jacobian_strategy="forward-mode"),
+    "hessian_forward": lambda f, xs: A.hessian(
+        TOTAL(f), xs, vectorize=True, outer_jacobian_strategy="forward-mode"
+    ),
 }
 
 # What torch.compile makes of an error inside, and its own for what it can't do.

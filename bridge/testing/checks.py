@@ -1,4 +1,5 @@
-"""The properties that bridge.testing.check_potential checks: each a function of a model, a structure and a random generator. NumPy only."""
+"""The properties that bridge.testing.check_potential checks: each a function of a model, a
+structure and a random generator. NumPy only."""
 
 from __future__ import annotations
 
@@ -6,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bridge.testing import continuity
 from bridge.contract import ENERGY_AND_GRADIENTS, check_outputs
+from bridge.testing import continuity
 from bridge.testing.strategies import pad, systems_of, with_edges
 
 UNITS = {"energy": "eV", "node_energies": "eV", "virial": "eV", "hessian": "eV/Angstrom^2"}
@@ -20,7 +21,8 @@ class Mismatch(AssertionError):
 
 @dataclass(frozen=True)
 class Tolerance:
-    """`step` of finite differences in Angstrom, relative errors of `slope`s and of what must be the `same`, absolute ones `floor`."""
+    """`step` of finite differences in Angstrom, relative errors of `slope`s and of what must be the
+    `same`, absolute ones `floor`."""
 
     step: float
     strain: float
@@ -39,8 +41,9 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class Property:
-    """`check(model, structure, rng)` raises Mismatch, or returns the text of a warning. `needs`: "systems" (several), "pbc" (a periodic
-    axis), "edges", "lanes", "transforms", "scan" (many evaluations, so few structures) or nothing."""
+    """`check(model, structure, rng)` raises Mismatch, or returns the text of a warning. `needs`:
+    "systems" (several), "pbc" (a periodic axis), "edges", "lanes", "transforms", "scan" (many
+    evaluations, so few structures) or nothing."""
 
     check: object
     needs: frozenset = frozenset()
@@ -60,7 +63,10 @@ def agree(got, want, allowed, what, why):
         at = np.unravel_index(np.argmax(np.where(np.isnan(off), np.inf, off)), off.shape)
         where = what + (f"[{', '.join(map(str, at))}]" if at else "")
         unit = UNITS.get(what, "eV/Angstrom" if what.endswith("gradients") else "")
-        raise Mismatch(f"{where}: expected {want[at]:.10g} ({why}), got {got[at]:.10g} {unit}".rstrip() + f"; off by {off[at]:.3g}, allowed {allowed:.3g}")
+        raise Mismatch(
+            f"{where}: expected {want[at]:.10g} ({why}), got {got[at]:.10g} {unit}".rstrip()
+            + f"; off by {off[at]:.3g}, allowed {allowed:.3g}"
+        )
 
 
 def same(model, got, want, why):
@@ -72,7 +78,10 @@ def same(model, got, want, why):
 
 def slopes(model, s, key, directions, step, value="energy"):
     """Central differences of the energy, or of another output, along changes of s[key]."""
-    up, down = ([np.array(model(s | {key: s[key] + sign * step * d})[value], float) for d in directions] for sign in (1, -1))
+    up, down = (
+        [np.array(model(s | {key: s[key] + sign * step * d})[value], float) for d in directions]
+        for sign in (1, -1)
+    )
     return (np.array(up) - np.array(down)) / (2 * step)
 
 
@@ -95,37 +104,76 @@ def deterministic(model, s, rng):
     out, direction = model(s), rng.normal(size=s["pos"].shape)
     for key in ENERGY_AND_GRADIENTS:
         if str(out[key].dtype) != model.dtype:
-            raise Mismatch(f"{key}: expected {model.dtype}, the dtype of the positions, got {out[key].dtype}")
+            raise Mismatch(
+                f"{key}: expected {model.dtype}, the dtype of the positions, got {out[key].dtype}"
+            )
     model(s | {"pos": s["pos"] + 0.05 * direction})
     again = model(s)
     for key in ENERGY_AND_GRADIENTS:
         scale = abs(out[key]).max(initial=1.0)
-        agree(again[key], out[key], 100 * model.factor * model.limits.eps * scale, key, "as in an earlier call on the same structure")
+        agree(
+            again[key],
+            out[key],
+            100 * model.factor * model.limits.eps * scale,
+            key,
+            "as in an earlier call on the same structure",
+        )
     if model.dtype == "float64":
         precise(model, s, out, direction)
 
 
 def precise(model, s, out, direction, step=1e-7):
-    """Over a step so small that float32 has no digits left, the energy changes as its gradient has it."""
+    """Over a step so small that float32 has no digits left, the energy changes as its gradient has
+    it."""
     want = 2 * step * (out["position_gradients"] * direction).sum()
     got = 2 * step * slopes(model, s, "pos", [direction], step).sum()
     scale = 1 + abs(out["energy"]).max() + abs(out.get("node_energies", np.zeros(1))).sum()
-    allowed = model.factor * (2e-4 * step * abs(direction).sum() * abs(out["position_gradients"]).max() + 200 * model.limits.eps * scale)
-    agree(got, want, allowed, "energy", f"change over a step of {2 * step:g} Angstrom by position_gradients, which needs all digits of float64")
+    allowed = model.factor * (
+        2e-4 * step * abs(direction).sum() * abs(out["position_gradients"]).max()
+        + 200 * model.limits.eps * scale
+    )
+    agree(
+        got,
+        want,
+        allowed,
+        "energy",
+        f"change over a step of {2 * step:g} Angstrom by position_gradients, which needs all "
+        "digits of float64",
+    )
 
 
 @holds("position gradients are those of finite differences")
 def position_gradients(model, s, rng):
     out = model(s)
-    want = slopes(model, s, "pos", units_of(s["pos"]), model.limits.step).sum(-1).reshape(s["pos"].shape)
-    agree(out["position_gradients"], want, model.room(model.limits.slope, want, noise=out), "position_gradients", "finite differences of the energy")
+    want = (
+        slopes(model, s, "pos", units_of(s["pos"]), model.limits.step)
+        .sum(-1)
+        .reshape(s["pos"].shape)
+    )
+    agree(
+        out["position_gradients"],
+        want,
+        model.room(model.limits.slope, want, noise=out),
+        "position_gradients",
+        "finite differences of the energy",
+    )
 
 
 @holds("cell gradients are those of finite differences at fixed Cartesian positions")
 def cell_gradients(model, s, rng):
     out = model(s)
-    want = slopes(model, s, "cell", units_of(s["cell"]), model.limits.strain).sum(-1).reshape(s["cell"].shape)
-    agree(out["cell_gradients"], want, model.room(model.limits.slope, want, noise=out), "cell_gradients", "finite differences of the energy")
+    want = (
+        slopes(model, s, "cell", units_of(s["cell"]), model.limits.strain)
+        .sum(-1)
+        .reshape(s["cell"].shape)
+    )
+    agree(
+        out["cell_gradients"],
+        want,
+        model.room(model.limits.slope, want, noise=out),
+        "cell_gradients",
+        "finite differences of the energy",
+    )
 
 
 @holds("virial is that of strain")
@@ -134,16 +182,30 @@ def virial(model, s, rng):
     found = np.zeros_like(s["cell"])
     np.add.at(found, s["batch"], s["pos"][:, :, None] * out["position_gradients"][:, None, :])
     found += np.swapaxes(s["cell"], 1, 2) @ out["cell_gradients"]
-    strained = lambda e: s | {"pos": s["pos"] + s["pos"] @ e, "cell": s["cell"] + s["cell"] @ e}  # noqa: E731
-    energies = [[np.array(model(strained(sign * step * e))["energy"], float) for sign in (1, -1)] for e in units_of(np.zeros((3, 3)))]
+    strained = lambda e: s | {"pos": s["pos"] + s["pos"] @ e, "cell": s["cell"] + s["cell"] @ e}
+    energies = [
+        [np.array(model(strained(sign * step * e))["energy"], float) for sign in (1, -1)]
+        for e in units_of(np.zeros((3, 3)))
+    ]
     want = np.array([(up - down) / (2 * step) for up, down in energies]).T.reshape(systems, 3, 3)
-    agree(found, want, model.room(model.limits.slope, want, found, noise=out), "virial", "finite differences of the energy under strain")
+    agree(
+        found,
+        want,
+        model.room(model.limits.slope, want, found, noise=out),
+        "virial",
+        "finite differences of the energy under strain",
+    )
 
 
 @holds("translation")
 def translation(model, s, rng):
     shift = rng.uniform(-3, 3, 3)
-    same(model, model(s | {"pos": s["pos"] + shift}), model(s), f"before all atoms moved by {shift.round(3).tolist()}")
+    same(
+        model,
+        model(s | {"pos": s["pos"] + shift}),
+        model(s),
+        f"before all atoms moved by {shift.round(3).tolist()}",
+    )
 
 
 @holds("rotation")
@@ -152,15 +214,30 @@ def rotation(model, s, rng):
     q *= np.linalg.det(q)
     out = model(s)
     want = out | {k: out[k] @ q for k in ("position_gradients", "cell_gradients")}
-    same(model, model(s | {"pos": s["pos"] @ q, "cell": s["cell"] @ q}), want, f"rotated with the structure by {q.round(3).tolist()}")
+    same(
+        model,
+        model(s | {"pos": s["pos"] @ q, "cell": s["cell"] @ q}),
+        want,
+        f"rotated with the structure by {q.round(3).tolist()}",
+    )
 
 
 @holds("permutation")
 def permutation(model, s, rng):
-    order = np.lexsort([rng.permutation(len(s["pos"])) if len(s["pos"]) > 2 else -np.arange(len(s["pos"])), s["batch"]])
+    order = np.lexsort(
+        [
+            rng.permutation(len(s["pos"])) if len(s["pos"]) > 2 else -np.arange(len(s["pos"])),
+            s["batch"],
+        ]
+    )
     out = model(s)
     want = out | {k: out[k][order] for k in ("position_gradients", "node_energies") if k in out}
-    same(model, model(s | {k: s[k][order] for k in ("pos", "atomic_numbers")}), want, f"with the atoms in the order {order.tolist()}")
+    same(
+        model,
+        model(s | {k: s[k][order] for k in ("pos", "atomic_numbers")}),
+        want,
+        f"with the atoms in the order {order.tolist()}",
+    )
 
 
 @holds("periodic wrap", "pbc")
@@ -168,9 +245,16 @@ def periodic_wrap(model, s, rng):
     n = rng.integers(-2, 3, s["pos"].shape) * s["pbc"][s["batch"]]
     out = model(s)
     cell = out["cell_gradients"].copy()
-    np.subtract.at(cell, s["batch"], n[:, :, None] * out["position_gradients"][:, None, :])  # fixed positions are others now
+    np.subtract.at(
+        cell, s["batch"], n[:, :, None] * out["position_gradients"][:, None, :]
+    )  # fixed positions are others now
     moved = s["pos"] + np.einsum("ia,iab->ib", n, s["cell"][s["batch"]])
-    same(model, model(s | {"pos": moved}), out | {"cell_gradients": cell}, f"before atoms moved by lattice vectors {n.tolist()}")
+    same(
+        model,
+        model(s | {"pos": moved}),
+        out | {"cell_gradients": cell},
+        f"before atoms moved by lattice vectors {n.tolist()}",
+    )
 
 
 @holds("lattice basis", "pbc")
@@ -178,7 +262,12 @@ def lattice_basis(model, s, rng):
     u = np.array([_unimodular(axes, rng) for axes in s["pbc"]])
     out = model(s)
     want = out | {"cell_gradients": np.linalg.inv(np.swapaxes(u, 1, 2)) @ out["cell_gradients"]}
-    same(model, model(s | {"cell": u @ s["cell"]}), want, f"in the basis before cell -> U @ cell, U = {u.astype(int).tolist()}")
+    same(
+        model,
+        model(s | {"cell": u @ s["cell"]}),
+        want,
+        f"in the basis before cell -> U @ cell, U = {u.astype(int).tolist()}",
+    )
 
 
 def _unimodular(pbc, rng):
@@ -197,13 +286,32 @@ def extensive(model, s, rng):
     for one in systems_of(s):
         pos, cell, periodic = one["pos"], one["cell"].copy(), one["pbc"].any()
         axis = int(one["pbc"][0].argmax())
-        shift = cell[0, axis].copy() if periodic else np.array([1.0, 0, 0]) * (model.limits.far + np.ptp(pos))
+        shift = (
+            cell[0, axis].copy()
+            if periodic
+            else np.array([1.0, 0, 0]) * (model.limits.far + np.ptp(pos))
+        )
         cell[:, axis] *= 2
-        double = {k: np.concatenate([one[k]] * 2) for k in ("atomic_numbers", "batch")} | {"pos": np.concatenate([pos, pos + shift]), "cell": cell}
-        copies = f"repeated along axis {axis} of its cell" if periodic else f"with a copy {shift[0]:.0f} Angstrom away"
+        double = {k: np.concatenate([one[k]] * 2) for k in ("atomic_numbers", "batch")} | {
+            "pos": np.concatenate([pos, pos + shift]),
+            "cell": cell,
+        }
+        copies = (
+            f"repeated along axis {axis} of its cell"
+            if periodic
+            else f"with a copy {shift[0]:.0f} Angstrom away"
+        )
         out = model(one)
-        twice = {"energy": 2 * out["energy"], "position_gradients": np.concatenate([out["position_gradients"]] * 2)}
-        same(model, model(one | double), twice, f"from the structure alone, its energy twice; got for it {copies}")
+        twice = {
+            "energy": 2 * out["energy"],
+            "position_gradients": np.concatenate([out["position_gradients"]] * 2),
+        }
+        same(
+            model,
+            model(one | double),
+            twice,
+            f"from the structure alone, its energy twice; got for it {copies}",
+        )
 
 
 @holds("continuous where neighbours come and go", "scan")
@@ -212,7 +320,10 @@ def continuous(model, s, rng):
     path = continuity.path_of(model, s, rng, reach)
     jump, kink = continuity.search(path, reach, continuity.RESOLUTIONS[model.dtype])
     if jump:
-        raise Mismatch(f"{jump} (a probe, Z = {path.structure['atomic_numbers'][-1]}, that moves from it along {path.direction.round(3).tolist()})")
+        raise Mismatch(
+            f"{jump} (a probe, Z = {path.structure['atomic_numbers'][-1]}, that moves from it "
+            f"along {path.direction.round(3).tolist()})"
+        )
     return kink
 
 
@@ -221,7 +332,13 @@ def batched(model, s, rng):
     whole, names = model(s), (*ENERGY_AND_GRADIENTS, "node_energies")
     for b, one in enumerate(systems_of(s)):
         own = s["batch"] == b
-        found = {k: whole[k][own] if k in ("position_gradients", "node_energies") else whole[k][b : b + 1] for k in names if k in whole}
+        found = {
+            k: whole[k][own]
+            if k in ("position_gradients", "node_energies")
+            else whole[k][b : b + 1]
+            for k in names
+            if k in whole
+        }
         same(model, found, model(one), f"system {b} alone, got in the batch")
 
 
@@ -242,7 +359,13 @@ def lanes(model, s, rng):
     ffi, host = (model.transformed(s, other, lane, second=False) for lane in ("ffi", "host"))
     for (label, _, got), (_, _, want) in zip(ffi, host, strict=True):
         for a, b in zip(got, want, strict=True):
-            agree(a, b, model.room(model.limits.same, a, b), f"{label} of the energy", "host lane, got on the ffi lane")
+            agree(
+                a,
+                b,
+                model.room(model.limits.same, a, b),
+                f"{label} of the energy",
+                "host lane, got on the ffi lane",
+            )
 
 
 @holds("transforms agree", "transforms")
@@ -250,9 +373,17 @@ def transforms(model, s, rng):
     other = s["pos"] + 0.02 * rng.normal(size=s["pos"].shape)
     want = model.expected(s, other)
     for label, what, got in model.transformed(s, other, "auto", second="hessian" in want):
-        for name, a, b in zip(ENERGY_AND_GRADIENTS if what == "gradients" else [what], got, want[what], strict=True):
+        for name, a, b in zip(
+            ENERGY_AND_GRADIENTS if what == "gradients" else [what], got, want[what], strict=True
+        ):
             relative = 10 * model.limits.slope if what == "hessian" else model.limits.same
-            agree(a, b, model.room(relative, a, b), name, f"the model itself, got through the bridge by {label}")
+            agree(
+                a,
+                b,
+                model.room(relative, a, b),
+                name,
+                f"the model itself, got through the bridge by {label}",
+            )
 
 
 def hessian(model, s):

@@ -1,7 +1,9 @@
-"""Is an energy continuous, with continuous forces, where a neighbour comes and goes? A probe atom moves through all distances. NumPy only."""
+"""Is an energy continuous, with continuous forces, where a neighbour comes and goes? A probe atom
+moves through all distances. NumPy only."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,12 +16,15 @@ ROUGHEST = 6  # intervals that are searched for kinks
 
 @dataclass(frozen=True)
 class Resolution:
-    """How narrow an interval must be (Angstrom) for what jumps in it to be a jump, and what is rounding (relative)."""
+    """How narrow an interval must be (Angstrom) for what jumps in it to be a jump, and what is
+    rounding (relative)."""
 
     width: float
     energy: float
     gradient: float
-    kink: float | None  # width at which second derivatives are compared; None where rounding hides them
+    kink: (
+        float | None
+    )  # width at which second derivatives are compared; None where rounding hides them
 
 
 RESOLUTIONS = {
@@ -30,7 +35,8 @@ RESOLUTIONS = {
 
 @dataclass(frozen=True)
 class Point:
-    """The probe at distance t from its atom: energy, slope along the path, gradients of all atoms."""
+    """The probe at distance t from its atom: energy, slope along the path, gradients of all
+    atoms."""
 
     t: float
     energy: float
@@ -56,7 +62,8 @@ class Path:
 
 
 def path_of(model, s, rng, reach) -> Path:
-    """The first system of a structure as a cluster with a probe of one of its elements; in a wide cell where it is periodic."""
+    """The first system of a structure as a cluster with a probe of one of its elements; in a wide
+    cell where it is periodic."""
     own = s["batch"] == 0
     pos, numbers = s["pos"][own], s["atomic_numbers"][own]
     direction = rng.normal(size=3)
@@ -74,13 +81,22 @@ def path_of(model, s, rng, reach) -> Path:
 
 
 def search(path: Path, reach: float, resolution: Resolution) -> tuple[str, str]:
-    """(a jump in energy or gradients, a kink in the gradients) on the way of the probe; "" where there is none."""
+    """(a jump in energy or gradients, a kink in the gradients) on the way of the probe; "" where
+    there is none."""
     points = [path(t) for t in np.linspace(NEAREST, 1.15 * reach, INTERVALS + 1)]
     scale = _scales(points)
-    for left, right in zip(points, points[1:]):
+    for left, right in itertools.pairwise(points):
         for misfit, allowed, text in (
-            (_energy_misfit, resolution.energy * scale.energy, "energy: expected none that jumps, got {:.6g} eV"),
-            (_gradient_misfit, resolution.gradient * scale.gradient, "position_gradients: expected none that jump, got {:.6g} eV/Angstrom"),
+            (
+                _energy_misfit,
+                resolution.energy * scale.energy,
+                "energy: expected none that jumps, got {:.6g} eV",
+            ),
+            (
+                _gradient_misfit,
+                resolution.gradient * scale.gradient,
+                "position_gradients: expected none that jump, got {:.6g} eV/Angstrom",
+            ),
         ):
             at, jump = _narrowed(path, left, right, misfit, allowed, resolution.width)
             if at is not None:
@@ -88,7 +104,10 @@ def search(path: Path, reach: float, resolution: Resolution) -> tuple[str, str]:
                 return text.format(jump) + where, ""
     if resolution.kink is None:
         return "", ""
-    bends = [abs(a.gradients - 2 * b.gradients + c.gradients).max() for a, b, c in zip(points, points[1:], points[2:])]
+    bends = [
+        abs(a.gradients - 2 * b.gradients + c.gradients).max()
+        for a, b, c in zip(points, points[1:], points[2:])
+    ]
     rough = sorted(range(len(bends)), key=bends.__getitem__)[-ROUGHEST // 2 :]
     intervals = {at + side for at in rough for side in (0, 1)}
     strength, at = max(_kink(path, points[i], points[i + 1], resolution.kink) for i in intervals)
@@ -104,7 +123,9 @@ class _Scale:
 
 
 def _scales(points) -> _Scale:
-    steps = [abs(b.gradients - a.gradients).max() / (b.t - a.t) for a, b in zip(points, points[1:])]
+    steps = [
+        abs(b.gradients - a.gradients).max() / (b.t - a.t) for a, b in itertools.pairwise(points)
+    ]
     return _Scale(
         1 + max(abs(p.energy) for p in points),
         1 + max(abs(p.gradients).max() for p in points),
@@ -113,18 +134,21 @@ def _scales(points) -> _Scale:
 
 
 def _energy_misfit(a: Point, middle: Point, b: Point) -> float:
-    """What Simpson's rule for the slopes leaves of the change of the energy: fifth order in the width, or a jump."""
+    """What Simpson's rule for the slopes leaves of the change of the energy: fifth order in the
+    width, or a jump."""
     rule = (a.slope + 4 * middle.slope + b.slope) / 6
     return abs(b.energy - a.energy - (b.t - a.t) * rule)
 
 
 def _gradient_misfit(a: Point, middle: Point, b: Point) -> float:
-    """How far the gradients are from straight: second order in the width, first at a kink, or half of a jump."""
+    """How far the gradients are from straight: second order in the width, first at a kink, or half
+    of a jump."""
     return abs(middle.gradients - (a.gradients + b.gradients) / 2).max()
 
 
 def _narrowed(path, a, b, misfit, allowed, width):
-    """(where, how large) a misfit stays that does not go away as the interval narrows; (None, 0) where it does."""
+    """(where, how large) a misfit stays that does not go away as the interval narrows; (None, 0)
+    where it does."""
     while True:
         middle = path((a.t + b.t) / 2)
         off = misfit(a, middle, b)
@@ -148,6 +172,10 @@ def _kink(path, a, b, width) -> tuple[float, float]:
     while b.t - a.t > width:
         middle = path((a.t + b.t) / 2)
         quarter, three = path((a.t + middle.t) / 2), path((middle.t + b.t) / 2)
-        a, b = (a, middle) if _gradient_misfit(a, quarter, middle) > _gradient_misfit(middle, three, b) else (middle, b)
+        a, b = (
+            (a, middle)
+            if _gradient_misfit(a, quarter, middle) > _gradient_misfit(middle, three, b)
+            else (middle, b)
+        )
     middle = path((a.t + b.t) / 2)
     return 8 * _gradient_misfit(a, middle, b) / (b.t - a.t), middle.t

@@ -1,4 +1,5 @@
-"""DLPack in and out of JAX: x64, alignment, devices, tracers, and copies that are asked for (DESIGN section 2)."""
+"""DLPack in and out of JAX: x64, alignment, devices, tracers, and copies that are asked for (DESIGN
+section 2)."""
 
 from __future__ import annotations
 
@@ -26,19 +27,23 @@ _CAST = f"cast it to one of {', '.join(DTYPES)}"
 def import_(obj, dtype: str, copy: bool | None = None) -> jax.Array:
     """A committed jax.Array over the memory of an object that has `__dlpack__`.
 
-    `dtype` is the neutral name of what the producer holds ("float32"), and exactly that is the dtype of the result; shape,
-    device and a layout of permuted axes are the producer's too. All shapes work, empty and 0-d included.
+    `dtype` is the neutral name of what the producer holds ("float32"), and exactly that is the
+    dtype of the result; shape, device and a layout of permuted axes are the producer's too. All
+    shapes work, empty and 0-d included.
 
-    copy=None   shares dense memory on a 64-byte boundary; copies what is unaligned; strided memory is refused
+    copy=None   shares dense memory on a 64-byte boundary; copies what is unaligned; strided memory
+                is refused
     copy=True   always fresh memory
     copy=False  shares or raises
 
-    Who owns the memory: the producer; the array keeps it alive, also after the producer's object was deleted. WRITING
-    TO THE PRODUCER IN PLACE CHANGES THE ARRAY, which JAX believes constant, and the results of computations on it that
-    still run. Donating the array doesn't let XLA write there. Copies are complete, and independent, when this returns.
+    Who owns the memory: the producer; the array keeps it alive, also after the producer's object
+    was deleted. WRITING TO THE PRODUCER IN PLACE CHANGES THE ARRAY, which JAX believes constant,
+    and the results of computations on it that still run. Donating the array doesn't let XLA write
+    there. Copies are complete, and independent, when this returns.
 
-    Raises: ValueError if `dtype` is 64-bit and x64 is off (never narrowed in silence), or if the memory can't be shared or
-    lies on no device of JAX; TypeError for a dtype that JAX doesn't know or the producer doesn't hold, or no `__dlpack__`.
+    Raises: ValueError if `dtype` is 64-bit and x64 is off (never narrowed in silence), or if the
+    memory can't be shared or lies on no device of JAX; TypeError for a dtype that JAX doesn't know
+    or the producer doesn't hold, or no `__dlpack__`.
 
     >>> buffer = jnp.arange(3, dtype="int32")
     >>> import_(buffer, "int32", copy=False).unsafe_buffer_pointer() == buffer.unsafe_buffer_pointer()
@@ -50,7 +55,13 @@ def import_(obj, dtype: str, copy: bool | None = None) -> jax.Array:
     _check_width(dtype)
     array = _take(obj, copy)
     if array.dtype != want:
-        raise TypeError(message(f"memory of dtype {dtype}, as announced", array.dtype, "announce the producer's own dtype"))
+        raise TypeError(
+            message(
+                f"memory of dtype {dtype}, as announced",
+                array.dtype,
+                "announce the producer's own dtype",
+            )
+        )
     return array
 
 
@@ -58,28 +69,42 @@ def _check_width(dtype: str) -> None:
     """ValueError for 64-bit parts while x64 is off."""
     if dtype in _WIDE and not jax.config.jax_enable_x64:
         do = f'call jax.config.update("jax_enable_x64", True), or cast to {_WIDE[dtype]} on the producing side'
-        raise ValueError(message(f"a dtype that JAX holds while x64 is off ({_WIDE[dtype]})", dtype, do))
+        raise ValueError(
+            message(f"a dtype that JAX holds while x64 is off ({_WIDE[dtype]})", dtype, do)
+        )
 
 
 def export(array: jax.Array, copy: bool | None = None) -> jax.Array:
     """An array whose `__dlpack__` lends the values of `array`; `array` itself unless copy=True.
 
-    Shape, dtype and device are kept; layouts other than row-major arrive as strides. copy=None and copy=False never copy,
-    since every array that is accepted can be shared; copy=True gives fresh memory.
+    Shape, dtype and device are kept; layouts other than row-major arrive as strides. copy=None and
+    copy=False never copy, since every array that is accepted can be shared; copy=True gives fresh
+    memory.
 
-    Who owns the memory: JAX's buffer; the consumer keeps it alive, also after `array` was deleted. A consumer that WRITES
-    IN PLACE CHANGES THE JAX ARRAY, which JAX believes constant: use copy=True for that. While it is lent, XLA doesn't
-    reuse a donated buffer. A computation that is still running is waited for (on a GPU: by the consumer's stream).
+    Who owns the memory: JAX's buffer; the consumer keeps it alive, also after `array` was deleted.
+    A consumer that WRITES IN PLACE CHANGES THE JAX ARRAY, which JAX believes constant: use
+    copy=True for that. While it is lent, XLA doesn't reuse a donated buffer. A computation that is
+    still running is waited for (on a GPU: by the consumer's stream).
 
-    Raises: TypeError for a tracer, a typed PRNG key, a dtype that only JAX knows, and what is no jax.Array; ValueError for
-    an array that was deleted or donated, or that doesn't lie on exactly one device of this process.
+    Raises: TypeError for a tracer, a typed PRNG key, a dtype that only JAX knows, and what is no
+    jax.Array; ValueError for an array that was deleted or donated, or that doesn't lie on exactly
+    one device of this process.
 
     >>> x = jnp.arange(3.0)
     >>> np.from_dlpack(export(x)).ctypes.data == x.unsafe_buffer_pointer()
     True
     """
-    values = isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer) and array.dtype in KNOWN
-    if not values or array.is_deleted() or array.sharding.num_devices != 1 or not array.is_fully_addressable:
+    values = (
+        isinstance(array, jax.Array)
+        and not isinstance(array, jax.core.Tracer)
+        and array.dtype in KNOWN
+    )
+    if (
+        not values
+        or array.is_deleted()
+        or array.sharding.num_devices != 1
+        or not array.is_fully_addressable
+    ):
         raise _refusal(array)
     return _fresh(array) if copy else array
 
@@ -87,18 +112,32 @@ def export(array: jax.Array, copy: bool | None = None) -> jax.Array:
 def _refusal(x) -> Exception:
     """Why `x` has no values that DLPack could carry."""
     if not isinstance(x, jax.Array):
-        return TypeError(message("a jax.Array", type(x).__name__, "make one with jax.numpy.asarray"))
+        return TypeError(
+            message("a jax.Array", type(x).__name__, "make one with jax.numpy.asarray")
+        )
     have = spec(x.shape, x.dtype)
     if isinstance(x, jax.core.Tracer):
         do = "convert outside jit, grad and vmap; inside them call a function made by bridge.to_jax(function)"
-        return TypeError(message("a concrete array, for its values", f"{have} as a tracer ({type(x).__name__})", do))
+        return TypeError(
+            message(
+                "a concrete array, for its values", f"{have} as a tracer ({type(x).__name__})", do
+            )
+        )
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return TypeError(message("an array of numbers", f"typed PRNG keys {have}", "pass jax.random.key_data(keys)"))
+        return TypeError(
+            message(
+                "an array of numbers", f"typed PRNG keys {have}", "pass jax.random.key_data(keys)"
+            )
+        )
     if x.dtype not in KNOWN:
         return TypeError(message(_SHARED, f"{have}, which only JAX knows", _CAST))
     if x.is_deleted():
-        return ValueError(message("a live array", f"{have}, deleted or donated", "copy it before it is donated"))
-    got = f"{have} on {x.sharding.num_devices} device(s), fully addressable: {x.is_fully_addressable}"
+        return ValueError(
+            message("a live array", f"{have}, deleted or donated", "copy it before it is donated")
+        )
+    got = (
+        f"{have} on {x.sharding.num_devices} device(s), fully addressable: {x.is_fully_addressable}"
+    )
     do = "gather it with jax.device_put(array, jax.local_devices()[0]), or hand over its addressable_shards"
     return ValueError(message("an array on exactly one device of this process", got, do))
 
@@ -106,7 +145,9 @@ def _refusal(x) -> Exception:
 def _take(obj, copy: bool | None) -> jax.Array:
     """The array that shares obj's memory, or a complete copy where `copy` allows or wants one."""
     if not hasattr(obj, "__dlpack_device__"):
-        raise TypeError(message("an object with __dlpack__", type(obj).__name__, "make an array of it first"))
+        raise TypeError(
+            message("an object with __dlpack__", type(obj).__name__, "make an array of it first")
+        )
     try:
         return _fresh(_share(obj)) if copy else _share(obj)
     except _REFUSED as error:
@@ -120,18 +161,26 @@ def _share(obj) -> jax.Array:
 
 
 def _copy(obj, error: Exception, copy: bool | None) -> jax.Array:
-    """XLA's copy of memory that it can't share, waited for: XLA may read `obj` after the call (seen with jax 0.10.2)."""
+    """XLA's copy of memory that it can't share, waited for: XLA may read `obj` after the call (seen
+    with jax 0.10.2)."""
     if copy is not False:
         try:
             return _public(obj, copy=None).block_until_ready()
         except _REFUSED as again:
             error = again
     got = f"{type(obj).__name__}: {' '.join(str(error).split())}"
-    raise ValueError(message("dense memory on a 64-byte boundary, on a device that JAX has", got, "copy it to such a place first")) from error
+    raise ValueError(
+        message(
+            "dense memory on a 64-byte boundary, on a device that JAX has",
+            got,
+            "copy it to such a place first",
+        )
+    ) from error
 
 
 def _fresh(array: jax.Array) -> jax.Array:
-    """A complete copy, also under jit's tracing: jax.dlpack's own copy=True shares aligned memory (jax 0.10.2)."""
+    """A complete copy, also under jit's tracing: jax.dlpack's own copy=True shares aligned memory
+    (jax 0.10.2)."""
     with jax.ensure_compile_time_eval():
         return array.copy().block_until_ready()
 
@@ -142,13 +191,14 @@ def _public(obj, copy: bool | None) -> jax.Array:
         return jax.dlpack.from_dlpack(obj, copy=copy)
 
 
-# The hot path of a call: memory lent for its length, as a NumPy array, a bare DLPack capsule of CPU memory, or an object with
-# __dlpack__ (on a GPU).
+# The hot path of a call: memory lent for its length, as a NumPy array, a bare DLPack capsule of CPU
+# memory, or an object with __dlpack__ (on a GPU).
 
 
 def borrow(lent) -> list:
-    """Arguments of a jitted function over lent memory. The lender has seen to the dtypes and widths, and that a capsule is
-    dense and aligned; jit reads a NumPy array where it lies if it is, and copies it if it is not."""
+    """Arguments of a jitted function over lent memory. The lender has seen to the dtypes and
+    widths, and that a capsule is dense and aligned; jit reads a NumPy array where it lies if it is,
+    and copies it if it is not."""
     if here.depth or not _to_capsule():
         return [_placed(x) for x in lent]
     return [_view(x) if type(x) is _Bare else x for x in lent]
@@ -163,7 +213,9 @@ def _view(capsule) -> jax.Array:
 def _placed(lent) -> jax.Array:
     """An array on the device where it belongs, which is not the one that jit would choose."""
     if type(lent) is np.ndarray:
-        dense = lent if lent.flags.c_contiguous and not lent.ctypes.data % _CPU_ALIGN else lent.copy()
+        dense = (
+            lent if lent.flags.c_contiguous and not lent.ctypes.data % _CPU_ALIGN else lent.copy()
+        )
         return jax.device_put(dense, cpu_device(here.depth), may_alias=True)
     if type(lent) is _Bare:
         return _view(lent)
@@ -171,8 +223,12 @@ def _placed(lent) -> jax.Array:
 
 
 def taken(results, specs) -> list[jax.Array]:
-    """Arrays over results that the lender has let go, of the types announced: bare capsules, or what `import_` takes."""
-    return [_taken(x, s.dtype) if type(x) is _Bare else import_(x, s.dtype) for x, s in zip(results, specs, strict=True)]
+    """Arrays over results that the lender has let go, of the types announced: bare capsules, or
+    what `import_` takes."""
+    return [
+        _taken(x, s.dtype) if type(x) is _Bare else import_(x, s.dtype)
+        for x, s in zip(results, specs, strict=True)
+    ]
 
 
 def _taken(capsule, dtype: str) -> jax.Array:
@@ -182,7 +238,8 @@ def _taken(capsule, dtype: str) -> jax.Array:
 
 
 def lend(results) -> list:
-    """Results, to be held by the borrower alone: complete, as capsules, where all memory is the CPU's; else the arrays."""
+    """Results, to be held by the borrower alone: complete, as capsules, where all memory is the
+    CPU's; else the arrays."""
     capsule = _to_capsule()
     return [*map(capsule, results)] if capsule else list(results)
 
@@ -205,27 +262,37 @@ class _Capsule:
 
 @functools.cache
 def _to_capsule():
-    """PRIVATE to jax 0.10.2: what Array.__dlpack__ does, 0.3 us instead of 1.7; None where there is another device.
+    """PRIVATE to jax 0.10.2: what Array.__dlpack__ does, 0.3 us instead of 1.7; None where there is
+    another device.
 
     It waits for the array without the GIL (seen), and raises what went wrong inside the program."""
     try:
         from jaxlib import _jax
 
-        return _jax.buffer_to_dlpack_managed_tensor if {d.platform for d in jax.local_devices()} == {"cpu"} else None
+        return (
+            _jax.buffer_to_dlpack_managed_tensor
+            if {d.platform for d in jax.local_devices()} == {"cpu"}
+            else None
+        )
     except Exception:
         return None
 
 
 @functools.cache
 def _cpu_view(depth: int):
-    """PRIVATE to jax 0.10.2, tried before use: what jax.dlpack.from_dlpack does without its checks, 4 us instead of 19."""
+    """PRIVATE to jax 0.10.2, tried before use: what jax.dlpack.from_dlpack does without its checks,
+    4 us instead of 19."""
     try:
         from jaxlib import _jax  # on a GPU the public function orders the streams
 
         cpu = cpu_device(depth)
-        view = lambda capsule: _jax.dlpack_managed_tensor_to_buffer(capsule, cpu, None, False, _CPU)  # noqa: E731
+        view = lambda capsule: _jax.dlpack_managed_tensor_to_buffer(capsule, cpu, None, False, _CPU)
         with jax.ensure_compile_time_eval():
             probe = jax.device_put(np.zeros(1, np.int8), cpu_device(0))
-        return view if view(probe.__dlpack__()).unsafe_buffer_pointer() == probe.unsafe_buffer_pointer() else None
+        return (
+            view
+            if view(probe.__dlpack__()).unsafe_buffer_pointer() == probe.unsafe_buffer_pointer()
+            else None
+        )
     except Exception:
         return None

@@ -1,4 +1,5 @@
-"""A callable of the other bank as a JAX function: its signature, one Function for each, and its results in the user's pytree."""
+"""A callable of the other bank as a JAX function: its signature, one Function for each, and its
+results in the user's pytree."""
 
 from __future__ import annotations
 
@@ -13,17 +14,26 @@ tree = jax.tree_util
 
 
 class JaxCallable:
-    """What bridge.to_jax returns for a callable; its docstring is the documentation. Equal, and equally hashed, for the same
-    callable and options.
+    """What bridge.to_jax returns for a callable; its docstring is the documentation. Equal, and
+    equally hashed, for the same callable and options.
 
-    `exporter` is the other bank's: `target`, `check()`, `check_types(types, names)`, `infer(call, inputs, names)` -> (output types,
-    their tree), and `function(call, inputs, outputs, out_tree, names, owners)`, which gives a base Function."""
+    `exporter` is the other bank's: `target`, `check()`, `check_types(types, names)`, `infer(call,
+    inputs, names)` -> (output types, their tree), and `function(call, inputs, outputs, out_tree,
+    names, owners)`, which gives a base Function."""
 
     def __init__(self, exporter, outputs, lane: str):
         registry.release_retired()
         exporter.check()
-        self._exporter, self._outputs, self._lane = exporter, outputs, one_of("lane", lane, lanes.LANES)
-        self._key = (exporter, outputs if callable(outputs) else tuple(map(tuple, _flat(outputs))), lane)
+        self._exporter, self._outputs, self._lane = (
+            exporter,
+            outputs,
+            one_of("lane", lane, lanes.LANES),
+        )
+        self._key = (
+            exporter,
+            outputs if callable(outputs) else tuple(map(tuple, _flat(outputs))),
+            lane,
+        )
         self._known: dict[Signature, Function] = {}
         self.__wrapped__ = exporter.target
         self.__name__ = getattr(exporter.target, "__name__", type(exporter.target).__name__)
@@ -46,7 +56,8 @@ class JaxCallable:
         return fn.out_tree.unflatten(primitive.call(fn, *arrays, lane=self._lane))
 
     def _function(self, signature: Signature) -> Function:
-        """The Function for one signature: its output types are inferred or declared here, before anything runs."""
+        """The Function for one signature: its output types are inferred or declared here, before
+        anything runs."""
         call = Call(self.__wrapped__, signature.tree, signature.static, tree.tree_flatten)
         given = signature.names()
         self._exporter.check_types(signature.inputs, given)
@@ -58,10 +69,15 @@ class JaxCallable:
         self._exporter.check_types(outputs, [f"output {name}" for name in names[1]])
         for s, name in zip(outputs, names[1], strict=True):
             check_width(s, f"output {name} of {call.name}")
-        return self._exporter.function(call, signature.inputs, outputs, out_tree, names, signature.parameters)
+        return self._exporter.function(
+            call, signature.inputs, outputs, out_tree, names, signature.parameters
+        )
 
 
 def _flat(outputs):
     """Declared outputs as something hashable."""
     leaves, structure = tree.tree_flatten(outputs)
-    return [(structure,), *((tuple(x.shape), str(x.dtype)) if hasattr(x, "shape") else (repr(x),) for x in leaves)]
+    return [
+        (structure,),
+        *((tuple(x.shape), str(x.dtype)) if hasattr(x, "shape") else (repr(x),) for x in leaves),
+    ]

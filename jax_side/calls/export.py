@@ -1,4 +1,5 @@
-"""A JAX callable as a Function: its output types, found without running it, and how JAX differentiates and batches it."""
+"""A JAX callable as a Function: its output types, found without running it, and how JAX
+differentiates and batches it."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ class Transforms(Engine):
         return (*ys, *pull(jnp.ones_like(y)))
 
     def vmap(self, f, mapped, size, arrays):
-        return jax.vmap(f, in_axes=tuple(0 if m else None for m in mapped), out_axes=0, axis_size=size)(*arrays)
+        return jax.vmap(
+            f, in_axes=tuple(0 if m else None for m in mapped), out_axes=0, axis_size=size
+        )(*arrays)
 
     shares = False  # JAX's own vmap does
 
@@ -78,34 +81,66 @@ class JaxFunction(Function):
 
 @dataclass(frozen=True)
 class Exporter:
-    """What the other bank needs of a JAX callable: how its arguments are taken apart, and a Function for their types."""
+    """What the other bank needs of a JAX callable: how its arguments are taken apart, and a
+    Function for their types."""
 
     target: Callable
     flatten = staticmethod(tree.tree_flatten)
-    setting = staticmethod(lambda: jax.config.jax_enable_x64)  # what types depend on beside those of the inputs
+    setting = staticmethod(
+        lambda: jax.config.jax_enable_x64
+    )  # what types depend on beside those of the inputs
 
     def leaf_names(self, structure) -> tuple[str, ...]:
-        """The name of each leaf of a call: its own key where it lies in a dict, else that of its parameter."""
+        """The name of each leaf of a call: its own key where it lies in a dict, else that of its
+        parameter."""
         try:
             parameters = parameter_names(self.target)
         except (TypeError, ValueError):  # a built-in function
             parameters = []
-        return tuple(_name(path, parameters) for path, _ in tree.tree_leaves_with_path(structure.unflatten(range(structure.num_leaves))))
+        return tuple(
+            _name(path, parameters)
+            for path, _ in tree.tree_leaves_with_path(
+                structure.unflatten(range(structure.num_leaves))
+            )
+        )
 
     def function(self, structure, static, inputs: tuple[Spec, ...]) -> JaxFunction:
-        """Raises what the callable raises for such arguments; ValueError for 64-bit inputs while x64 is off."""
+        """Raises what the callable raises for such arguments; ValueError for 64-bit inputs while
+        x64 is off."""
         for i, s in enumerate(inputs):
             if s.dtype not in arrays.DTYPES:
-                raise TypeError(message("a dtype that both sides know", f"{s} as input {i} of {self.target}", f"cast it to one of {', '.join(arrays.DTYPES)}"))
+                raise TypeError(
+                    message(
+                        "a dtype that both sides know",
+                        f"{s} as input {i} of {self.target}",
+                        f"cast it to one of {', '.join(arrays.DTYPES)}",
+                    )
+                )
             check_width(s, f"input {i} of {getattr(self.target, '__name__', self.target)}")
         call = Call(self.target, structure, static, tree.tree_flatten)
         types = [jax.ShapeDtypeStruct(s.shape, arrays.DTYPES[s.dtype]) for s in inputs]
         leaves, out_tree = tree.tree_flatten(jax.eval_shape(lambda *xs: call.apply(xs), *types))
         for x, name in zip(leaves, output_names(out_tree), strict=True):
             if x.dtype not in arrays.KNOWN:
-                do = "return jax.random.key_data(keys)" if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else f"cast it to one of {', '.join(arrays.DTYPES)}"
-                raise TypeError(message("outputs of dtypes that both sides know", f"{x.dtype} as output {name} of {call.name}", do))
-        return JaxFunction(call, inputs, tuple(Spec(x.shape, x.dtype.name) for x in leaves), out_tree, self.setting())
+                do = (
+                    "return jax.random.key_data(keys)"
+                    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+                    else f"cast it to one of {', '.join(arrays.DTYPES)}"
+                )
+                raise TypeError(
+                    message(
+                        "outputs of dtypes that both sides know",
+                        f"{x.dtype} as output {name} of {call.name}",
+                        do,
+                    )
+                )
+        return JaxFunction(
+            call,
+            inputs,
+            tuple(Spec(x.shape, x.dtype.name) for x in leaves),
+            out_tree,
+            self.setting(),
+        )
 
 
 def _name(path, parameters: list[str]) -> str:
@@ -124,11 +159,18 @@ def call_itself(model, *args, **kwargs):
 
 
 def parameters(params) -> tuple[Any, tuple, list]:
-    """(the pytree with positions for leaves, the names on the way to each leaf, leaves: JAX arrays or Python values)."""
+    """(the pytree with positions for leaves, the names on the way to each leaf, leaves: JAX arrays
+    or Python values)."""
     found = tree.tree_leaves_with_path(params)
     leaves = [jnp.asarray(x) if isinstance(x, (np.ndarray, np.generic)) else x for _, x in found]
     if not any(isinstance(x, jax.Array) for x in leaves):
-        raise TypeError(message("a pytree of arrays as params", f"{params!r:.60}", "pass module(apply, params), or a callable pytree of arrays"))
+        raise TypeError(
+            message(
+                "a pytree of arrays as params",
+                f"{params!r:.60}",
+                "pass module(apply, params), or a callable pytree of arrays",
+            )
+        )
     skeleton = tree.tree_structure(params).unflatten(range(len(leaves)))
     return skeleton, tuple(tuple(map(_key, path)) or ("param",) for path, _ in found), leaves
 

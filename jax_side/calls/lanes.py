@@ -1,7 +1,8 @@
-"""How XLA reaches a foreign Function: the ffi lane (jax-tvm-ffi; CPU and CUDA) and the host lane (jax.pure_callback).
+"""How XLA reaches a foreign Function: the ffi lane (jax-tvm-ffi; CPU and CUDA) and the host lane
+(jax.pure_callback).
 
-Both hand buffers to `fn.base.run`, which reads them where they lie and writes the outputs in place. The ffi lane knows a
-Function by its number in the registry.
+Both hand buffers to `fn.base.run`, which reads them where they lie and writes the outputs in place.
+The ffi lane knows a Function by its number in the registry.
 """
 
 from __future__ import annotations
@@ -33,8 +34,12 @@ TARGET = "bridge_call"
 
 def _carrier(spec: Spec) -> jax.ShapeDtypeStruct:
     if spec.dtype.startswith("complex"):
-        return jax.ShapeDtypeStruct((*spec.shape, 2), jnp.float32 if spec.dtype == "complex64" else jnp.float64)
-    return jax.ShapeDtypeStruct(spec.shape, jnp.uint8 if spec.dtype.startswith("float8") else jnp.dtype(spec.dtype))
+        return jax.ShapeDtypeStruct(
+            (*spec.shape, 2), jnp.float32 if spec.dtype == "complex64" else jnp.float64
+        )
+    return jax.ShapeDtypeStruct(
+        spec.shape, jnp.uint8 if spec.dtype.startswith("float8") else jnp.dtype(spec.dtype)
+    )
 
 
 def _to_carrier(x, spec: Spec):
@@ -46,7 +51,11 @@ def _to_carrier(x, spec: Spec):
 def _from_carrier(x, spec: Spec):
     if spec.dtype.startswith("complex"):
         return jax.lax.complex(x[..., 0], x[..., 1])
-    return jax.lax.bitcast_convert_type(x, jnp.dtype(spec.dtype)) if spec.dtype.startswith("float8") else x
+    return (
+        jax.lax.bitcast_convert_type(x, jnp.dtype(spec.dtype))
+        if spec.dtype.startswith("float8")
+        else x
+    )
 
 
 # No lane: an eager call.
@@ -69,7 +78,8 @@ def ffi(fn: Function, number: str, *args):
 
 
 def register_ffi(tensor_type: type) -> None:
-    """Register the one target of each platform, once; `tensor_type` is the class that buffers arrive as."""
+    """Register the one target of each platform, once; `tensor_type` is the class that buffers
+    arrive as."""
     with lock:
         _register(tensor_type)
 
@@ -91,10 +101,15 @@ def _register(tensor_type: type) -> None:
     except ImportError as e:
         raise missing("jax-tvm-ffi", 'lane="ffi"') from e
     atexit.register(close)
-    specs = {"cpu": ["attrs.number", "args", "rets"], "gpu": ["attrs.number", "ctx.stream", "args", "rets"]}
+    specs = {
+        "cpu": ["attrs.number", "args", "rets"],
+        "gpu": ["attrs.number", "ctx.stream", "args", "rets"],
+    }
     for platform, entry in (("cpu", _enter_cpu), ("gpu", _enter_gpu)):
         handler = tvm_ffi.convert_func(entry, tensor_cls=tensor_type)
-        jax_tvm_ffi.register_ffi_target(TARGET, handler, specs[platform], platform=platform, pass_owned_tensor=True)
+        jax_tvm_ffi.register_ffi_target(
+            TARGET, handler, specs[platform], platform=platform, pass_owned_tensor=True
+        )
 
 
 def _enter_cpu(number, *buffers):
@@ -128,7 +143,8 @@ def _enter_gpu(number, stream, *buffers):
 class HostCall:
     """What jax.pure_callback calls; equal for equal Functions, so that programs are found again.
 
-    `run(arrays, outputs)` fills NumPy arrays; without it the other bank does, which is lent the memory of both."""
+    `run(arrays, outputs)` fills NumPy arrays; without it the other bank does, which is lent the
+    memory of both."""
 
     def __init__(self, fn: Function, run: Callable | None = None):
         self.fn, self.depth, self._run = fn, here.depth, run or _lending(fn)
@@ -146,7 +162,10 @@ class HostCall:
         try:
             _wait(given)
             self._run(given, outs)
-            return [o if o.dtype is dtype else o.view(dtype) for o, (*_, dtype) in zip(outs, self._outputs)]
+            return [
+                o if o.dtype is dtype else o.view(dtype)
+                for o, (*_, dtype) in zip(outs, self._outputs)
+            ]
         except BaseException as e:
             given = outs = None
             error = carried(e)
@@ -161,23 +180,35 @@ def _lending(fn: Function) -> Callable:
 
 
 def _wait(given, limit=30.0) -> None:
-    """jax.pure_callback copies its inputs with XLA's threads, which may all be in callbacks: an error, not a wait for ever."""
+    """jax.pure_callback copies its inputs with XLA's threads, which may all be in callbacks: an
+    error, not a wait for ever."""
     start = time.monotonic()
     while not all(a.is_ready() for a in given):
         waited = time.monotonic() - start
         if waited > limit:
             do = f'{SYNCHRONOUS} (python -m bridge doctor tells more), or take lane="ffi"'
-            raise RuntimeError(message("inputs of a host callback to arrive", f"none in {limit:.0f} s, since every thread of XLA is in a callback", do))
+            raise RuntimeError(
+                message(
+                    "inputs of a host callback to arrive",
+                    f"none in {limit:.0f} s, since every thread of XLA is in a callback",
+                    do,
+                )
+            )
         time.sleep(0 if waited < _QUICK else 1e-5)  # the shortest real sleep takes 60 us
 
 
 _QUICK = 1e-3  # seconds: copies of the inputs of a usual call arrive earlier
-SYNCHRONOUS = 'call jax.config.update("jax_cpu_enable_async_dispatch", False) right after import jax'
+SYNCHRONOUS = (
+    'call jax.config.update("jax_cpu_enable_async_dispatch", False) right after import jax'
+)
 
 
 def _host_carrier(s: Spec) -> tuple:
-    """(shape, dtype that it travels in, dtype): NumPy's DLPack knows complex, but neither bfloat16 nor float8."""
-    width = {"bfloat16": "uint16"}.get(s.dtype, "uint8" if s.dtype.startswith("float8") else s.dtype)
+    """(shape, dtype that it travels in, dtype): NumPy's DLPack knows complex, but neither bfloat16
+    nor float8."""
+    width = {"bfloat16": "uint16"}.get(
+        s.dtype, "uint8" if s.dtype.startswith("float8") else s.dtype
+    )
     return s.shape, np.dtype(width), jnp.dtype(s.dtype)
 
 
@@ -192,10 +223,12 @@ def host(fn: Function, *args):
 
 @contextmanager
 def raising():
-    """Raise the exceptions of bridged code as they were: type, attributes and traceback, `from` JAX's own error.
+    """Raise the exceptions of bridged code as they were: type, attributes and traceback, `from`
+    JAX's own error.
 
-    JAX hands a callback's exception on as text. Inside this context the object is kept beside the text and raised in its
-    place, also for a computation that is still running when the block ends (the block waits for all arrays).
+    JAX hands a callback's exception on as text. Inside this context the object is kept beside the
+    text and raised in its place, also for a computation that is still running when the block ends
+    (the block waits for all arrays).
 
         >>> import bridge, jax, torch
         >>> def broken(x): raise KeyError("no such species")
@@ -218,7 +251,8 @@ def raising():
 
 
 def _first(listener: Listener, errors):
-    """The first JAX error that stands for an exception of this listener's; others belong to earlier code."""
+    """The first JAX error that stands for an exception of this listener's; others belong to earlier
+    code."""
     return next((e for e in errors if listener.original(e) is not None), None)
 
 

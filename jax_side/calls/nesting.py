@@ -1,8 +1,9 @@
 """Programs that run inside callbacks of other programs (JAX in torch in JAX), without a deadlock.
 
-XLA's CPU client lets 32 computations be in flight, and has one thread for each core. A callback that runs a program on the
-same client can wait for ever: for a place behind computations that wait for the callback, or for threads that are all in
-callbacks. So the programs of each depth run on a client of their own, which runs them at once, in the thread that calls.
+XLA's CPU client lets 32 computations be in flight, and has one thread for each core. A callback
+that runs a program on the same client can wait for ever: for a place behind computations that wait
+for the callback, or for threads that are all in callbacks. So the programs of each depth run on a
+client of their own, which runs them at once, in the thread that calls.
 """
 
 from __future__ import annotations

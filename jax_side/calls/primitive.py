@@ -1,4 +1,5 @@
-"""One primitive, all transforms: it binds a Function, and each rule binds another Function that the first one gives."""
+"""One primitive, all transforms: it binds a Function, and each rule binds another Function that the
+first one gives."""
 
 from __future__ import annotations
 
@@ -16,15 +17,19 @@ bridge_p = compat.Primitive("bridge")
 
 
 def call(fn: Function, *args, lane: str = "auto"):
-    """Apply a Function to JAX arrays or tracers of exactly its input types; gives a list of outputs."""
+    """Apply a Function to JAX arrays or tracers of exactly its input types; gives a list of
+    outputs."""
     if compat.eager(args):
         return _impl(*args, fn=fn, lane=lane)
     return bridge_p.bind(*compat.align(args), fn=fn, lane=lane)
 
 
 def _impl(*args, fn, lane):
-    """Eager, on any lane: no runtime in between, so an exception arrives as it is; arrays on several devices need XLA."""
-    args = [a if isinstance(a, jax.Array) else jnp.asarray(a) for a in args]  # constants of a jaxpr that is run eagerly are none
+    """Eager, on any lane: no runtime in between, so an exception arrives as it is; arrays on
+    several devices need XLA."""
+    args = [
+        a if isinstance(a, jax.Array) else jnp.asarray(a) for a in args
+    ]  # constants of a jaxpr that is run eagerly are none
     if any(a.sharding.num_devices > 1 for a in args):
         return jax.jit(functools.partial(call, fn, lane=lane))(*args)
     return lanes.eager(fn, args)
@@ -51,11 +56,15 @@ def _jvp(primals, tangents, *, fn, lane):
         outs = call(fn, *primals, lane=lane)
         dots = call(fn.jvp(wrt), *primals, *dx, lane=lane)
     dots = iter(dots)
-    return outs, [next(dots) if s.inexact else compat.no_tangent(o) for o, s in zip(outs, fn.outputs, strict=True)]
+    return outs, [
+        next(dots) if s.inexact else compat.no_tangent(o)
+        for o, s in zip(outs, fn.outputs, strict=True)
+    ]
 
 
 def _jvp_of_energy(gradient: Function, fn: Function, primals, dx, lane):
-    """A real scalar for each example: value and gradient come from one call, and the tangent is their inner product here."""
+    """A real scalar for each example: value and gradient come from one call, and the tangent is
+    their inner product here."""
     results = call(gradient, *primals, lane=lane)
     outs, grads = results[: len(fn.outputs)], results[len(fn.outputs) :]
     lead = max(o.ndim for o, s in zip(outs, fn.outputs) if s.inexact)
@@ -69,7 +78,9 @@ def _transpose(cts, *args, fn, lane):
     live = tuple(o for o, c in enumerate(cts) if type(c) is not Zero)
     result = [None] * len(args)
     if live:
-        values = call(fn.transpose(unknown, live), *args[:fixed], *(cts[o] for o in live), lane=lane)
+        values = call(
+            fn.transpose(unknown, live), *args[:fixed], *(cts[o] for o in live), lane=lane
+        )
         for k, v in zip(unknown, values, strict=True):
             result[fixed + k] = v
     return result
@@ -94,19 +105,27 @@ def _lead(x, dim, mapped, needed, size):
 def _lower_host(ctx, *args, fn, lane):
     if lane == "ffi":
         platform = ctx.module_context.platforms
-        raise NotImplementedError(message(f"one of the platforms {lanes.FFI_PLATFORMS} for lane='ffi'", str(platform), 'use lane="auto" or "host"'))
+        raise NotImplementedError(
+            message(
+                f"one of the platforms {lanes.FFI_PLATFORMS} for lane='ffi'",
+                str(platform),
+                'use lane="auto" or "host"',
+            )
+        )
     return compat.lower_fun(lambda *xs: lanes.host(fn, *xs), multiple_results=True)(ctx, *args)
 
 
 def _lower_ffi(ctx, *args, fn, lane):
-    if lane == "host" or lane == "auto" and not lanes.has_ffi():
+    if lane == "host" or (lane == "auto" and not lanes.has_ffi()):
         return _lower_host(ctx, *args, fn=fn, lane=lane)
     lanes.register_ffi(fn.base.tensor_type)
     if compat.for_export(ctx):
         owner = registry.own_forever(fn)
     else:
         compat.keep_alive(ctx, owner := registry.own(fn))
-    return compat.lower_fun(lambda *xs: lanes.ffi(fn, owner.number, *xs), multiple_results=True)(ctx, *args)
+    return compat.lower_fun(lambda *xs: lanes.ffi(fn, owner.number, *xs), multiple_results=True)(
+        ctx, *args
+    )
 
 
 compat.register(

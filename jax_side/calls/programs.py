@@ -1,8 +1,10 @@
-"""XLA programs of a Function: one for a call, and where a backward will follow, a pair that shares what it keeps.
+"""XLA programs of a Function: one for a call, and where a backward will follow, a pair that shares
+what it keeps.
 
-A pair is `jax.vjp` cut in two: the forward program gives the outputs and the residuals of the vjp, the backward program
-takes these. A residual that is an input or an output isn't given a second time: the caller keeps that array himself.
-A program is compiled once for the types of its Function; memory that it allocates belongs to the arrays it returns.
+A pair is `jax.vjp` cut in two: the forward program gives the outputs and the residuals of the vjp,
+the backward program takes these. A residual that is an input or an output isn't given a second
+time: the caller keeps that array himself. A program is compiled once for the types of its Function;
+memory that it allocates belongs to the arrays it returns.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ tree = jax.tree_util
 class Program:
     """A jitted function on foreign memory, read where it lies; gives what nobody else holds.
 
-    It takes lent memory (see borrow) in one list, or in several. The first call is made by one thread alone; each
-    trace is counted with the base."""
+    It takes lent memory (see borrow) in one list, or in several. The first call is made by one
+    thread alone; each trace is counted with the base."""
 
     def __init__(self, traced, fn: Function):
         self._first, self._ready, self._x64 = threading.RLock(), False, fn.base.x64
@@ -41,8 +43,9 @@ class Program:
         return lend(self.arrays(*groups))
 
     def arrays(self, *groups):
-        """The same, with results as the traced function gives them. It runs under the x64 setting that its types were found
-        under: a backward may come after the `with` block of its forward, and a callback in another thread."""
+        """The same, with results as the traced function gives them. It runs under the x64 setting
+        that its types were found under: a backward may come after the `with` block of its forward,
+        and a callback in another thread."""
         if jax.config.jax_enable_x64 is not self._x64:
             with jax.enable_x64(self._x64):
                 return self._run(groups)
@@ -76,8 +79,8 @@ def record(fn: Function, wrt: tuple[int, ...]) -> Recorder:
 @tree.register_pytree_node_class
 @dataclass(frozen=True)
 class Residuals:
-    """What the forward program keeps for the backward one: arrays that can be lent, arrays of dtypes that JAX alone has
-    (PRNG keys, int4), and the plan that says where each goes."""
+    """What the forward program keeps for the backward one: arrays that can be lent, arrays of
+    dtypes that JAX alone has (PRNG keys, int4), and the plan that says where each goes."""
 
     kept: list
     own: list
@@ -93,7 +96,8 @@ class Residuals:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The vjp's own pytree; for each leaf (place, index or value): an input, an output, a residual, a constant.
+    """The vjp's own pytree; for each leaf (place, index or value): an input, an output, a residual,
+    a constant.
 
     `outputs` are those that the backward program wants back."""
 
@@ -116,8 +120,11 @@ class Recorder:
         outs, residuals = self._forward.arrays(lent)
         return lend(outs), lend(residuals.kept), (residuals.own, residuals.plan)
 
-    def backward(self, own_and_plan, needed: tuple[int, ...], inputs, outputs, kept, cotangents) -> list:
-        """Gradients of the inputs `needed`, by the convention of torch: the conjugate of the contract's.
+    def backward(
+        self, own_and_plan, needed: tuple[int, ...], inputs, outputs, kept, cotangents
+    ) -> list:
+        """Gradients of the inputs `needed`, by the convention of torch: the conjugate of the
+        contract's.
 
         `outputs` are those that the plan names; `cotangents` maps an output to its cotangent."""
         own, plan = own_and_plan
@@ -125,9 +132,13 @@ class Recorder:
         key = plan, needed, live
         program = self._backward.get(key)
         if program is None:
-            if len(self._backward) >= 64:  # each retrace (jax.clear_caches, another matmul precision) has a plan of its own
+            if (
+                len(self._backward) >= 64
+            ):  # each retrace (jax.clear_caches, another matmul precision) has a plan of its own
                 self._backward.clear()
-            program = self._backward.setdefault(key, Program(_Pull(self, plan, needed, live), self.fn))
+            program = self._backward.setdefault(
+                key, Program(_Pull(self, plan, needed, live), self.fn)
+            )
         return program(inputs, outputs, kept, own, [cotangents[o] for o in live])
 
     def _outputs_and_residuals(self, xs):
@@ -146,7 +157,9 @@ class Recorder:
 def _residuals(pull, xs, ys) -> Residuals:
     """The leaves of a vjp, each array once."""
     leaves, structure = tree.tree_flatten(pull)
-    places = {id(x): ("input", i) for i, x in enumerate(xs)} | {id(y): ("output", i) for i, y in enumerate(ys)}
+    places = {id(x): ("input", i) for i, x in enumerate(xs)} | {
+        id(y): ("output", i) for i, y in enumerate(ys)
+    }
     groups, where = {"kept": [], "own": []}, []
     for leaf in leaves:
         if not isinstance(leaf, jax.core.Tracer):
@@ -171,17 +184,28 @@ class _Pull:
     live: tuple[int, ...]
 
     def __call__(self, inputs, outputs, kept, own, cotangents):
-        values = {"input": inputs, "output": dict(zip(self.plan.outputs, outputs)), "kept": kept, "own": own}
+        values = {
+            "input": inputs,
+            "output": dict(zip(self.plan.outputs, outputs)),
+            "kept": kept,
+            "own": own,
+        }
         leaves = [i if place == "constant" else values[place][i] for place, i in self.plan.leaves]
         given = dict(zip(self.live, cotangents))
         specs = self.recorder.fn.outputs
-        cts = [given[o].conj() if o in given else compat.no_cotangent(specs[o].shape, jnp.dtype(specs[o].dtype)) for o in self.recorder.inexact]
+        cts = [
+            given[o].conj()
+            if o in given
+            else compat.no_cotangent(specs[o].shape, jnp.dtype(specs[o].dtype))
+            for o in self.recorder.inexact
+        ]
         gradients = dict(zip(self.recorder.wrt, self.plan.structure.unflatten(leaves)(cts)))
         return [gradients[i].conj() for i in self.needed]
 
 
 def restrict(f, primals, wrt, outs=None):
-    """f as a function of the inputs `wrt` alone, giving the outputs `outs` (all of them if None)."""
+    """f as a function of the inputs `wrt` alone, giving the outputs `outs` (all of them if
+    None)."""
 
     def g(*xs):
         full = list(primals)

@@ -1,4 +1,5 @@
-"""Which number stands for which Function in a compiled program: alive as long as a program, also a running one, can call it."""
+"""Which number stands for which Function in a compiled program: alive as long as a program, also a
+running one, can call it."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ class Owner:
 
 
 class Called(NamedTuple):
-    """What a number stands for: a Function, the depth of the programs that call it, and what they enter by."""
+    """What a number stands for: a Function, the depth of the programs that call it, and what they
+    enter by."""
 
     fn: Function
     depth: int
@@ -40,7 +42,8 @@ _numbers: dict[tuple[Function, int], str] = {}
 _owners: weakref.WeakValueDictionary[str, Owner] = weakref.WeakValueDictionary()
 _retired: set[str] = set()
 _pinned: set[Owner] = set()
-# A short string: of a numeric attribute jax-tvm-ffi 0.1.3 keeps 16 bytes for each call, for ever; strings above 7 bytes crash.
+# A short string: of a numeric attribute jax-tvm-ffi 0.1.3 keeps 16 bytes for each call, for ever;
+# strings above 7 bytes crash.
 _next = map("{:x}".format, itertools.count(1))
 
 
@@ -50,7 +53,8 @@ def _entry(fn: Function) -> Callable:
 
 
 def own(fn: Function) -> Owner:
-    """The owner of a Function's number for the programs that are lowered here; equal Functions share it."""
+    """The owner of a Function's number for the programs that are lowered here; equal Functions
+    share it."""
     release_retired()
     with lock:
         called = fn, here.depth
@@ -64,7 +68,8 @@ def own(fn: Function) -> Owner:
 
 
 def own_forever(fn: Function) -> Owner:
-    """For a program that jax.export writes: it lives until the process ends, by a number that no other process has."""
+    """For a program that jax.export writes: it lives until the process ends, by a number that no
+    other process has."""
     number = "x" + secrets.token_urlsafe(6)[:6]
     owner = _owners[number] = Owner(number)
     functions[number] = Called(fn, here.depth, len(fn.inputs), _entry(fn))
@@ -73,16 +78,23 @@ def own_forever(fn: Function) -> Owner:
 
 
 def _retire(number: str) -> None:
-    """A finalizer: it may run inside a deallocation, where jax.live_arrays() would revive dead arrays, so it only notes."""
+    """A finalizer: it may run inside a deallocation, where jax.live_arrays() would revive dead
+    arrays, so it only notes."""
     _retired.add(number)
 
 
 def release_retired() -> None:
-    """Forget Functions whose programs are gone, unless an array is still being computed (it may be by one of them).
+    """Forget Functions whose programs are gone, unless an array is still being computed (it may be
+    by one of them).
 
-    Called wherever a bridged function is made, called or lowered: a dropped model is freed then, not at once."""
-    while (gone := tuple(_retired)) and all(a.is_deleted() or a.is_ready() for a in jax.live_arrays()):
-        with lock:  # only those noted before the arrays were looked at: what another thread drops meanwhile may be running
+    Called wherever a bridged function is made, called or lowered: a dropped model is freed then,
+    not at once."""
+    while (gone := tuple(_retired)) and all(
+        a.is_deleted() or a.is_ready() for a in jax.live_arrays()
+    ):
+        # only those noted before the arrays were looked at: what another thread drops meanwhile may
+        # be running
+        with lock:
             for number in gone:
                 _retired.discard(number)
                 if number in functions and number not in _owners:
@@ -91,13 +103,19 @@ def release_retired() -> None:
 
 def unknown(number: str):
     raise RuntimeError(
-        message("a program compiled in this process", f"a call of Function {number}, which this process does not know (or no longer, as it ends)", "trace and compile it here")
+        message(
+            "a program compiled in this process",
+            f"a call of Function {number}, which this process does not know (or no longer, as it "
+            "ends)",
+            "trace and compile it here",
+        )
     )
 
 
 def close() -> None:
-    """At exit (after Ctrl-C, say) programs may still run in XLA's threads: their next call fails, and Python waits for
-    that, since a thread that asks for the GIL of an interpreter that is gone ends the process with SIGABRT."""
+    """At exit (after Ctrl-C, say) programs may still run in XLA's threads: their next call fails,
+    and Python waits for that, since a thread that asks for the GIL of an interpreter that is gone
+    ends the process with SIGABRT."""
     functions.clear()
     for array in jax.live_arrays():
         with suppress(Exception):

@@ -1,4 +1,5 @@
-"""The arguments of one call of a foreign function: which are arrays, which stay Python values, and what they are called."""
+"""The arguments of one call of a foreign function: which are arrays, which stay Python values, and
+what they are called."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ tree = jax.tree_util
 
 @dataclass(frozen=True)
 class Signature:
-    """Pytree of (args, kwargs), types of the arrays, and (position, kind, value) of the leaves that are no arrays."""
+    """Pytree of (args, kwargs), types of the arrays, and (position, kind, value) of the leaves that
+    are no arrays."""
 
     tree: Any
     inputs: tuple[Spec, ...]
@@ -34,26 +36,42 @@ class Signature:
 
     def names(self) -> tuple[str, ...]:
         """How arrays are called in error texts: argument 0, argument 0['pos'], charge."""
-        return tuple((f"argument {p[1].idx}" if p[0].idx == 0 else p[1].key) + tree.keystr(p[2:]) for p in self._paths())
+        return tuple(
+            (f"argument {p[1].idx}" if p[0].idx == 0 else p[1].key) + tree.keystr(p[2:])
+            for p in self._paths()
+        )
 
     def parameters(self, names: list[str]) -> tuple[str, ...]:
         """The parameter that each array belongs to, given those of the callable in order."""
-        return tuple(names[min(p[1].idx, len(names) - 1)] if p[0].idx == 0 else p[1].key for p in self._paths())
+        return tuple(
+            names[min(p[1].idx, len(names) - 1)] if p[0].idx == 0 else p[1].key
+            for p in self._paths()
+        )
 
     def declared(self, outputs):
-        """(types, tree) of outputs that the user declared: a pytree, or a function of the inputs' types."""
+        """(types, tree) of outputs that the user declared: a pytree, or a function of the inputs'
+        types."""
         if callable(outputs):
-            args, kwargs = self.tree.unflatten(between(self.static, (jax.ShapeDtypeStruct(*s) for s in self.inputs)))
+            args, kwargs = self.tree.unflatten(
+                between(self.static, (jax.ShapeDtypeStruct(*s) for s in self.inputs))
+            )
             outputs = outputs(*args, **kwargs)
         leaves, out_tree = tree.tree_flatten(outputs)
         for x in leaves:
             if not (hasattr(x, "shape") and hasattr(x, "dtype")):
-                raise TypeError(message("outputs= as a pytree of jax.ShapeDtypeStruct", f"{type(x).__name__} {x!r:.60}", "give shape and dtype of each output"))
+                raise TypeError(
+                    message(
+                        "outputs= as a pytree of jax.ShapeDtypeStruct",
+                        f"{type(x).__name__} {x!r:.60}",
+                        "give shape and dtype of each output",
+                    )
+                )
         return tuple(Spec(tuple(x.shape), jnp.dtype(x.dtype).name) for x in leaves), out_tree
 
 
 def sign(args, kwargs) -> tuple[Signature, list[jax.Array]]:
-    """The signature of a call and its arrays. Raises TypeError for a value that is neither array nor hashable, ValueError for one that JAX would narrow."""
+    """The signature of a call and its arrays. Raises TypeError for a value that is neither array
+    nor hashable, ValueError for one that JAX would narrow."""
     leaves, structure = tree.tree_flatten((args, kwargs))
     arrays, static = [], []
     for i, x in enumerate(leaves):
@@ -61,7 +79,9 @@ def sign(args, kwargs) -> tuple[Signature, list[jax.Array]]:
             arrays.append(x if isinstance(x, jax.Array) else _from_numpy(x))
         else:
             static.append(_static(i, x))
-    return Signature(structure, tuple([Spec(x.shape, _name(x.dtype)) for x in arrays]), tuple(static)), arrays
+    return Signature(
+        structure, tuple([Spec(x.shape, _name(x.dtype)) for x in arrays]), tuple(static)
+    ), arrays
 
 
 _name = functools.cache(operator.attrgetter("name"))  # of a dtype; NumPy makes it anew each time
@@ -69,7 +89,13 @@ _name = functools.cache(operator.attrgetter("name"))  # of a dtype; NumPy makes 
 
 def _static(i: int, x):
     if hasattr(x, "__torch_function__") or hasattr(x, "__dlpack__"):
-        raise TypeError(message("JAX or NumPy arrays as arguments of a bridged function", type(x).__name__, "convert it first: bridge.to_jax(tensor)"))
+        raise TypeError(
+            message(
+                "JAX or NumPy arrays as arguments of a bridged function",
+                type(x).__name__,
+                "convert it first: bridge.to_jax(tensor)",
+            )
+        )
     return static_leaf(i, x, "arrays")
 
 

@@ -1,4 +1,5 @@
-"""Integrators of jax-md that ask for an energy several times in a step, driven by one evaluation, whose results the state carries."""
+"""Integrators of jax-md that ask for an energy several times in a step, driven by one evaluation,
+whose results the state carries."""
 
 from __future__ import annotations
 
@@ -24,12 +25,14 @@ class Evaluation(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Carrying:
-    """A simulator of jax-md whose state carries its energy and virial: one evaluation of energy_fn in init, one in a step.
+    """A simulator of jax-md whose state carries its energy and virial: one evaluation of energy_fn
+    in init, one in a step.
 
-    `make(energy_fn)` gives jax-md's own (init, step). A step is traced twice. First with an energy of zero, to see where it
-    takes positions and box, which do not depend on the forces there; energy_fn is evaluated there; then with a plane in place
-    of the energy that has its value and slopes, which is all that the step asks for (XLA drops what is done twice).
-    `at_start` says that it also asks where it starts: there the state knows the answer. The steps are jax-md's own
+    `make(energy_fn)` gives jax-md's own (init, step). A step is traced twice. First with an energy
+    of zero, to see where it takes positions and box, which do not depend on the forces there;
+    energy_fn is evaluated there; then with a plane in place of the energy that has its value and
+    slopes, which is all that the step asks for (XLA drops what is done twice). `at_start` says that
+    it also asks where it starts: there the state knows the answer. The steps are jax-md's own
     arithmetic, and differentiate as its own do."""
 
     make: Callable
@@ -47,7 +50,9 @@ class Carrying:
         def run(end):
             calls = []
             fn = self.make(_plane(start, end, calls))[which]
-            state = getattr(fn, "__wrapped__", fn)(*args, **kwargs)  # inside a jit of jax-md's the planes would be of another trace
+            state = getattr(fn, "__wrapped__", fn)(
+                *args, **kwargs
+            )  # inside a jit of jax-md's the planes would be of another trace
             _check([at for at, _ in calls], at_start)
             return state, calls[-1][1]
 
@@ -64,8 +69,11 @@ class Carrying:
 
 
 def observe(fn, seen):
-    """fn with the energy that force_fn left while fn was traced; within one trace, so that no tracer gets out."""
-    fn = getattr(fn, "__wrapped__", fn)  # inside jax-md's own jit the energy would be a tracer of another trace
+    """fn with the energy that force_fn left while fn was traced; within one trace, so that no
+    tracer gets out."""
+    fn = getattr(
+        fn, "__wrapped__", fn
+    )  # inside jax-md's own jit the energy would be a tracer of another trace
 
     @jax.jit
     def run(*args, **kwargs):
@@ -74,15 +82,21 @@ def observe(fn, seen):
         found = dict(seen.__dict__)
         seen.__dict__.clear()
         if not found or found["position"] is not getattr(state, "position", None):
-            expected, got = "a step that ends where its forces were evaluated", "positions that moved on"
-            raise NotImplementedError(message(expected, got, "call energy_fn beside jax-md's own step"))
+            expected, got = (
+                "a step that ends where its forces were evaluated",
+                "positions that moved on",
+            )
+            raise NotImplementedError(
+                message(expected, got, "call energy_fn beside jax-md's own step")
+            )
         return state, found["energy"]
 
     return run
 
 
 def _plane(start, end, calls):
-    """The tangent plane of the energy at the start of a step or at its end (None: zero), which notes how it is called."""
+    """The tangent plane of the energy at the start of a step or at its end (None: zero), which
+    notes how it is called."""
 
     def energy_fn(R, box=None, perturbation=None, **passed):
         at_start = start is not None and R is start.position
@@ -91,18 +105,38 @@ def _plane(start, end, calls):
         if plane is None:
             return jnp.zeros((), R.dtype)
         one = jnp.eye(R.shape[-1], dtype=R.dtype)
-        P = one if perturbation is None else perturbation * one if jnp.ndim(perturbation) == 0 else perturbation
-        return plane.energy + (plane.gradient * (R - plane.position)).sum() + (plane.virial * (P - one)).sum()
+        P = (
+            one
+            if perturbation is None
+            else perturbation * one
+            if jnp.ndim(perturbation) == 0
+            else perturbation
+        )
+        return (
+            plane.energy
+            + (plane.gradient * (R - plane.position)).sum()
+            + (plane.virial * (P - one)).sum()
+        )
 
     return energy_fn
 
 
 def _check(calls, at_start):
     """The order in which a step asks: where it starts, if it does, then where it ends."""
-    if calls[: int(at_start)] != [True] * at_start or True in calls[int(at_start) :] or len(calls) == at_start:
+    if (
+        calls[: int(at_start)] != [True] * at_start
+        or True in calls[int(at_start) :]
+        or len(calls) == at_start
+    ):
         places = ", ".join("start" if at else "end" for at in calls) or "nowhere"
         expected = f"a step that asks for its energy {'once where it starts, then ' if at_start else ''}where it ends"
-        raise NotImplementedError(message(expected, places, "call jax-md's own integrator, or take the version of jax-md that is pinned"))
+        raise NotImplementedError(
+            message(
+                expected,
+                places,
+                "call jax-md's own integrator, or take the version of jax-md that is pinned",
+            )
+        )
 
 
 def _carrying(state, end):
@@ -121,9 +155,14 @@ def _values(state, kind):
 
 @functools.cache
 def _kind(plain):
-    """jax-md's class of states with two more fields; a subclass, so that jax-md's functions take it."""
+    """jax-md's class of states with two more fields; a subclass, so that jax-md's functions take
+    it."""
     fields, names = [("energy", Any), ("virial", Any)], {"plain": plain, "__reduce__": _reduce}
-    return jax.tree_util.register_dataclass(dataclasses.make_dataclass(plain.__name__, fields, bases=(plain,), frozen=True, namespace=names))
+    return jax.tree_util.register_dataclass(
+        dataclasses.make_dataclass(
+            plain.__name__, fields, bases=(plain,), frozen=True, namespace=names
+        )
+    )
 
 
 def _reduce(state):

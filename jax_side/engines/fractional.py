@@ -1,4 +1,5 @@
-"""Fractional coordinates as jax-md differentiates them: a tangent of R is one in real space, in exact rules for both directions."""
+"""Fractional coordinates as jax-md differentiates them: a tangent of R is one in real space, in
+exact rules for both directions."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 
 @jax.custom_jvp
 def real(matrix, R):
-    """r = box R, where a tangent of R is one of r at fixed box, as space.transform has it; right to all orders."""
+    """r = box R, where a tangent of R is one of r at fixed box, as space.transform has it; right to
+    all orders."""
     return R @ matrix.T
 
 
@@ -32,7 +34,8 @@ def _moved_jvp(primals, tangents):
 
 @jax.custom_jvp
 def fractions(pos, cell, home):
-    """s = r h^-1 for jax-md, which takes a tangent of s for one of s h: there is the true ds times `home`, a constant h."""
+    """s = r h^-1 for jax-md, which takes a tangent of s for one of s h: there is the true ds times
+    `home`, a constant h."""
     return pos @ jnp.linalg.inv(cell)
 
 

@@ -1,4 +1,5 @@
-"""jax-md (Schoenholz and Cubuk, NeurIPS 2020): a potential as an energy function, the reverse, and energies seen on the way."""
+"""jax-md (Schoenholz and Cubuk, NeurIPS 2020): a potential as an energy function, the reverse, and
+energies seen on the way."""
 
 from __future__ import annotations
 
@@ -18,42 +19,47 @@ from jax_side.engines.images import check_list, check_width, cutoff_of, known, o
 
 
 def energy(potential, box=None, fractional=True, *, cutoff=None):
-    """The potential in jax-md's idiom: `energy_fn(R, **kwargs)` for space.free or space.periodic_general.
+    """The potential in jax-md's idiom: `energy_fn(R, **kwargs)` for space.free or
+    space.periodic_general.
 
-    `potential` is called as potential(positions, cell) and returns eV, like jax_side.potentials.potential's for one system.
-    box None is free space. Else box is jax-md's: a number, a vector, or a matrix (upper triangular or not) whose
-    COLUMNS are the lattice vectors in Angstrom, so that the cell of rows is box.T. With fractional=True, R (N,3) are
-    fractional coordinates and r = box R; the gradient in R is nevertheless the real-space gradient dE/dr, as for every
-    jax-md energy, and shift_fn of periodic_general expects that. With fractional=False, R are real positions. R and box
-    have one dtype.
+    `potential` is called as potential(positions, cell) and returns eV, like
+    jax_side.potentials.potential's for one system. box None is free space. Else box is jax-md's: a
+    number, a vector, or a matrix (upper triangular or not) whose COLUMNS are the lattice vectors in
+    Angstrom, so that the cell of rows is box.T. With fractional=True, R (N,3) are fractional
+    coordinates and r = box R; the gradient in R is nevertheless the real-space gradient dE/dr, as
+    for every jax-md energy, and shift_fn of periodic_general expects that. With fractional=False, R
+    are real positions. R and box have one dtype.
 
-    Some keywords are read when it is called, the others that jax-md passes on (kT, t, ...) are not: `neighbor`, a jax-md
-    neighbour list of format Sparse, whose edges the potential is given (see below; without it torch finds the
-    neighbours); `box` in place of the box given here (NPT); and `perturbation` P, a number or a matrix: r -> P r for atoms
-    and cell alike. With P = I + e is dE/de at e = 0 the virial W, whence quantity.stress = -W / V and quantity.pressure;
-    jax-md counts compression positive. Without `neighbor` no minimum image is taken: which images count is the potential's
-    concern, and small boxes are fine.
+    Some keywords are read when it is called, the others that jax-md passes on (kT, t, ...) are not:
+    `neighbor`, a jax-md neighbour list of format Sparse, whose edges the potential is given (see
+    below; without it torch finds the neighbours); `box` in place of the box given here (NPT); and
+    `perturbation` P, a number or a matrix: r -> P r for atoms and cell alike. With P = I + e is
+    dE/de at e = 0 the virial W, whence quantity.stress = -W / V and quantity.pressure; jax-md
+    counts compression positive. Without `neighbor` no minimum image is taken: which images count is
+    the potential's concern, and small boxes are fine.
 
     A jax-md list holds one image of each pair, and only what it has room for. So with `neighbor`
     opposite faces of the box must be twice the cutoff apart (in a skewed box, twice the list's own,
-    skin included), the list must reach as far as the cutoff, and must not have overflowed. The cutoff
-    is that of potential.card, or `cutoff` in Angstrom, or the list's own. What is wrong is an error
-    at the call; where values can't be seen (a box or a list that jit or vmap traces) the energy and
-    all its derivatives are NaN, in that system alone. After a run in jit look at
+    skin included), the list must reach as far as the cutoff, and must not have overflowed. The
+    cutoff is that of potential.card, or `cutoff` in Angstrom, or the list's own. What is wrong is
+    an error at the call; where values can't be seen (a box or a list that jit or vmap traces) the
+    energy and all its derivatives are NaN, in that system alone. After a run in jit look at
     neighbor.did_buffer_overflow, as always in jax-md, allocate anew, and run again from before.
     How old a list may be is the caller's concern: update it (with box=, if that changes) before
     atoms have moved by half of its skin.
 
-    A step of NVE, NVT, Langevin or FIRE evaluates the potential once; one of jax-md's own NPT and FIRE with box twice,
-    which `npt_nose_hoover` and `fire_descent_box` here bring to once. Under jax.vmap all replicas are one evaluation.
+    A step of NVE, NVT, Langevin or FIRE evaluates the potential once; one of jax-md's own NPT and
+    FIRE with box twice, which `npt_nose_hoover` and `fire_descent_box` here bring to once. Under
+    jax.vmap all replicas are one evaluation.
 
-    Derivatives are exact to all orders (elasticity.athermal_moduli is right): each is what finite differences of the one
-    before give, where R moves by inv(box) dr as dr is asked for. Mixed ones in R and box come in two kinds, then: that of
-    dE/dr in the box, and that of dE/dbox in r. (space.transform gets the second kind wrong, and forward over forward.)
+    Derivatives are exact to all orders (elasticity.athermal_moduli is right): each is what finite
+    differences of the one before give, where R moves by inv(box) dr as dr is asked for. Mixed ones
+    in R and box come in two kinds, then: that of dE/dr in the box, and that of dE/dbox in r.
+    (space.transform gets the second kind wrong, and forward over forward.)
 
-    Raises: ValueError where R and box differ in dtype or box has another shape, for a list that lacks
-    edges, and for a cutoff that is not the card's; NotImplementedError for `new_box`; ImportError
-    without jax-md.
+    Raises: ValueError where R and box differ in dtype or box has another shape, for a list that
+    lacks edges, and for a cutoff that is not the card's; NotImplementedError for `new_box`;
+    ImportError without jax-md.
 
     >>> energy_fn = energy(lambda r, cell: (r ** 2).sum(), box=2.0)
     >>> R = jnp.full((1, 3), 0.5)
@@ -65,7 +71,9 @@ def energy(potential, box=None, fractional=True, *, cutoff=None):
 
     def energy_fn(R, box=None, perturbation=None, neighbor=None, **kwargs):
         if "new_box" in kwargs:
-            raise NotImplementedError(message("box=... for a box that changes", "new_box", "pass it as box"))
+            raise NotImplementedError(
+                message("box=... for a box that changes", "new_box", "pass it as box")
+            )
         box = home if box is None else box
         matrix = None if box is None else _matrix(box, R)
         r = real(matrix, R) if fractional and box is not None else R
@@ -85,17 +93,19 @@ def energy(potential, box=None, fractional=True, *, cutoff=None):
 
 
 def edges(neighbor, R, box=None, *, fractional=True, cutoff=None):
-    """A jax-md neighbour list as the edges of the contract: {"edge_index": (2,capacity), "cell_offsets": (capacity,3)}, int32.
+    """A jax-md neighbour list as the edges of the contract: {"edge_index": (2,capacity),
+    "cell_offsets": (capacity,3)}, int32.
 
-    `neighbor` is what jax-md's neighbor_fn.allocate or update gave, in the format Sparse (both directions; its unused slots are
-    the contract's too); R (N,3) and box as in `energy`, of the moment. Each edge is the minimum image,
-    as jax-md's displacements are; without a box all offsets are 0. The energy functions of `energy` do
-    this themselves, as `energy_fn(R, neighbor=neighbor)`, so that a step whose positions wrap has the
-    right images. A potential's models leave out edges in the skin.
+    `neighbor` is what jax-md's neighbor_fn.allocate or update gave, in the format Sparse (both
+    directions; its unused slots are the contract's too); R (N,3) and box as in `energy`, of the
+    moment. Each edge is the minimum image, as jax-md's displacements are; without a box all offsets
+    are 0. The energy functions of `energy` do this themselves, as `energy_fn(R,
+    neighbor=neighbor)`, so that a step whose positions wrap has the right images. A potential's
+    models leave out edges in the skin.
 
     The list is checked as in `energy`, for a `cutoff` in Angstrom, by default the list's own, skin
-    included. Where jit or vmap hides the values, a list that lacks edges has -1 for all of them, which
-    models in torch refuse, as do the -1 of any other list.
+    included. Where jit or vmap hides the values, a list that lacks edges has -1 for all of them,
+    which models in torch refuse, as do the -1 of any other list.
 
     Raises: ValueError for another format, and for a list that lacks edges.
 
@@ -115,28 +125,32 @@ def edges(neighbor, R, box=None, *, fractional=True, cutoff=None):
 
 
 def model(energy_fn, cell="box", *, cutoff=None):
-    """An energy function of jax-md as a model of the potential contract for one system: a dict in, {"energy": (1,)} out.
+    """An energy function of jax-md as a model of the potential contract for one system: a dict in,
+    {"energy": (1,)} out.
 
-    The model takes pos (N,3) Cartesian, any image, and cell (1,3,3) by rows, and differentiates in both as the contract has
-    it: g = dE/dr at fixed cell, G = dE/dh at fixed Cartesian positions. Which atoms are what is in energy_fn already
-    (species=...); other keys are not looked at, pbc neither: what is periodic is the displacement's concern. Units are
-    those of energy_fn; make it with eV and Angstrom. `cell` says how it takes its box:
+    The model takes pos (N,3) Cartesian, any image, and cell (1,3,3) by rows, and differentiates in
+    both as the contract has it: g = dE/dr at fixed cell, G = dE/dh at fixed Cartesian positions.
+    Which atoms are what is in energy_fn already (species=...); other keys are not looked at, pbc
+    neither: what is periodic is the displacement's concern. Units are those of energy_fn; make it
+    with eV and Angstrom. `cell` says how it takes its box:
 
-    "box"           it is called as energy_fn(fractional R, box=columns), made with space.periodic_general(box,
-                    fractional_coordinates=True). Values, g, G and second derivatives in positions are exact; second
-                    derivatives that involve the cell are not, for jax-md's space.transform gets these wrong
-    "perturbation"  the same with perturbation=... as well, through which the cell moves. These second derivatives are
-                    exact too; a dependence on the box by other ways than the displacement (an explicit volume) is missed
+    "box"           it is called as energy_fn(fractional R, box=columns), made with
+                    space.periodic_general(box, fractional_coordinates=True). Values, g, G and
+                    second derivatives in positions are exact; second derivatives that involve the
+                    cell are not, for jax-md's space.transform gets these wrong
+    "perturbation"  the same with perturbation=... as well, through which the cell moves. These
+                    second derivatives are exact too; a dependence on the box by other ways than the
+                    displacement (an explicit volume) is missed
     None            free space: it is called as energy_fn(positions), and G is zero
 
-    Exact means to jax-md's own constants, which it rounds to float32 here and there. The gradient in a
-    fractional R that jax-md defines is the real-space one; positions are converted so that its rule
-    comes out right. Models of equal energies are equal, for jit's caches.
+    Exact means to jax-md's own constants, which it rounds to float32 here and there. The gradient
+    in a fractional R that jax-md defines is the real-space one; positions are converted so that its
+    rule comes out right. Models of equal energies are equal, for jit's caches.
 
     jax-md takes the minimum image of each pair, in all three directions. So, but in free space, the
     energy's `cutoff` in Angstrom (its r_cutoff; for a sum the longest) must be given, and opposite
-    faces of the cell must be twice that apart: else the call is an error, and where the cell can't be
-    seen (inside jit and vmap, and in bridge.torch_potential) energy and derivatives are NaN.
+    faces of the cell must be twice that apart: else the call is an error, and where the cell can't
+    be seen (inside jit and vmap, and in bridge.torch_potential) energy and derivatives are NaN.
 
     Raises: ValueError for no cutoff with a cell, a cell that is too narrow for it, more than one
     system, an energy that is no scalar, another `cell`; ImportError without jax-md.
@@ -149,7 +163,9 @@ def model(energy_fn, cell="box", *, cutoff=None):
     """
     _jax_md()
     if cell not in ("box", "perturbation", None):
-        raise ValueError(message('cell as one of "box", "perturbation", None', repr(cell), "choose one of these"))
+        raise ValueError(
+            message('cell as one of "box", "perturbation", None', repr(cell), "choose one of these")
+        )
     if cell is not None and cutoff is None:
         expected = "cutoff=... of a jax-md energy with a box, in Angstrom"
         raise ValueError(message(expected, "none", "pass its r_cutoff, or cell=None in free space"))
@@ -165,11 +181,23 @@ class _Model:
     def __call__(self, inputs: dict) -> dict:
         pos, cell = inputs["pos"], inputs["cell"]
         if cell.shape[0] != 1:
-            raise ValueError(message("one system for a jax-md energy", f"{cell.shape[0]} cells", "call the model once for each system"))
+            raise ValueError(
+                message(
+                    "one system for a jax-md energy",
+                    f"{cell.shape[0]} cells",
+                    "call the model once for each system",
+                )
+            )
         wide = self.cell is None or self._check(cell)
         energy = self._energy(pos, cell[0])
         if energy.shape:
-            raise ValueError(message("a scalar from the jax-md energy", str(energy.shape), "make it without per_particle=True"))
+            raise ValueError(
+                message(
+                    "a scalar from the jax-md energy",
+                    str(energy.shape),
+                    "make it without per_particle=True",
+                )
+            )
         energy = energy.astype(pos.dtype)
         return {"energy": (energy if wide is True else or_nan(wide, energy))[None]}
 
@@ -186,20 +214,24 @@ class _Model:
         R = fractions(pos, cell, home)
         if self.cell == "box":
             return self.energy_fn(R, box=cell.T)
-        moved = jnp.eye(3, dtype=cell.dtype) + (jnp.linalg.inv(home) @ (cell - home)).T  # one, to the bit, but for its derivative
+        moved = (
+            jnp.eye(3, dtype=cell.dtype) + (jnp.linalg.inv(home) @ (cell - home)).T
+        )  # one, to the bit, but for its derivative
         return self.energy_fn(R, box=home.T, perturbation=moved)
 
 
 def observed(simulator, energy_fn, *args, **kwargs):
-    """`simulator(energy_fn, *args, **kwargs)` of jax_md.simulate, with the potential energy of each state for free.
+    """`simulator(energy_fn, *args, **kwargs)` of jax_md.simulate, with the potential energy of each
+    state for free.
 
-    Returns jitted `init, step` that take what jax-md's own take and return (state, energy), where energy is
-    energy_fn(state.position), taken from the evaluation that gave the forces: one evaluation for a step, with
-    logging. For integrators that end where they evaluated their forces: nve, nvt_nose_hoover, nvt_langevin. (Calling
-    energy_fn beside the step would evaluate again, unless XLA happens to merge the two calls.)
+    Returns jitted `init, step` that take what jax-md's own take and return (state, energy), where
+    energy is energy_fn(state.position), taken from the evaluation that gave the forces: one
+    evaluation for a step, with logging. For integrators that end where they evaluated their forces:
+    nve, nvt_nose_hoover, nvt_langevin. (Calling energy_fn beside the step would evaluate again,
+    unless XLA happens to merge the two calls.)
 
-    Raises: NotImplementedError, when first called, for an integrator that moves on after its force evaluation
-    (brownian), whose energies would be a step behind.
+    Raises: NotImplementedError, when first called, for an integrator that moves on after its force
+    evaluation (brownian), whose energies would be a step behind.
 
     >>> from jax_md import simulate, space
     >>> init, step = observed(simulate.nve, lambda R, **_: (R ** 2).sum(), space.free()[1], 1e-3)
@@ -218,20 +250,25 @@ def observed(simulator, energy_fn, *args, **kwargs):
 
 
 def npt_nose_hoover(energy_fn, shift_fn, *args, **kwargs):
-    """jax_md.simulate.npt_nose_hoover (Martyna, Klein, Tuckerman, J. Chem. Phys. 97, 2635 (1992)), one evaluation for a step.
+    """jax_md.simulate.npt_nose_hoover (Martyna, Klein, Tuckerman, J. Chem. Phys. 97, 2635 (1992)),
+    one evaluation for a step.
 
-    Takes what jax-md's own takes, returns its `init, step`, and gives its trajectory: its integrator asks for the energy's
-    slope in the volume where a step starts and where it ends, and the state here remembers what the step before found. The
-    state is jax-md's (npt_box, npt_nose_hoover_invariant and state.set take it) with two more fields, both of
-    state.position and state.box: `energy` in eV, and `virial` W = dE/de (3,3) in eV, so that the static stress in jax-md's
-    sign is -W / V. Logging them costs nothing, nor does the conserved quantity, as
-    npt_nose_hoover_invariant(lambda R, **_: state.energy, state, pressure, kT). In jax-md 0.2.29 it drifts in
-    fractional coordinates, whatever the energy, for the step stretches R with the box, which only real coordinates want: with
-    energy(potential, fractional=False), shift_fn = space.free()[1] and real R it holds. Who sets positions or box by hand calls init again.
+    Takes what jax-md's own takes, returns its `init, step`, and gives its trajectory: its
+    integrator asks for the energy's slope in the volume where a step starts and where it ends, and
+    the state here remembers what the step before found. The state is jax-md's (npt_box,
+    npt_nose_hoover_invariant and state.set take it) with two more fields, both of state.position
+    and state.box: `energy` in eV, and `virial` W = dE/de (3,3) in eV, so that the static stress in
+    jax-md's sign is -W / V. Logging them costs nothing, nor does the conserved quantity, as
+    npt_nose_hoover_invariant(lambda R, **_: state.energy, state, pressure, kT). In jax-md 0.2.29 it
+    drifts in fractional coordinates, whatever the energy, for the step stretches R with the box,
+    which only real coordinates want: with energy(potential, fractional=False), shift_fn =
+    space.free()[1] and real R it holds. Who sets positions or box by hand calls init again.
 
-    energy_fn(R, box=..., perturbation=..., **keywords of init or step) is `energy`'s or any jax-md energy. The step is jitted.
+    energy_fn(R, box=..., perturbation=..., **keywords of init or step) is `energy`'s or any jax-md
+    energy. The step is jitted.
 
-    Raises: NotImplementedError, when first called, if this version of jax-md asks for its energies in another order.
+    Raises: NotImplementedError, when first called, if this version of jax-md asks for its energies
+    in another order.
 
     >>> from jax_md import space
     >>> box = 4 * jnp.eye(3)
@@ -241,15 +278,19 @@ def npt_nose_hoover(energy_fn, shift_fn, *args, **kwargs):
     (48.0, 32.0, True)
     """
     simulator = _jax_md().simulate.npt_nose_hoover
-    return _carrying(lambda energy_fn: simulator(energy_fn, shift_fn, *args, **kwargs), energy_fn, at_start=True)
+    return _carrying(
+        lambda energy_fn: simulator(energy_fn, shift_fn, *args, **kwargs), energy_fn, at_start=True
+    )
 
 
 def fire_descent_box(energy_fn, shift_fn, *args, **kwargs):
-    """jax_md.minimize.fire_descent_box (FIRE: Bitzek et al., Phys. Rev. Lett. 97, 170201 (2006)), one evaluation for a step.
+    """jax_md.minimize.fire_descent_box (FIRE: Bitzek et al., Phys. Rev. Lett. 97, 170201 (2006)),
+    one evaluation for a step.
 
-    Relaxes atoms and box. Takes what jax-md's own takes, returns its `init, step`, and gives its path; the state has
-    `energy` and `virial` as that of `npt_nose_hoover`, where the rest is said as well. jax-md's own asks for forces and
-    virial one after the other, at the same positions and box.
+    Relaxes atoms and box. Takes what jax-md's own takes, returns its `init, step`, and gives its
+    path; the state has `energy` and `virial` as that of `npt_nose_hoover`, where the rest is said
+    as well. jax-md's own asks for forces and virial one after the other, at the same positions and
+    box.
 
     >>> from jax_md import space
     >>> box = 4 * jnp.eye(3)
@@ -258,7 +299,9 @@ def fire_descent_box(energy_fn, shift_fn, *args, **kwargs):
     12.0
     """
     descent = _jax_md().minimize.fire_descent_box
-    return _carrying(lambda energy_fn: descent(energy_fn, shift_fn, *args, **kwargs), energy_fn, at_start=False)
+    return _carrying(
+        lambda energy_fn: descent(energy_fn, shift_fn, *args, **kwargs), energy_fn, at_start=False
+    )
 
 
 def _carrying(make, energy_fn, at_start):
@@ -297,7 +340,8 @@ def _seen(cell, box, perturbation=None):
 def _if_sound(sound, potential, r, cell, listed):
     """The energy, NaN where the list is not sound.
 
-    There the potential is shown atoms far apart, for a run in jit to go on to where it is looked at."""
+    There the potential is shown atoms far apart, for a run in jit to go on to where it is looked
+    at."""
     apart = jnp.arange(r.size, dtype=r.dtype).reshape(r.shape)
     if cell is not None:
         cell = where_sound(sound, cell, max(r.size, 1) * jnp.eye(3, dtype=cell.dtype))
@@ -313,7 +357,13 @@ def _matrix(box, R):
     if box.size == 1:
         return jnp.eye(3, dtype=R.dtype) * box.reshape(())
     if box.shape not in ((3,), (3, 3)):
-        raise ValueError(message("box as a number, (3,) or (3,3)", str(box.shape), "pass the lattice vectors as columns"))
+        raise ValueError(
+            message(
+                "box as a number, (3,) or (3,3)",
+                str(box.shape),
+                "pass the lattice vectors as columns",
+            )
+        )
     return jnp.diag(box) if box.ndim == 1 else jnp.asarray(box)
 
 

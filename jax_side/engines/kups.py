@@ -1,4 +1,5 @@
-"""kUPS (CuspAI, PyPI `kups`, Python >= 3.12): a potential as the model of its direct potentials, for its MD and relaxation."""
+"""kUPS (CuspAI, PyPI `kups`, Python >= 3.12): a potential as the model of its direct potentials,
+for its MD and relaxation."""
 
 from __future__ import annotations
 
@@ -14,35 +15,46 @@ from bridge.errors import message, missing
 from jax_side.potentials.outputs import check_unused, marked
 from jax_side.potentials.potential import UNKNOWN, Potential
 
-KINDS = {"positions and cell": ENERGY_AND_GRADIENTS, "positions": ENERGY_AND_GRADIENTS[:2]}  # asked for -> outputs of the contract
+KINDS = {
+    "positions and cell": ENERGY_AND_GRADIENTS,
+    "positions": ENERGY_AND_GRADIENTS[:2],
+}  # asked for -> outputs of the contract
 
 
 def model(potential, *, gradients="positions and cell", filter=None, extras=None):
-    """The potential as a model function: the first argument of kups.potential.mliap.direct.make_direct_mliap_potential.
+    """The potential as a model function: the first argument of
+    kups.potential.mliap.direct.make_direct_mliap_potential.
 
-    `potential` is a JAX model of the contract, from a dict of arrays to one with energy (B,) eV, position_gradients g = dE/dr at
-    fixed cell (N,3) and cell_gradients G = dE/dh at fixed Cartesian positions (B,3,3), eV/Angstrom: a torch model by
-    bridge.jax_potential, or one of JAX (for an energy alone see jax_side.potentials.strain.with_gradients); or an energy of
-    bridge.potential, for its model and its extras: the atoms are those of kUPS's state. It runs wherever the bridge does, on the CPU
-    too. The result is called by kUPS with its graph (see `inputs`) and returns a kUPS WithPatch of a kUPS PotentialOut:
+    `potential` is a JAX model of the contract, from a dict of arrays to one with energy (B,) eV,
+    position_gradients g = dE/dr at fixed cell (N,3) and cell_gradients G = dE/dh at fixed Cartesian
+    positions (B,3,3), eV/Angstrom: a torch model by bridge.jax_potential, or one of JAX (for an
+    energy alone see jax_side.potentials.strain.with_gradients); or an energy of bridge.potential,
+    for its model and its extras: the atoms are those of kUPS's state. It runs wherever the bridge
+    does, on the CPU too. The result is called by kUPS with its graph (see `inputs`) and returns a
+    kUPS WithPatch of a kUPS PotentialOut:
 
         total_energies   a Table of the systems, eV
-        gradients        "positions and cell": kUPS's PositionsAndCell, Tables of g and of the cell, whose frame holds dE/d(its
-                         parameters), as kUPS's MD wants it. "positions": g alone, an Array (N,3)
+        gradients        "positions and cell": kUPS's PositionsAndCell, Tables of g and of the cell,
+                         whose frame holds dE/d(its parameters), as kUPS's MD wants it. "positions":
+                         g alone, an Array (N,3)
         hessians         EMPTY
 
-    Atoms that kUPS marks as padding have zero gradients. With `filter`, a relaxation filter of kups.application.potential.filter
-    (POSITIONS_ONLY, FRECHET_FILTER ...), the gradients are pulled back to its degrees of freedom, as kUPS's relaxation wants them.
+    Atoms that kUPS marks as padding have zero gradients. With `filter`, a relaxation filter of
+    kups.application.potential.filter (POSITIONS_ONLY, FRECHET_FILTER ...), the gradients are pulled
+    back to its degrees of freedom, as kUPS's relaxation wants them.
 
-    `extras` is a function of kUPS's input (its fields: parameters, what model_view gives, and graph) that returns further inputs
-    of the contract, e.g. `lambda inp: {"charge": inp.parameters}`; charge and spin are never guessed. No dtype is cast: with
-    kUPS's own programs, which enable x64, load the model in float64.
+    `extras` is a function of kUPS's input (its fields: parameters, what model_view gives, and
+    graph) that returns further inputs of the contract, e.g. `lambda inp: {"charge":
+    inp.parameters}`; charge and spin are never guessed. No dtype is cast: with kUPS's own programs,
+    which enable x64, load the model in float64.
 
-    Models of equal arguments are equal, so that kUPS compiles once. One evaluation serves energy and gradients. One that kUPS
-    differentiates again (a hessian lens) is the model's own derivative.
+    Models of equal arguments are equal, so that kUPS compiles once. One evaluation serves energy
+    and gradients. One that kUPS differentiates again (a hessian lens) is the model's own
+    derivative.
 
-    Raises: ValueError for another `gradients`, a filter without cell gradients, and, when kUPS traces it, for inputs that the card
-    (if there is one) doesn't have and outputs outside the contract; TypeError for what can't be called; ImportError without kUPS.
+    Raises: ValueError for another `gradients`, a filter without cell gradients, and, when kUPS
+    traces it, for inputs that the card (if there is one) doesn't have and outputs outside the
+    contract; TypeError for what can't be called; ImportError without kUPS.
 
     >>> import bridge, torch_side.models.sevennet as sevennet                                       # doctest: +SKIP
     >>> fn = model(bridge.jax_potential(sevennet.SevenNet("7net-0", dtype=torch.float64)))           # doctest: +SKIP
@@ -51,20 +63,29 @@ def model(potential, *, gradients="positions and cell", filter=None, extras=None
     _kups()
     one_of("gradients", gradients, KINDS)
     if filter is not None and gradients != "positions and cell":
-        raise ValueError(message('gradients="positions and cell" with a filter', repr(gradients), "a filter takes both: kUPS drops what it does not move"))
+        raise ValueError(
+            message(
+                'gradients="positions and cell" with a filter',
+                repr(gradients),
+                "a filter takes both: kUPS drops what it does not move",
+            )
+        )
     return _Model(_callable(potential), gradients, filter, extras)
 
 
 def build(potential, state, filter=None, *, cutoff=None, extras=None, neighbors=None):
-    """`(kUPS potential, cutoff)` for a kUPS state, as `config.potential.build(state, filter)` of kUPS's own programs gives it.
+    """`(kUPS potential, cutoff)` for a kUPS state, as `config.potential.build(state, filter)` of
+    kUPS's own programs gives it.
 
-    `potential`, `filter` and `extras` as in `model`; `state` is a kUPS Lens into a state with particles (that have
-    atomic_numbers), systems and neighborlist_params, such as identity_lens(MdState) or identity_lens(RelaxState). `cutoff` is in
-    Angstrom, by default that of the potential's card; it comes back as the Table of kUPS, for
-    UniversalNeighborlistParameters.estimate. `neighbors` is kUPS's neighborlist_factory (default AdaptiveNeighborList.from_state).
+    `potential`, `filter` and `extras` as in `model`; `state` is a kUPS Lens into a state with
+    particles (that have atomic_numbers), systems and neighborlist_params, such as
+    identity_lens(MdState) or identity_lens(RelaxState). `cutoff` is in Angstrom, by default that of
+    the potential's card; it comes back as the Table of kUPS, for
+    UniversalNeighborlistParameters.estimate. `neighbors` is kUPS's neighborlist_factory (default
+    AdaptiveNeighborList.from_state).
 
-    Raises: as `model`; ValueError where neither card nor caller gives a cutoff (kUPS makes a list in any
-    case), and for one that is shorter than the card's.
+    Raises: as `model`; ValueError where neither card nor caller gives a cutoff (kUPS makes a list
+    in any case), and for one that is shorter than the card's.
 
     >>> potential, cutoff = build(model, identity_lens(MdState))                     # doctest: +SKIP
     >>> propagator = make_md_propagator(identity_lens(MdState), "verlet", potential)  # doctest: +SKIP
@@ -77,20 +98,33 @@ def build(potential, state, filter=None, *, cutoff=None, extras=None, neighbors=
         raise ValueError(message(expected, f"{cutoff:.7g}", do))
     cutoff = own if cutoff is None else cutoff
     if cutoff is None:
-        raise ValueError(message("a cutoff in Angstrom, by the card or by cutoff=", "none", "pass the reach of the neighbour list that kUPS makes"))
+        raise ValueError(
+            message(
+                "a cutoff in Angstrom, by the card or by cutoff=",
+                "none",
+                "pass the reach of the neighbour list that kUPS makes",
+            )
+        )
     table = core.data.Table((core.typing.SystemId(0),), jnp.array([cutoff], float))
     factory = neighbors or core.neighborlist.AdaptiveNeighborList.from_state
-    views = (state.focus(lambda s: s.particles), state.focus(lambda s: s.systems), lambda s: factory(state(s), table))
+    views = (
+        state.focus(lambda s: s.particles),
+        state.focus(lambda s: s.systems),
+        lambda s: factory(state(s), table),
+    )
     return parts.mliap.direct.make_direct_mliap_potential(fn, *views, lambda s: None), table
 
 
 def inputs(graph):
-    """A kUPS graph as the contract has it: `(inputs, place)`, a dict of pos, atomic_numbers, cell, pbc, batch, edge_index and cell_offsets.
+    """A kUPS graph as the contract has it: `(inputs, place)`, a dict of pos, atomic_numbers, cell,
+    pbc, batch, edge_index and cell_offsets.
 
-    `graph` is a kUPS HyperGraph of N particles, B systems and E edge slots. Atoms are sorted by system: place (N,) int is where
-    each of kUPS's particles went, so that out["position_gradients"][place] is in kUPS's order. Slots that kUPS does not use have
-    an index >= N; particles that it does not use (a system beyond the last) have atomic number 0, and come last. Shapes as in
-    bridge.contract; pbc is what the cell says, for all systems the same; the cell of an open system is kUPS's bounding box.
+    `graph` is a kUPS HyperGraph of N particles, B systems and E edge slots. Atoms are sorted by
+    system: place (N,) int is where each of kUPS's particles went, so that
+    out["position_gradients"][place] is in kUPS's order. Slots that kUPS does not use have an index
+    >= N; particles that it does not use (a system beyond the last) have atomic number 0, and come
+    last. Shapes as in bridge.contract; pbc is what the cell says, for all systems the same; the
+    cell of an open system is kUPS's bounding box.
     """
     atoms, cell = graph.particles.data, graph.systems.data.cell
     n_atoms, n_systems = atoms.positions.shape[0], cell.vectors.shape[0]
@@ -125,18 +159,30 @@ class _Model:
         energy, g, G = evaluate(self.potential, inp, self.gradients, self.extras)
         gradients = g
         if self.gradients == "positions and cell":
-            tables = inp.graph.particles.set_data(g), inp.graph.systems.set_data(_on_frame(core, inp.graph.systems.data.cell, G))
+            tables = (
+                inp.graph.particles.set_data(g),
+                inp.graph.systems.set_data(_on_frame(core, inp.graph.systems.data.cell, G)),
+            )
             gradients = parts.common.geometry.PositionsAndCell(*tables)
         if self.filter is not None:
-            gradients = parts.mliap.direct.filter_pullback(parts.common.graph.GRAPH_GEOMETRY.get(inp), gradients, self.filter)
-        out = core.potential.PotentialOut(inp.graph.systems.set_data(energy), gradients, core.potential.EMPTY)
+            gradients = parts.mliap.direct.filter_pullback(
+                parts.common.graph.GRAPH_GEOMETRY.get(inp), gradients, self.filter
+            )
+        out = core.potential.PotentialOut(
+            inp.graph.systems.set_data(energy), gradients, core.potential.EMPTY
+        )
         return core.patch.WithPatch(out, core.patch.IdPatch())
 
 
 def evaluate(potential, inp, gradients="positions and cell", extras=None):
-    """energy (B,), g (N,3) in kUPS's order and G (B,3,3), or None if it isn't asked for, of a kUPS input."""
+    """energy (B,), g (N,3) in kUPS's order and G (B,3,3), or None if it isn't asked for, of a kUPS
+    input."""
     given, place = inputs(inp.graph)
-    run, bound = (potential.model, _bound(potential)) if isinstance(potential, Potential) else (potential, {})
+    run, bound = (
+        (potential.model, _bound(potential))
+        if isinstance(potential, Potential)
+        else (potential, {})
+    )
     given |= bound | (extras(inp) if extras else {})
     sizes = check_inputs(given)
     card, name = _card(potential), getattr(run, "__name__", type(run).__name__)
@@ -145,13 +191,19 @@ def evaluate(potential, inp, gradients="positions and cell", extras=None):
     card.check_pbc([inp.graph.systems.data.cell.periodic] * sizes[1], name)
     out = marked(run(given), given, check_unused(card, given, name))
     check_outputs(out, *sizes, KINDS[gradients])
-    g = jnp.where(inp.graph.particles.data.system.valid_mask[:, None], out["position_gradients"][place], 0)
+    g = jnp.where(
+        inp.graph.particles.data.system.valid_mask[:, None], out["position_gradients"][place], 0
+    )
     return out["energy"], g, out.get("cell_gradients")
 
 
 def _bound(potential):
     """What an energy of bridge.potential was given beside its atoms."""
-    return {name: jnp.asarray(x) for name, x in potential.fixed.items() if name not in ("atomic_numbers", "batch")}
+    return {
+        name: jnp.asarray(x)
+        for name, x in potential.fixed.items()
+        if name not in ("atomic_numbers", "batch")
+    }
 
 
 def _on_frame(core, cell, G):
@@ -166,15 +218,24 @@ def _card(potential):
 def _callable(potential):
     if not callable(potential):
         expected = "a JAX model of the contract, or an energy of bridge.potential"
-        raise TypeError(message(expected, type(potential).__name__, "pass bridge.jax_potential(torch_model)"))
+        raise TypeError(
+            message(expected, type(potential).__name__, "pass bridge.jax_potential(torch_model)")
+        )
     return potential
 
 
 def _kups():
     """kups.core and kups.potential."""
     try:
-        import kups.core.data, kups.core.lens, kups.core.neighborlist, kups.core.patch, kups.core.potential, kups.core.typing  # noqa: E401
-        import kups.potential.common.geometry, kups.potential.common.graph, kups.potential.mliap.direct  # noqa: E401
+        import kups.core.data
+        import kups.core.lens
+        import kups.core.neighborlist
+        import kups.core.patch
+        import kups.core.potential
+        import kups.core.typing
+        import kups.potential.common.geometry
+        import kups.potential.common.graph
+        import kups.potential.mliap.direct
     except ImportError as error:
         raise missing("kups", "potentials in kUPS, on Python 3.12 or later") from error
     return kups.core, kups.potential

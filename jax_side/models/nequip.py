@@ -1,4 +1,5 @@
-"""NequIP (Batzner et al., Nat. Commun. 13, 2453 (2022)), as jax-md has it, as a graph model of the contract."""
+"""NequIP (Batzner et al., Nat. Commun. 13, 2453 (2022)), as jax-md has it, as a graph model of the
+contract."""
 
 from __future__ import annotations
 
@@ -13,28 +14,43 @@ from bridge.errors import message, missing
 
 
 def NequIP(
-    elements, cutoff, *, layers=2, hidden="16x0e + 8x1o", harmonics="1x0e + 1x1o", radial=16, neighbors=12.0,
-    scale=1.0, shift=0.0, seed=0, dtype="float32",
+    elements,
+    cutoff,
+    *,
+    layers=2,
+    hidden="16x0e + 8x1o",
+    harmonics="1x0e + 1x1o",
+    radial=16,
+    neighbors=12.0,
+    scale=1.0,
+    shift=0.0,
+    seed=0,
+    dtype="float32",
 ):
-    """A NequIP with random weights: `(apply, params)`, where apply(params, inputs) is {"energy": (B,), "node_energies": (N,)}.
+    """A NequIP with random weights: `(apply, params)`, where apply(params, inputs) is {"energy":
+    (B,), "node_energies": (N,)}.
 
-    `elements` are the atomic numbers that it tells apart, `cutoff` is in Angstrom; `layers` interaction layers with features
-    `hidden` and spherical harmonics `harmonics` (irreps of e3nn; vectors are 1o), radial networks of two layers of `radial`
-    neurons. `neighbors` is the usual number of neighbours, which sums are divided by. An atom's energy is scale * network
-    + shift, in eV. Weights are drawn from `seed`, as `dtype`; params is flax's pytree, owned by the caller.
+    `elements` are the atomic numbers that it tells apart, `cutoff` is in Angstrom; `layers`
+    interaction layers with features `hidden` and spherical harmonics `harmonics` (irreps of e3nn;
+    vectors are 1o), radial networks of two layers of `radial` neurons. `neighbors` is the usual
+    number of neighbours, which sums are divided by. An atom's energy is scale * network + shift, in
+    eV. Weights are drawn from `seed`, as `dtype`; params is flax's pytree, owned by the caller.
 
-    Inputs are the dict of the contract with edges: pos (N,3), cell (B,3,3) by rows, pbc (B,3), batch (N,) sorted,
-    atomic_numbers (N,), edge_index (2,E), cell_offsets (E,3), with r_ij = r_j - r_i + cell_offsets @ cell[batch[i]] and both
-    directions listed. Edges with an index >= N and those longer than the cutoff contribute nothing, nor do atoms of number 0.
-    An atom of another element has energy and gradients NaN, and where an index is negative (edges are missing:
-    jax_side.engines.jax_md.edges) all energies and gradients are, since values can't be seen while JAX
-    traces. The energy is invariant under
-    rotation, reflection, translation and permutation, and differentiates in pos, cell and params as often as JAX likes;
-    for g and G see jax_side.potentials.strain.with_gradients, or bridge.torch_potential(apply, params, gradients="autodiff").
-    apply is hashable, equal for equal settings, and can be pickled.
+    Inputs are the dict of the contract with edges: pos (N,3), cell (B,3,3) by rows, pbc (B,3),
+    batch (N,) sorted, atomic_numbers (N,), edge_index (2,E), cell_offsets (E,3), with r_ij = r_j -
+    r_i + cell_offsets @ cell[batch[i]] and both directions listed. Edges with an index >= N and
+    those longer than the cutoff contribute nothing, nor do atoms of number 0. An atom of another
+    element has energy and gradients NaN, and where an index is negative (edges are missing:
+    jax_side.engines.jax_md.edges) all energies and gradients are, since values can't be seen while
+    JAX traces. The energy is invariant under
+    rotation, reflection, translation and permutation, and differentiates in pos, cell and params as
+    often as JAX likes; for g and G see jax_side.potentials.strain.with_gradients, or
+    bridge.torch_potential(apply, params, gradients="autodiff"). apply is hashable, equal for equal
+    settings, and can be pickled.
 
-    Raises: ValueError for inputs outside of the contract or without edges, for no or doubled elements, a cutoff that is not
-    above 0.5; ImportError without jax-md (which brings flax and e3nn_jax).
+    Raises: ValueError for inputs outside of the contract or without edges, for no or doubled
+    elements, a cutoff that is not above 0.5; ImportError without jax-md (which brings flax and
+    e3nn_jax).
 
     >>> apply, params = NequIP([29], 4.0, layers=1, hidden="4x0e", harmonics="1x0e", radial=4)
     >>> inputs = dict(pos=jnp.zeros((2, 3)).at[1, 0].set(2.5), cell=jnp.zeros((1, 3, 3)), pbc=jnp.zeros((1, 3), bool),
@@ -45,18 +61,28 @@ def NequIP(
     """
     elements, cutoff = tuple(map(int, elements)), float(cutoff)
     if not elements or len(set(elements)) < len(elements) or min(elements) < 1:
-        raise ValueError(message("atomic numbers, each once", str(elements), "pass elements=[29] for copper"))
+        raise ValueError(
+            message("atomic numbers, each once", str(elements), "pass elements=[29] for copper")
+        )
     if not cutoff > 0.5:  # jax-md's envelope takes the last half Angstrom
         raise ValueError(message("a cutoff above 0.5 Angstrom", str(cutoff), "pass a longer one"))
     irreps = dict(hidden_irreps=hidden, sh_irreps=harmonics)
-    settings = dict(graph_net_steps=layers, radial_net_n_hidden=radial, n_neighbors=float(neighbors), scale=scale, shift=shift, **irreps)
+    settings = dict(
+        graph_net_steps=layers,
+        radial_net_n_hidden=radial,
+        n_neighbors=float(neighbors),
+        scale=scale,
+        shift=shift,
+        **irreps,
+    )
     apply = _NequIP(elements, cutoff, tuple(settings.items()))
     return apply, apply.init(seed, dtype)
 
 
 @dataclass(frozen=True)
 class _NequIP:
-    """jax-md's network of one graph, in which each atom is a graph of its own: it then gives the energy of each atom."""
+    """jax-md's network of one graph, in which each atom is a graph of its own: it then gives the
+    energy of each atom."""
 
     elements: tuple[int, ...]
     cutoff: float
@@ -69,15 +95,26 @@ class _NequIP:
         whole = jnp.where((inputs["edge_index"] < 0).any(), jnp.nan, 1).astype(inputs["pos"].dtype)
         inputs = inputs | {"pos": whole * inputs["pos"]}  # edges are missing: NaN in all forces
         one_hot = numbers[:, None] == jnp.asarray(self.elements)
-        nodes = _call(self._network().apply, params, one_hot, *self._edges(inputs)).astype(inputs["pos"].dtype)
+        nodes = _call(self._network().apply, params, one_hot, *self._edges(inputs)).astype(
+            inputs["pos"].dtype
+        )
         nodes *= whole
-        nodes *= jnp.where(one_hot.any(-1), 1, jnp.where(numbers == 0, 0, jnp.nan)).astype(nodes.dtype)  # unknown: NaN in forces, too
-        return {"energy": jax.ops.segment_sum(nodes, inputs["batch"], num_segments=n_systems), "node_energies": nodes}
+        nodes *= jnp.where(one_hot.any(-1), 1, jnp.where(numbers == 0, 0, jnp.nan)).astype(
+            nodes.dtype
+        )  # unknown: NaN in forces, too
+        return {
+            "energy": jax.ops.segment_sum(nodes, inputs["batch"], num_segments=n_systems),
+            "node_energies": nodes,
+        }
 
     def init(self, seed, dtype):
         """Random parameters."""
         vectors, edges = jnp.ones((1, 3), jnp.float32), jnp.zeros((2, 1), int)
-        draw = jax.jit(lambda key: self._network().init(key, _graph(jnp.zeros((1, len(self.elements)), bool), vectors, edges)))
+        draw = jax.jit(
+            lambda key: self._network().init(
+                key, _graph(jnp.zeros((1, len(self.elements)), bool), vectors, edges)
+            )
+        )
         return jax.tree.map(lambda x: x.astype(dtype), draw(jax.random.key(seed)))
 
     def _network(self):
@@ -87,11 +124,14 @@ class _NequIP:
         return nequip.model_from_config(config)
 
     def _edges(self, inputs):
-        """(vectors (E,3), edge_index): unused slots become edges out of reach, between atoms that exist."""
+        """(vectors (E,3), edge_index): unused slots become edges out of reach, between atoms that
+        exist."""
         pos, cell, (i, j) = inputs["pos"], inputs["cell"], inputs["edge_index"]
         used = (i < len(pos)) & (j < len(pos))
         i, j = jnp.where(used, i, 0), jnp.where(used, j, 0)
-        shift = jnp.einsum("ea,eab->eb", inputs["cell_offsets"].astype(cell.dtype), cell[inputs["batch"][i]])
+        shift = jnp.einsum(
+            "ea,eab->eb", inputs["cell_offsets"].astype(cell.dtype), cell[inputs["batch"][i]]
+        )
         away = jnp.array([2 * self.cutoff, 0, 0], pos.dtype)
         return jnp.where(used[:, None], pos[j] - pos[i] + shift, away), jnp.stack([i, j])
 
@@ -101,11 +141,20 @@ def _call(apply, params, one_hot, vectors, edges):
 
 
 def _graph(one_hot, vectors, edges):
-    """In jax-md an edge vector points from the sender, the neighbour, to the receiver, the centre."""
+    """In jax-md an edge vector points from the sender, the neighbour, to the receiver, the
+    centre."""
     import jraph
 
     one = jnp.ones(len(one_hot), int)
-    return jraph.GraphsTuple(one_hot.astype(vectors.dtype), -vectors, senders=edges[1], receivers=edges[0], globals=None, n_node=one, n_edge=None)
+    return jraph.GraphsTuple(
+        one_hot.astype(vectors.dtype),
+        -vectors,
+        senders=edges[1],
+        receivers=edges[0],
+        globals=None,
+        n_node=one,
+        n_edge=None,
+    )
 
 
 def _nequip():

@@ -1,4 +1,5 @@
-"""Exported programs of rows, read with every check there is, as functions that jit, vmap and reverse mode take."""
+"""Exported programs of rows, read with every check there is, as functions that jit, vmap and
+reverse mode take."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ import jax.numpy as jnp
 from bridge.archive import Odd, fits, said, words
 from bridge.errors import message, spec
 
-OWN_TARGETS = re.compile(  # custom calls that every jaxlib serves: shapes, shardings, linear algebra, random bits
+# custom calls that every jaxlib serves: shapes, shardings, linear algebra, random bits
+OWN_TARGETS = re.compile(
     r"(lapack|cusolver|cublas|hipsolver|hipblas)_\w+|(cu|hip)_threefry2x32_ffi|Sharding|SPMD\w+|shape_assertion|stablehlo\.dynamic_\w+|mhlo\.\w+"
     r"|ApproxTopK|Eigh|Qr|ProductOfElementaryHouseholderReflectors|LuDecomposition|AllocateBuffer"
 )
@@ -43,9 +45,15 @@ def read(blob, order) -> list:
     except Exception as e:  # flatbuffers and MLIR have no one exception for what they can't read
         raise Odd(f"that jax.export can't read ({said(e)})", "export it anew") from e
     if any(whys):
-        raise Odd(next(filter(None, whys)), "it can't run in another process than its author's: write it in JAX alone")
+        raise Odd(
+            next(filter(None, whys)),
+            "it can't run in another process than its author's: write it in JAX alone",
+        )
     if len(programs) <= order:
-        raise Odd(f"that can be differentiated {len(programs) - 1} times", f"export it with order={order} (vjp_order), or load with less")
+        raise Odd(
+            f"that can be differentiated {len(programs) - 1} times",
+            f"export it with order={order} (vjp_order), or load with less",
+        )
     return programs
 
 
@@ -53,20 +61,36 @@ def check(programs, inputs, wanted):
     """(shape without rows, dtype) of the result, all types being as wanted. Raises Odd."""
     program, here = programs[0], jax.export.default_export_platform()
     ins, outs = program.in_avals, program.out_avals
-    if program.in_tree != jax.tree.structure((tuple(0 for _ in inputs), {})) or program.out_tree != jax.tree.structure(0):
-        raise Odd(f"of {len(ins)} arguments and {len(outs)} results", f"it must take {len(inputs)} arrays and give one array")
+    if program.in_tree != jax.tree.structure(
+        (tuple(0 for _ in inputs), {})
+    ) or program.out_tree != jax.tree.structure(0):
+        raise Odd(
+            f"of {len(ins)} arguments and {len(outs)} results",
+            f"it must take {len(inputs)} arrays and give one array",
+        )
     for x, kind in (*zip(ins, inputs), (outs[0], wanted)):
         if not fits(x.shape, str(x.dtype), kind):
             raise Odd(f"with {spec(x.shape, x.dtype)}", f"it must be {words(kind)} there")
     if not all(isinstance(w, int) for w in outs[0].shape[1:]):
-        raise Odd(f"with a result {spec(outs[0].shape, outs[0].dtype)}", "only the number of rows may be open")
+        raise Odd(
+            f"with a result {spec(outs[0].shape, outs[0].dtype)}",
+            "only the number of rows may be open",
+        )
     rows = {str(x.shape[0]) for x in (*ins, *outs)}
     if len(rows) != 1 or not rows.copy().pop().isidentifier():
-        raise Odd(f"for {' and '.join(sorted(rows))} rows", "export it with one symbol as the leading size of all arrays")
+        raise Odd(
+            f"for {' and '.join(sorted(rows))} rows",
+            "export it with one symbol as the leading size of all arrays",
+        )
     if here not in program.platforms:
-        raise Odd(f"for {', '.join(program.platforms)}", f"export it with platforms=({here!r}, ...)")
+        raise Odd(
+            f"for {', '.join(program.platforms)}", f"export it with platforms=({here!r}, ...)"
+        )
     for p, d in itertools.pairwise(programs):
-        types = [[(str(x.shape), x.dtype) for x in xs] for xs in ((*p.in_avals, *p.out_avals), d.in_avals, p.in_avals, d.out_avals)]
+        types = [
+            [(str(x.shape), x.dtype) for x in xs]
+            for xs in ((*p.in_avals, *p.out_avals), d.in_avals, p.in_avals, d.out_avals)
+        ]
         if types[0] != types[1] or types[2] != types[3]:
             raise Odd("whose derivative is of another function", "export it anew")
     return outs[0].shape[1:], wanted[1]
@@ -79,7 +103,12 @@ class Rows:
         self.name, self.inputs, self.call = name, inputs, _differentiable(name, programs)
 
     def __call__(self, *args):
-        return self.call(*(_cast(self.name, k, x, *kind) for k, (x, kind) in enumerate(zip(args, self.inputs, strict=True))))[0]
+        return self.call(
+            *(
+                _cast(self.name, k, x, *kind)
+                for k, (x, kind) in enumerate(zip(args, self.inputs, strict=True))
+            )
+        )[0]
 
 
 def _cast(name, k, x, shape, dtype):
@@ -88,22 +117,37 @@ def _cast(name, k, x, shape, dtype):
         x = x.astype(dtype)
     if not fits(x.shape, str(x.dtype), (shape, dtype)):
         do = "cast positions, cell and all else to one dtype, or save the potential in the other precision"
-        raise ValueError(message(f"argument {k} of the loaded {name} as {words((shape, dtype))}", spec(x.shape, x.dtype), do))
+        raise ValueError(
+            message(
+                f"argument {k} of the loaded {name} as {words((shape, dtype))}",
+                spec(x.shape, x.dtype),
+                do,
+            )
+        )
     return x
 
 
 def _differentiable(name, programs, done=0):
-    """The first program as a function of arrays -> list of arrays; the others are its derivatives."""
+    """The first program as a function of arrays -> list of arrays; the others are its
+    derivatives."""
     if not programs:
         return functools.partial(_no_more, name, done - 1)
     flat, back = _batched(programs[0]), _differentiable(name, programs[1:], done + 1)
     f = jax.custom_vjp(lambda *args: flat(*args))
-    f.defvjp(lambda *args: (f(*args), args), lambda args, cotangents: tuple(back(*args, *cotangents)))
+    f.defvjp(
+        lambda *args: (f(*args), args), lambda args, cotangents: tuple(back(*args, *cotangents))
+    )
     return f
 
 
 def _no_more(name, order, *_):
-    raise ValueError(message(f"at most {order} derivatives of the loaded {name}", "one more", f"load (and save) with order={order + 1}"))
+    raise ValueError(
+        message(
+            f"at most {order} derivatives of the loaded {name}",
+            "one more",
+            f"load (and save) with order={order + 1}",
+        )
+    )
 
 
 def _batched(program):

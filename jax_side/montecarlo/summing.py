@@ -1,4 +1,5 @@
-"""Sums that keep what rounding takes: pairs (high, low) of floats, high + low the value (Knuth's two-sum)."""
+"""Sums that keep what rounding takes: pairs (high, low) of floats, high + low the value (Knuth's
+two-sum)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A cache of a potential's inputs and outputs that commits system by system: proposals accepted or rejected, as in kUPS."""
+"""A cache of a potential's inputs and outputs that commits system by system: proposals accepted or
+rejected, as in kUPS."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ class CachedPotential:
     rows: tuple = ()
 
     def init(self, inputs) -> Cache:
-        return Cache(dict(inputs), jax.lax.optimization_barrier(self.potential(inputs)))  # computed once: XLA may else make a second copy, rounded otherwise
+        return Cache(
+            dict(inputs), jax.lax.optimization_barrier(self.potential(inputs))
+        )  # computed once: XLA may else make a second copy, rounded otherwise
 
     def propose(self, inputs) -> tuple[PotentialOut, Cache]:
         proposal = self.init(inputs)
@@ -42,17 +45,19 @@ class CachedPotential:
 
 
 def cached(potential, rows=None) -> CachedPotential:
-    """A potential (inputs -> PotentialOut) with a cache of the inputs and outputs last accepted, system by system, for Monte Carlo.
+    """A potential (inputs -> PotentialOut) with a cache of the inputs and outputs last accepted,
+    system by system, for Monte Carlo.
 
         chains = cached(potential)
-        cache = chains.init(inputs)                              # one evaluation; cache.inputs, cache.out
-        out, proposal = chains.propose(cache.inputs | {"pos": moved})   # one evaluation
+        cache = chains.init(inputs)                              # one evaluation; cache.inputs,
+        cache.out out, proposal = chains.propose(cache.inputs | {"pos": moved})   # one evaluation
         cache = chains.commit(cache, proposal, accept)           # none; accept (B,) bool
 
-    After a commit the inputs and every leaf of the output are the proposal's for systems accepted, and the old ones,
-    identical to the bit (signed zeros and NaN payloads too), for those rejected: positions and energies can't come apart. Pure:
-    works in jit, scan (the cache as carry) and vmap. `rows`, which inputs may change, and errors: as in select_systems. Raises TypeError
-    for a potential that is not callable.
+    After a commit the inputs and every leaf of the output are the proposal's for systems accepted,
+    and the old ones, identical to the bit (signed zeros and NaN payloads too), for those rejected:
+    positions and energies can't come apart. Pure: works in jit, scan (the cache as carry) and vmap.
+    `rows`, which inputs may change, and errors: as in select_systems. Raises TypeError for a
+    potential that is not callable.
 
     >>> from jax_side.potentials.direct import direct
     >>> chains = cached(direct(lambda x: {"energy": jax.ops.segment_sum((x["pos"] ** 2).sum(-1), x["batch"], 2)}, None))
@@ -63,21 +68,30 @@ def cached(potential, rows=None) -> CachedPotential:
     [12.0, 3.0]
     """
     if not callable(potential):
-        raise TypeError(message("a potential, or another callable of inputs", f"{potential!r:.60}", "make one by jax_side.potentials.direct.direct"))
+        raise TypeError(
+            message(
+                "a potential, or another callable of inputs",
+                f"{potential!r:.60}",
+                "make one by jax_side.potentials.direct.direct",
+            )
+        )
     return CachedPotential(potential, tuple((rows or {}).items()))
 
 
 def select_systems(accept, new, old, batch, rows=None):
-    """Where accept[system], the rows of `new`, else those of `old`, identical to the bit: jnp.where, no arithmetic.
+    """Where accept[system], the rows of `new`, else those of `old`, identical to the bit:
+    jnp.where, no arithmetic.
 
-    accept (B,) bool; batch (N,) int, the system of each atom in both. `new` and `old` are alike: dicts of the contract (inputs or
-    outputs), PotentialOuts, or Caches. Arrays of N rows follow accept[batch], those of B rows follow accept; rows of atoms in no
-    system (batch >= B) stay old. An array that is the same object in both is left as it is. Keys outside of the contract need a word:
-    rows={"velocities": "N", "keys": "B"}. Arrays without rows of systems (edge_index and cell_offsets, whose slots move from system to
-    system) can only be selected where there is one system, or left as they are. NaNs in bfloat16 lose their payload in XLA on the CPU.
+    accept (B,) bool; batch (N,) int, the system of each atom in both. `new` and `old` are alike:
+    dicts of the contract (inputs or outputs), PotentialOuts, or Caches. Arrays of N rows follow
+    accept[batch], those of B rows follow accept; rows of atoms in no system (batch >= B) stay old.
+    An array that is the same object in both is left as it is. Keys outside of the contract need a
+    word: rows={"velocities": "N", "keys": "B"}. Arrays without rows of systems (edge_index and
+    cell_offsets, whose slots move from system to system) can only be selected where there is one
+    system, or left as they are. NaNs in bfloat16 lose their payload in XLA on the CPU.
 
-    Raises: ValueError for an accept that is not bool (B,), for unlike keys, kinds, shapes or dtypes, and for arrays that
-    can't be selected by systems.
+    Raises: ValueError for an accept that is not bool (B,), for unlike keys, kinds, shapes or
+    dtypes, and for arrays that can't be selected by systems.
 
     >>> r = select_systems(jnp.array([True, False]), {"pos": jnp.ones((3, 3))}, {"pos": jnp.zeros((3, 3))}, jnp.array([0, 1, 1]))
     >>> r["pos"][:, 0].tolist()
@@ -85,12 +99,24 @@ def select_systems(accept, new, old, batch, rows=None):
     """
     accept = jnp.asarray(accept)
     if isinstance(old, Cache):
-        return Cache(*(select_systems(accept, n, o, batch, rows) for n, o in zip(new, old, strict=True)))
+        return Cache(
+            *(select_systems(accept, n, o, batch, rows) for n, o in zip(new, old, strict=True))
+        )
     if isinstance(old, PotentialOut):
         return _select_out(accept, new, old, batch)
     if set(new) != set(old):
-        raise ValueError(message(f"the keys {', '.join(sorted(old))}", ", ".join(sorted(new)), "propose from the inputs of the cache: cache.inputs | {...}"))
-    masks = _masks(accept, batch, next((x.shape[0] for name, x in old.items() if _rows(name, rows) == "B"), accept.size))
+        raise ValueError(
+            message(
+                f"the keys {', '.join(sorted(old))}",
+                ", ".join(sorted(new)),
+                "propose from the inputs of the cache: cache.inputs | {...}",
+            )
+        )
+    masks = _masks(
+        accept,
+        batch,
+        next((x.shape[0] for name, x in old.items() if _rows(name, rows) == "B"), accept.size),
+    )
     return {name: _select(name, _rows(name, rows), masks, new[name], x) for name, x in old.items()}
 
 
@@ -98,14 +124,28 @@ def _select_out(accept, new, old, batch):
     """The same for PotentialOuts."""
     kinds = [tree.tree_structure(x) for x in (new, old)]
     if kinds[0] != kinds[1]:
-        raise ValueError(message(f"outputs alike ({', '.join(old.named())})", ", ".join(new.named()), "propose with the potential that made the cache"))
-    return tree.tree_unflatten(kinds[1], select_systems(accept, new.named(), old.named(), batch).values())
+        raise ValueError(
+            message(
+                f"outputs alike ({', '.join(old.named())})",
+                ", ".join(new.named()),
+                "propose with the potential that made the cache",
+            )
+        )
+    return tree.tree_unflatten(
+        kinds[1], select_systems(accept, new.named(), old.named(), batch).values()
+    )
 
 
 def _masks(accept, batch, n_systems):
     """Rows to be taken, for arrays of systems, of atoms, and of neither."""
     if accept.shape != (n_systems,) or accept.dtype != bool:
-        raise ValueError(message(f"accept as {spec((n_systems,), 'bool')}", spec(accept.shape, dtype_name(accept)), "give one boolean for each system"))
+        raise ValueError(
+            message(
+                f"accept as {spec((n_systems,), 'bool')}",
+                spec(accept.shape, dtype_name(accept)),
+                "give one boolean for each system",
+            )
+        )
     masks = {"B": accept, "N": accept.at[batch].get(mode="fill", fill_value=False)}
     return masks | {"all": accept[0]} if n_systems == 1 else masks
 
@@ -122,12 +162,21 @@ def _select(name, axis, masks, new, old):
     if new is old:
         return old
     if axis not in masks:
-        do = f'say rows={{"{name}": "N"}} or "B"' if axis is None else "make it inside of the model, or hold it fixed (the same object in both)"
-        raise ValueError(message("arrays with rows of atoms or of systems where they change", name, do))
+        do = (
+            f'say rows={{"{name}": "N"}} or "B"'
+            if axis is None
+            else "make it inside of the model, or hold it fixed (the same object in both)"
+        )
+        raise ValueError(
+            message("arrays with rows of atoms or of systems where they change", name, do)
+        )
 
     def choose(new, old):
         if (new.shape, new.dtype) != (old.shape, old.dtype):
-            got, do = spec(new.shape, dtype_name(new)), "keep shapes and dtypes from proposal to proposal"
+            got, do = (
+                spec(new.shape, dtype_name(new)),
+                "keep shapes and dtypes from proposal to proposal",
+            )
             raise ValueError(message(f"{name} as {spec(old.shape, dtype_name(old))}", got, do))
         mask = masks[axis]
         return jnp.where(mask.reshape(mask.shape + (1,) * (old.ndim - mask.ndim)), new, old)

@@ -1,4 +1,5 @@
-"""A calculator of ASE as a JAX model of the contract: one calculation for each system, on the host. ase itself is handed in."""
+"""A calculator of ASE as a JAX model of the contract: one calculation for each system, on the host.
+ase itself is handed in."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from jax_side.calls.lanes import HostCall
 
 @dataclass(frozen=True)
 class Calculated:
-    """What jax_side.engines.ase.model returns; its docstring is the documentation. `Atoms` is ase's class."""
+    """What jax_side.engines.ase.model returns; its docstring is the documentation. `Atoms` is ase's
+    class."""
 
     calculator: object
     card: Card
@@ -37,7 +39,13 @@ class Calculated:
             raise ValueError(message("pos as float32 or float64", dtype, "cast pos and cell"))
         keys = tuple(k for k in (*STRUCTURE, *INFO) if k in inputs)
         shapes = tuple(output_shapes(*sizes, self.card.active).values())
-        call = _Calculation(self.calculator, self.Atoms, keys, self.card.active, tuple(Spec(shape, dtype) for shape in shapes))
+        call = _Calculation(
+            self.calculator,
+            self.Atoms,
+            keys,
+            self.card.active,
+            tuple(Spec(shape, dtype) for shape in shapes),
+        )
         return dict(zip(self.card.active, _run(call, [inputs[k] for k in keys])))
 
 
@@ -51,12 +59,19 @@ def _run(call, arrays):
 def _(call, primals, tangents):
     who = type(call.calculator).__name__
     do = "differentiate the energy of jax_side.potentials.potential.potential once, and take finite differences of forces beyond"
-    raise NotImplementedError(message(f"first derivatives of the energy of {who}, an ASE calculator", "a derivative of its outputs", do))
+    raise NotImplementedError(
+        message(
+            f"first derivatives of the energy of {who}, an ASE calculator",
+            "a derivative of its outputs",
+            do,
+        )
+    )
 
 
 @dataclass(frozen=True)
 class _Calculation:
-    """What the host lane runs: arrays of the contract in, outputs of the calculator into given arrays."""
+    """What the host lane runs: arrays of the contract in, outputs of the calculator into given
+    arrays."""
 
     calculator: object
     Atoms: type
@@ -76,9 +91,23 @@ class _Calculation:
     def _system(self, given, s, mine, out):
         """One system's rows of the outputs."""
         info = {name: float(given[name][s]) for name in INFO if name in given}
-        atoms = self.Atoms(given["atomic_numbers"][mine], given["pos"][mine], cell=given["cell"][s], pbc=given["pbc"][s], info=info)
-        wanted = [name for name, needed in PROPERTIES.items() if set(needed) <= set(self.names) and name != "free_energy"]
-        found = _calculated(self.calculator, atoms, [name for name in wanted if name != "stress" or has_stress(atoms)])
+        atoms = self.Atoms(
+            given["atomic_numbers"][mine],
+            given["pos"][mine],
+            cell=given["cell"][s],
+            pbc=given["pbc"][s],
+            info=info,
+        )
+        wanted = [
+            name
+            for name, needed in PROPERTIES.items()
+            if set(needed) <= set(self.names) and name != "free_energy"
+        ]
+        found = _calculated(
+            self.calculator,
+            atoms,
+            [name for name in wanted if name != "stress" or has_stress(atoms)],
+        )
         for name in wanted:
             if name in ("energy", "dipole"):
                 out[name][s] = found[name]
@@ -92,7 +121,8 @@ _locks = weakref.WeakKeyDictionary()
 
 
 def _calculated(calculator, atoms, names) -> dict:
-    """At most one calculation for all properties; what the calculator has of these atoms is not calculated again."""
+    """At most one calculation for all properties; what the calculator has of these atoms is not
+    calculated again."""
     with _locks.setdefault(calculator, threading.Lock()):
         changes = calculator.check_state(atoms)
         if changes:
@@ -102,7 +132,13 @@ def _calculated(calculator, atoms, names) -> dict:
             calculator.calculate(atoms, names, changes)
         if absent := [name for name in names if name not in calculator.results]:
             do = "it implements them, but not for these atoms"
-            raise RuntimeError(message(f"{', '.join(names)} from {type(calculator).__name__}", f"no {', '.join(absent)}", do))
+            raise RuntimeError(
+                message(
+                    f"{', '.join(names)} from {type(calculator).__name__}",
+                    f"no {', '.join(absent)}",
+                    do,
+                )
+            )
         return {name: np.array(calculator.results[name]) for name in names}
 
 

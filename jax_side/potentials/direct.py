@@ -1,4 +1,5 @@
-"""Direct potentials: models that return their own gradients, as kUPS has them; sums and scalings of these."""
+"""Direct potentials: models that return their own gradients, as kUPS has them; sums and scalings of
+these."""
 
 from __future__ import annotations
 
@@ -18,45 +19,75 @@ from bridge.errors import message
 from jax_side.potentials.cache import Cache, CachedPotential, cached, select_systems
 from jax_side.potentials.outputs import check_unused, marked, work
 from jax_side.potentials.potential import UNKNOWN
-from jax_side.potentials.potential_out import EMPTY, HESSIANS, KINDS, NAMES, EmptyType, Linear, Positions, PositionsAndCell, PotentialOut
+from jax_side.potentials.potential_out import (
+    EMPTY,
+    HESSIANS,
+    KINDS,
+    NAMES,
+    EmptyType,
+    Linear,
+    Positions,
+    PositionsAndCell,
+    PotentialOut,
+)
 
 __all__ = [
-    "EMPTY", "Cache", "CachedPotential", "DirectPotential", "EmptyType", "Positions", "PositionsAndCell", "Potential", "PotentialOut",
-    "ScaledPotential", "SummedPotential", "cached", "direct", "select_systems", "sum_potentials",
+    "EMPTY",
+    "Cache",
+    "CachedPotential",
+    "DirectPotential",
+    "EmptyType",
+    "Positions",
+    "PositionsAndCell",
+    "Potential",
+    "PotentialOut",
+    "ScaledPotential",
+    "SummedPotential",
+    "cached",
+    "direct",
+    "select_systems",
+    "sum_potentials",
 ]
 tree = jax.tree_util
 
 
 def direct(model, gradients="positions and cell", hessians=None, *, derivative_order=None):
-    """A model that returns its own gradients as a potential: `potential(inputs)` is a PotentialOut, from one evaluation.
+    """A model that returns its own gradients as a potential: `potential(inputs)` is a PotentialOut,
+    from one evaluation.
 
-    `model` is a JAX callable (a torch model by bridge.to_jax included) of the dict of bridge.contract; it returns one with
-    energy (B,) eV, position_gradients g = dE/dr at fixed cell (N,3), cell_gradients G = dE/dh at fixed Cartesian positions
-    (B,3,3), hessian (N,3,N,3), as far as these are asked for; or a PotentialOut. (For an energy alone: direct(strain.with_gradients(energy)).)
+    `model` is a JAX callable (a torch model by bridge.to_jax included) of the dict of
+    bridge.contract; it returns one with energy (B,) eV, position_gradients g = dE/dr at fixed cell
+    (N,3), cell_gradients G = dE/dh at fixed Cartesian positions (B,3,3), hessian (N,3,N,3), as far
+    as these are asked for; or a PotentialOut. (For an energy alone:
+    direct(strain.with_gradients(energy)).)
 
-    gradients         "positions and cell": out.gradients is PositionsAndCell(positions, cell). "positions": Positions(positions).
-                      None: EMPTY, as for Monte Carlo
+    gradients         "positions and cell": out.gradients is PositionsAndCell(positions, cell).
+                      "positions": Positions(positions). None: EMPTY, as for Monte Carlo
     hessians          "positions": out.hessians is Positions(hessian). None: EMPTY
-    derivative_order  1: the model can't be differentiated, its gradients are all there is. None: as often as one likes,
-                      or what the model's card says
+    derivative_order  1: the model can't be differentiated, its gradients are all there is. None: as
+                      often as one likes, or what the model's card says
 
-    The cell gradient is the one that kUPS's direct potentials take of a torch model, at fixed Cartesian positions: the whole
-    (3,3), where kUPS then keeps the parameters of its frame (the lower triangle). For G at fixed fractional coordinates, or
-    from a virial, see jax_side.potentials.strain.
+    The cell gradient is the one that kUPS's direct potentials take of a torch model, at fixed
+    Cartesian positions: the whole (3,3), where kUPS then keeps the parameters of its frame (the
+    lower triangle). For G at fixed fractional coordinates, or from a virial, see
+    jax_side.potentials.strain.
 
-    total_energies differentiates by the gradients that the model returns, asked for or not: dE[b] = sum_{i in b} g_i . dr_i +
-    <G_b, dh_b>, so that jax.grad costs the same one evaluation. All else (other inputs, gradients of gradients, a model that
-    returns no gradients at all) is JAX's own derivative of the model; with derivative_order=1 a derivative of the energy in
-    other inputs is refused, and derivatives of gradients are NaN. jit, grad, jvp, hessian, vmap and scan compose with it.
-    Parameters to be differentiated go into the inputs, under a key of their own.
+    total_energies differentiates by the gradients that the model returns, asked for or not: dE[b] =
+    sum_{i in b} g_i . dr_i + <G_b, dh_b>, so that jax.grad costs the same one evaluation. All else
+    (other inputs, gradients of gradients, a model that returns no gradients at all) is JAX's own
+    derivative of the model; with derivative_order=1 a derivative of the energy in other inputs is
+    refused, and derivatives of gradients are NaN. jit, grad, jvp, hessian, vmap and scan compose
+    with it. Parameters to be differentiated go into the inputs, under a key of their own.
 
-    `a + b` and `sum_potentials(a, b)` add, `2 * a` scales (also by traced weights: thermodynamic integration),
-    `a.narrowed("positions")` gives less. Potentials are pytrees whose leaves are the weights, so that `jax.jit(lambda p, x: p(x))`
-    compiles once for all weights, and jax.grad in a potential is that in its weights.
+    `a + b` and `sum_potentials(a, b)` add, `2 * a` scales (also by traced weights: thermodynamic
+    integration), `a.narrowed("positions")` gives less. Potentials are pytrees whose leaves are the
+    weights, so that `jax.jit(lambda p, x: p(x))` compiles once for all weights, and jax.grad in a
+    potential is that in its weights.
 
-    Raises: ValueError where the model does not give what is asked for (here, if it has a card; else as it is traced), and for
-    inputs and outputs outside of the contract; TypeError for a model that is not callable or returns something else;
-    NotImplementedError for a derivative in pos or cell of which the model gives no gradient, naming it.
+    Raises: ValueError where the model does not give what is asked for (here, if it has a card; else
+    as it is traced), and for inputs and outputs outside of the contract; TypeError for a model that
+    is not callable or returns something else; NotImplementedError for a derivative in pos or cell
+    of which the model gives no gradient, naming it.
 
     >>> spring = direct(lambda x: {"energy": (x["pos"] ** 2).sum()[None], "position_gradients": 2 * x["pos"]}, "positions")
     >>> inputs = {"pos": jnp.ones((2, 3)), "cell": jnp.zeros((1, 3, 3)), "pbc": jnp.zeros((1, 3), bool),
@@ -66,7 +97,9 @@ def direct(model, gradients="positions and cell", hessians=None, *, derivative_o
     ([9.0], [3.0, 3.0, 3.0])
     """
     if not callable(model):
-        raise TypeError(message("a callable model(inputs)", f"{model!r:.60}", "pass the model's function"))
+        raise TypeError(
+            message("a callable model(inputs)", f"{model!r:.60}", "pass the model's function")
+        )
     one_of("gradients", gradients, tuple(KINDS)), one_of("hessians", hessians, tuple(HESSIANS))
     card = _card(model)
     if card is not None:
@@ -74,7 +107,13 @@ def direct(model, gradients="positions and cell", hessians=None, *, derivative_o
         card.check_outputs(wanted, _name(model))
         if idle := [n for n in wanted if n not in card.active_outputs]:
             do = f"pass model.asking({', '.join(map(repr, idle))})"
-            raise ValueError(message(f"{', '.join(idle)} among the active outputs of {_name(model)}", "a card without", do))
+            raise ValueError(
+                message(
+                    f"{', '.join(idle)} among the active outputs of {_name(model)}",
+                    "a card without",
+                    do,
+                )
+            )
         derivative_order = card.derivative_order if derivative_order is None else derivative_order
     return DirectPotential(model, gradients, hessians, derivative_order)
 
@@ -82,7 +121,8 @@ def direct(model, gradients="positions and cell", hessians=None, *, derivative_o
 class Potential(Linear):
     """What `direct` describes: sums, scalings and narrowings of potentials are potentials.
 
-    `takes` holds those of charge and spin that it has a use for; a sum gives them to the terms that have one."""
+    `takes` holds those of charge and spin that it has a use for; a sum gives them to the terms that
+    have one."""
 
     def __add__(self, other):
         return sum_potentials(self, other) if isinstance(other, Potential) else NotImplemented
@@ -91,13 +131,22 @@ class Potential(Linear):
         return ScaledPotential(self, scale)
 
     def narrowed(self, gradients, hessians=None):
-        """The same with fewer gradients (and, unless asked for, no hessians). ValueError for more than there is."""
-        one_of("gradients", gradients, tuple(k for k, names in KINDS.items() if {*names} <= {*KINDS[self.gradients]}))
+        """The same with fewer gradients (and, unless asked for, no hessians). ValueError for more
+        than there is."""
+        one_of(
+            "gradients",
+            gradients,
+            tuple(k for k, names in KINDS.items() if {*names} <= {*KINDS[self.gradients]}),
+        )
         one_of("hessians", hessians, tuple(k for k in HESSIANS if k in (self.hessians, None)))
         return self._narrowed(gradients, hessians)
 
 
-@partial(tree.register_dataclass, data_fields=(), meta_fields=("model", "gradients", "hessians", "derivative_order"))
+@partial(
+    tree.register_dataclass,
+    data_fields=(),
+    meta_fields=("model", "gradients", "hessians", "derivative_order"),
+)
 @dataclass(frozen=True)
 class DirectPotential(Potential):
     model: Callable
@@ -120,7 +169,13 @@ class DirectPotential(Potential):
         out, who = self.model(inputs), _name(self.model)
         if not isinstance(out, (dict, PotentialOut)):
             do = "wrap an energy alone by jax_side.potentials.strain.with_gradients"
-            raise TypeError(message(f"a dict of the contract or a PotentialOut from {who}", f"a {type(out).__name__}", do))
+            raise TypeError(
+                message(
+                    f"a dict of the contract or a PotentialOut from {who}",
+                    f"a {type(out).__name__}",
+                    do,
+                )
+            )
         out = {n: out[n] for n in NAMES if n in out} if isinstance(out, dict) else out.named()
         wanted = ("energy", *KINDS[self.gradients], *HESSIANS[self.hessians])
         if any(n not in out for n in wanted):
@@ -164,10 +219,12 @@ class ScaledPotential(Potential):
 
 
 def sum_potentials(*potentials) -> Potential:
-    """The sum of potentials made by `direct`, each evaluated once: energies, gradients and hessians add.
+    """The sum of potentials made by `direct`, each evaluated once: energies, gradients and hessians
+    add.
 
-    Weights are `w * potential`. Raises: ValueError for no potentials, or for unlike gradients or hessians (narrow one of them:
-    `a.narrowed("positions")`; nothing is dropped silently); TypeError for what `direct` has not made.
+    Weights are `w * potential`. Raises: ValueError for no potentials, or for unlike gradients or
+    hessians (narrow one of them: `a.narrowed("positions")`; nothing is dropped silently); TypeError
+    for what `direct` has not made.
 
     >>> sum_potentials()
     Traceback (most recent call last):
@@ -177,10 +234,22 @@ def sum_potentials(*potentials) -> Potential:
     if not potentials:
         raise ValueError(message("at least one potential", "none", "pass those to add"))
     if strange := [p for p in potentials if not isinstance(p, Potential)]:
-        raise TypeError(message("potentials to add", f"a {type(strange[0]).__name__}", "wrap it by jax_side.potentials.direct.direct"))
+        raise TypeError(
+            message(
+                "potentials to add",
+                f"a {type(strange[0]).__name__}",
+                "wrap it by jax_side.potentials.direct.direct",
+            )
+        )
     kinds = [f"gradients={p.gradients!r}, hessians={p.hessians!r}" for p in potentials]
     if unlike := [k for k in kinds if k != kinds[0]]:
-        raise ValueError(message(f"the same gradients and hessians of all terms ({kinds[0]})", unlike[0], "narrow one: potential.narrowed(...)"))
+        raise ValueError(
+            message(
+                f"the same gradients and hessians of all terms ({kinds[0]})",
+                unlike[0],
+                "narrow one: potential.narrowed(...)",
+            )
+        )
     return SummedPotential(potentials)
 
 
@@ -193,16 +262,26 @@ def _evaluate(potential, inputs):
 def _evaluate_jvp(potential, primals, tangents):
     (inputs,), (tangents,) = primals, tangents
     leaves, structure = tree.tree_flatten_with_path(inputs)
-    moved = {i: t for i, t in enumerate(jax.tree.leaves(tangents)) if not isinstance(t, SymbolicZero)}
+    moved = {
+        i: t for i, t in enumerate(jax.tree.leaves(tangents)) if not isinstance(t, SymbolicZero)
+    }
     names = {i: leaves[i][0][0].key for i in moved}
 
     def push(places):
-        evaluate = lambda part: potential.outputs(structure.unflatten([part.get(i, x) for i, (_, x) in enumerate(leaves)]))  # noqa: E731
-        return jax.jvp(evaluate, ({i: leaves[i][1] for i in places},), ({i: moved[i] for i in places},))
+        evaluate = lambda part: potential.outputs(
+            structure.unflatten([part.get(i, x) for i, (_, x) in enumerate(leaves)])
+        )
+        return jax.jvp(
+            evaluate, ({i: leaves[i][1] for i in places},), ({i: moved[i] for i in places},)
+        )
 
     opaque = potential.derivative_order in (0, 1)
     out, change = _unknown(_evaluate(potential, inputs), moved) if opaque else push(moved)
-    own = [i for i in moved if opaque or names[i] in GRADIENTS and any(n in out for n in GRADIENTS.values())]
+    own = [
+        i
+        for i in moved
+        if opaque or (names[i] in GRADIENTS and any(n in out for n in GRADIENTS.values()))
+    ]
     _refuse({names[i] for i in own if GRADIENTS.get(names[i]) not in out}, out, potential)
     if own:
         energy = work(out, {names[i]: moved[i] for i in own}, inputs["batch"])
@@ -216,7 +295,8 @@ _evaluate.defjvp(_evaluate_jvp, symbolic_zeros=True)
 
 
 def _unknown(out, moved):
-    """NaN for the derivatives of a model that has none; linear, so that nothing comes of it unless it is used."""
+    """NaN for the derivatives of a model that has none; linear, so that nothing comes of it unless
+    it is used."""
     nan = jnp.nan * sum(t.sum() for t in moved.values())
     return out, {name: jnp.broadcast_to(nan, x.shape).astype(x.dtype) for name, x in out.items()}
 
@@ -225,9 +305,13 @@ def _refuse(names, out, potential):
     """NotImplementedError for a derivative in anything that the model gives no gradient of."""
     for name in sorted(names):
         key = GRADIENTS.get(name)
-        do = f"hold {name} fixed (jax.lax.stop_gradient)" + (f", or let the model return {key}" if key else "")
+        do = f"hold {name} fixed (jax.lax.stop_gradient)" + (
+            f", or let the model return {key}" if key else ""
+        )
         expected = f"a gradient of the energy in {name} to differentiate with"
-        raise NotImplementedError(message(expected, f"outputs {', '.join(sorted(out))} of {_name(potential.model)}", do))
+        raise NotImplementedError(
+            message(expected, f"outputs {', '.join(sorted(out))} of {_name(potential.model)}", do)
+        )
 
 
 def _card(model):

@@ -1,4 +1,5 @@
-"""All that a model of the contract gives, from one evaluation; its energy differentiates by the gradients among it."""
+"""All that a model of the contract gives, from one evaluation; its energy differentiates by the
+gradients among it."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ tree = jax.tree_util
 
 
 def check_unused(card, given: dict, who: str) -> tuple:
-    """Which of charge and spin are given, traced, though the model has no use for them: what `marked` is for.
+    """Which of charge and spin are given, traced, though the model has no use for them: what
+    `marked` is for.
 
     Raises: ValueError for one whose value is known and not zero, naming the system."""
     names = [name for name in card.unused(given) if given[name] is not None]
@@ -32,12 +34,15 @@ def check_unused(card, given: dict, who: str) -> tuple:
 
 
 def marked(out: dict, inputs: dict, names) -> dict:
-    """Outputs of a model that passes over the inputs `names` (B,): energy and gradients are NaN in systems where one is not zero."""
+    """Outputs of a model that passes over the inputs `names` (B,): energy and gradients are NaN in
+    systems where one is not zero."""
     for name in (name for name in names if inputs[name] is not None):
         wrong = {"B": inputs[name] != 0, "N": (inputs[name] != 0)[inputs["batch"]]}
         for key in {"energy", *GRADIENTS.values()} & set(out):
             rows = wrong[OUTPUTS[key][0][0]].reshape(-1, *[1] * (out[key].ndim - 1))
-            factor = jnp.where(rows, jnp.nan, 1).astype(out[key].dtype)  # so that derivatives are NaN as well
+            factor = jnp.where(rows, jnp.nan, 1).astype(
+                out[key].dtype
+            )  # so that derivatives are NaN as well
             out = out | {key: out[key] * factor}
     return out
 
@@ -55,11 +60,13 @@ class Marking:
 
 @dataclass(frozen=True)
 class Outputs:
-    """`outputs(inputs)`, or `outputs(params, inputs)` if parametric: the dict of the model, checked while it is traced.
+    """`outputs(inputs)`, or `outputs(params, inputs)` if parametric: the dict of the model, checked
+    while it is traced.
 
-    `gradients` says whether the model gives g and G itself ("model") or its energy alone ("autodiff"). The derivative of
-    the energy in pos and cell is dE[b] = sum_{i in b} g_i . dr_i + <G_b, dh_b>, with no further evaluation; all other
-    derivatives are JAX's own of the model. Equal for equal models, so that jit caches hit."""
+    `gradients` says whether the model gives g and G itself ("model") or its energy alone
+    ("autodiff"). The derivative of the energy in pos and cell is dE[b] = sum_{i in b} g_i . dr_i +
+    <G_b, dh_b>, with no further evaluation; all other derivatives are JAX's own of the model. Equal
+    for equal models, so that jit caches hit."""
 
     model: Callable
     gradients: str
@@ -76,9 +83,13 @@ class Outputs:
         check_inputs(args[-1])
 
         def evaluate(arrays):
-            return self._evaluate(*structure.unflatten([arrays.get(i, x) for i, x in enumerate(leaves)]))
+            return self._evaluate(
+                *structure.unflatten([arrays.get(i, x) for i, x in enumerate(leaves)])
+            )
 
-        return _outputs(_Call(evaluate, places["batch"], {name: places[name] for name in GRADIENTS}), arrays)
+        return _outputs(
+            _Call(evaluate, places["batch"], {name: places[name] for name in GRADIENTS}), arrays
+        )
 
     def _evaluate(self, *args):
         *params, inputs = args
@@ -89,13 +100,16 @@ class Outputs:
         if not isinstance(out, dict) or any(name not in out for name in needed):
             got = ", ".join(sorted(out)) if isinstance(out, dict) else type(out).__name__
             do = 'pass gradients="autodiff" for a model that gives its energy alone'
-            raise ValueError(message(f"a dict with {', '.join(needed)} from {self.__name__}", got, do))
+            raise ValueError(
+                message(f"a dict with {', '.join(needed)} from {self.__name__}", got, do)
+            )
         check_outputs(out, inputs["pos"].shape[0], inputs["cell"].shape[0])
         return out
 
 
 class _Call(NamedTuple):
-    """A model's dict as a function of {position: array}, and the positions of batch, pos and cell among these."""
+    """A model's dict as a function of {position: array}, and the positions of batch, pos and cell
+    among these."""
 
     evaluate: Callable
     batch: int

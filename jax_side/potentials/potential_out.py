@@ -1,4 +1,5 @@
-"""What kUPS's potentials give: energies, gradients and hessians as one pytree that adds and scales."""
+"""What kUPS's potentials give: energies, gradients and hessians as one pytree that adds and
+scales."""
 
 from __future__ import annotations
 
@@ -15,7 +16,11 @@ from bridge.contract import GRADIENTS, dtype_name
 from bridge.errors import message, spec
 
 tree = jax.tree_util
-KINDS = {"positions and cell": tuple(GRADIENTS.values()), "positions": ("position_gradients",), None: ()}  # asked for -> outputs of the contract
+KINDS = {
+    "positions and cell": tuple(GRADIENTS.values()),
+    "positions": ("position_gradients",),
+    None: (),
+}  # asked for -> outputs of the contract
 HESSIANS = {"positions": ("hessian",), None: ()}
 NAMES = ("energy", *GRADIENTS.values(), "hessian")
 
@@ -48,17 +53,24 @@ class Linear:
     __array_ufunc__ = None  # numpy's scalars leave * to us
 
     def __mul__(self, scale):
-        return self.scaled(_weight(scale)) if isinstance(scale, (Number, np.ndarray, np.generic, jax.Array)) else NotImplemented
+        return (
+            self.scaled(_weight(scale))
+            if isinstance(scale, (Number, np.ndarray, np.generic, jax.Array))
+            else NotImplemented
+        )
 
     __rmul__ = __mul__
 
 
-@partial(tree.register_dataclass, data_fields=("total_energies", "gradients", "hessians"), meta_fields=())
+@partial(
+    tree.register_dataclass, data_fields=("total_energies", "gradients", "hessians"), meta_fields=()
+)
 @dataclass(frozen=True, eq=False)
 class PotentialOut(Linear):
-    """What a potential gives: total_energies (B,) in eV, gradients (PositionsAndCell, Positions or EMPTY, eV/Angstrom) and
-    hessians (Positions or EMPTY, eV/Angstrom^2). A pytree, and linear: `a + b`, `a - b`, `2 * a`. Raises ValueError for the
-    sum of outputs with unlike gradients, shapes or dtypes; a weight is a scalar and takes the dtype of what it multiplies."""
+    """What a potential gives: total_energies (B,) in eV, gradients (PositionsAndCell, Positions or
+    EMPTY, eV/Angstrom) and hessians (Positions or EMPTY, eV/Angstrom^2). A pytree, and linear: `a +
+    b`, `a - b`, `2 * a`. Raises ValueError for the sum of outputs with unlike gradients, shapes or
+    dtypes; a weight is a scalar and takes the dtype of what it multiplies."""
 
     total_energies: Any
     gradients: Any = EMPTY
@@ -76,25 +88,45 @@ class PotentialOut(Linear):
     def _with(self, operate, other):
         if not isinstance(other, PotentialOut):
             return NotImplemented
-        mine, yours = (", ".join(f"{name} {spec(x.shape, dtype_name(x))}" for name, x in out.named().items()) for out in (self, other))
+        mine, yours = (
+            ", ".join(f"{name} {spec(x.shape, dtype_name(x))}" for name, x in out.named().items())
+            for out in (self, other)
+        )
         if mine != yours:
-            raise ValueError(message(f"outputs alike ({mine})", yours, "narrow the gradients of one, or cast it"))
+            raise ValueError(
+                message(f"outputs alike ({mine})", yours, "narrow the gradients of one, or cast it")
+            )
         return jax.tree.map(operate, self, other)
 
     def named(self) -> dict:
         """The same by the names of the contract."""
-        of = lambda part, name: getattr(part, name, None)  # noqa: E731
-        parts = self.total_energies, of(self.gradients, "positions"), of(self.gradients, "cell"), of(self.hessians, "positions")
+        of = lambda part, name: getattr(part, name, None)
+        parts = (
+            self.total_energies,
+            of(self.gradients, "positions"),
+            of(self.gradients, "cell"),
+            of(self.hessians, "positions"),
+        )
         return {name: x for name, x in zip(NAMES, parts) if x is not None}
 
     @classmethod
     def of(cls, named, gradients, hessians):
         """From names of the contract, those parts that are asked for."""
-        kind = {"positions and cell": PositionsAndCell, "positions": Positions, None: lambda: EMPTY}[gradients]
-        return cls(named["energy"], kind(*(named[n] for n in KINDS[gradients])), Positions(named["hessian"]) if hessians else EMPTY)
+        kind = {
+            "positions and cell": PositionsAndCell,
+            "positions": Positions,
+            None: lambda: EMPTY,
+        }[gradients]
+        return cls(
+            named["energy"],
+            kind(*(named[n] for n in KINDS[gradients])),
+            Positions(named["hessian"]) if hessians else EMPTY,
+        )
 
 
 def _weight(scale):
     if np.shape(scale):
-        raise ValueError(message("a scalar weight", f"shape {np.shape(scale)}", "use jax.vmap over the weights"))
+        raise ValueError(
+            message("a scalar weight", f"shape {np.shape(scale)}", "use jax.vmap over the weights")
+        )
     return scale

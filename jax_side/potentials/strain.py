@@ -1,4 +1,5 @@
-"""Exact strain algebra in JAX: virial, stress, cell gradients, and gradients of an energy (DESIGN section 5)."""
+"""Exact strain algebra in JAX: virial, stress, cell gradients, and gradients of an energy (DESIGN
+section 5)."""
 
 from __future__ import annotations
 
@@ -15,10 +16,11 @@ from bridge.errors import message
 def virial(position_gradients, cell_gradients, positions, batch, cell):
     """W = dE/de of the strain r -> r(I+e), h -> h(I+e), for each system: W = R^T g + h^T G.
 
-    Shapes: position_gradients g and positions (N,3), cell_gradients G and cell h (B,3,3), batch (N,) int; result
-    (B,3,3). Units: eV/Angstrom and Angstrom in, eV out. Signs: g = dE/dr (forces are -g), G = dE/dh at fixed Cartesian
-    positions; W is positive where the system wants to shrink. W is exact: for an energy that rotation leaves alone it
-    comes out symmetric, though neither of its terms is, and nothing is symmetrised here. A zero cell gives R^T g.
+    Shapes: position_gradients g and positions (N,3), cell_gradients G and cell h (B,3,3), batch
+    (N,) int; result (B,3,3). Units: eV/Angstrom and Angstrom in, eV out. Signs: g = dE/dr (forces
+    are -g), G = dE/dh at fixed Cartesian positions; W is positive where the system wants to shrink.
+    W is exact: for an energy that rotation leaves alone it comes out symmetric, though neither of
+    its terms is, and nothing is symmetrised here. A zero cell gives R^T g.
 
     >>> one = jnp.ones((1, 3, 3))
     >>> virial(jnp.zeros((2, 3)), one, jnp.zeros((2, 3)), jnp.zeros(2, int), 2 * one)[0, 0].tolist()
@@ -28,22 +30,29 @@ def virial(position_gradients, cell_gradients, positions, batch, cell):
 
 
 def lattice_gradient_from_virial(forces, positions, batch, cell, virial):
-    """G = dE/dh at fixed Cartesian positions, from forces and virial: G = h^-T (W - R^T g), g = -forces.
+    """G = dE/dh at fixed Cartesian positions, from forces and virial: G = h^-T (W - R^T g), g =
+    -forces.
 
-    The signature is kUPS's, with virial = W (B,3,3) in eV. Shapes: forces and positions (N,3), batch (N,) int, cell h
-    (B,3,3) by rows; result (B,3,3) in eV/Angstrom. (R^T g)_ij = sum_b r_bi g_bj over the atoms of each system. The
-    antisymmetric part is kept: symmetrising R^T g or h^T G, as some codes do, is wrong whenever sum r x g is not zero.
-    A W that a model has symmetrised is the exact one if its energy is invariant under rotation.
+    The signature is kUPS's, with virial = W (B,3,3) in eV. Shapes: forces and positions (N,3),
+    batch (N,) int, cell h (B,3,3) by rows; result (B,3,3) in eV/Angstrom. (R^T g)_ij = sum_b r_bi
+    g_bj over the atoms of each system. The antisymmetric part is kept: symmetrising R^T g or h^T G,
+    as some codes do, is wrong whenever sum r x g is not zero. A W that a model has symmetrised is
+    the exact one if its energy is invariant under rotation.
 
-    Raises: ValueError naming the system whose cell is singular, for which G does not follow from W. Under tracing,
-    where values can't be seen, such a system gives NaN.
+    Raises: ValueError naming the system whose cell is singular, for which G does not follow from W.
+    Under tracing, where values can't be seen, such a system gives NaN.
 
     >>> eye = jnp.eye(3)[None]
     >>> lattice_gradient_from_virial(jnp.zeros((1, 3)), jnp.zeros((1, 3)), jnp.array([0]), 2 * eye, 6 * eye)[0, 0].tolist()
     [3.0, 0.0, 0.0]
     """
     bad = _singular(cell)
-    _refuse(bad, "an invertible cell", "a singular cell", "without one dE/dh does not follow from the virial")
+    _refuse(
+        bad,
+        "an invertible cell",
+        "a singular cell",
+        "without one dE/dh does not follow from the virial",
+    )
     safe = jnp.where(bad[:, None, None], jnp.eye(3, dtype=cell.dtype), cell)
     gradient = jnp.linalg.solve(safe.mT, virial + _moments(positions, forces, batch, cell))
     return jnp.where(bad[:, None, None], jnp.nan, gradient)
@@ -52,11 +61,11 @@ def lattice_gradient_from_virial(forces, positions, batch, cell, virial):
 def stress(virial, cell, pbc):
     """Cauchy stress W / V with V = |det h|, tension positive as in ASE, for each system.
 
-    Shapes: virial W and cell h (B,3,3), pbc (B,3) bool; result (B,3,3) in eV/Angstrom^3. kUPS and jax-md use the
-    opposite sign. ASE's Voigt order is xx, yy, zz, yz, xz, xy of this matrix.
+    Shapes: virial W and cell h (B,3,3), pbc (B,3) bool; result (B,3,3) in eV/Angstrom^3. kUPS and
+    jax-md use the opposite sign. ASE's Voigt order is xx, yy, zz, yz, xz, xy of this matrix.
 
-    Raises: ValueError naming the system, where no axis is periodic or the cell is singular: it has no stress. Under
-    tracing, where values can't be seen, such a system gives NaN, never a number.
+    Raises: ValueError naming the system, where no axis is periodic or the cell is singular: it has
+    no stress. Under tracing, where values can't be seen, such a system gives NaN, never a number.
 
     >>> stress(6 * jnp.eye(3)[None], 2 * jnp.eye(3)[None], jnp.ones((1, 3), bool))[0, 0].tolist()
     [0.75, 0.0, 0.0]
@@ -69,13 +78,15 @@ def stress(virial, cell, pbc):
 
 
 def with_gradients(energy):
-    """Turn `energy(inputs)` into a model of the contract: value, g and G from one forward and one backward.
+    """Turn `energy(inputs)` into a model of the contract: value, g and G from one forward and one
+    backward.
 
-    `energy` takes the dict of the contract and returns (B,) in eV, or a dict with such an "energy" and other outputs,
-    which are passed on. It must be differentiable in inputs["pos"] (N,3) and inputs["cell"] (B,3,3), and no system may
-    see another. The result returns dict(energy (B,), position_gradients g = dE/dr at fixed cell (N,3), cell_gradients
-    G = dE/dh at fixed Cartesian positions (B,3,3), ...), pure and differentiable again. Models made from equal energies
-    are equal and hash alike, so that jit caches hit.
+    `energy` takes the dict of the contract and returns (B,) in eV, or a dict with such an "energy"
+    and other outputs, which are passed on. It must be differentiable in inputs["pos"] (N,3) and
+    inputs["cell"] (B,3,3), and no system may see another. The result returns dict(energy (B,),
+    position_gradients g = dE/dr at fixed cell (N,3), cell_gradients G = dE/dh at fixed Cartesian
+    positions (B,3,3), ...), pure and differentiable again. Models made from equal energies are
+    equal and hash alike, so that jit caches hit.
 
     Raises, when it is called: ValueError for an energy that is not (B,) or is missing.
 
@@ -97,7 +108,9 @@ class _WithGradients:
             check_outputs(out, pos.shape[0], cell.shape[0])
             return out["energy"].sum(), out
 
-        (_, out), (g, G) = jax.value_and_grad(total, (0, 1), has_aux=True)(inputs["pos"], inputs["cell"])
+        (_, out), (g, G) = jax.value_and_grad(total, (0, 1), has_aux=True)(
+            inputs["pos"], inputs["cell"]
+        )
         return out | {"position_gradients": g, "cell_gradients": G}
 
 

@@ -1,4 +1,5 @@
-"""What goes in and comes out of a bridged function: pytrees, keywords, static values, integers, several outputs."""
+"""What goes in and comes out of a bridged function: pytrees, keywords, static values, integers,
+several outputs."""
 
 from typing import NamedTuple
 
@@ -25,7 +26,12 @@ def model(inputs, *others, scale=1.0, mode="sum", extra=None):
         return None
     if extra is not None:
         x = x + extra["shift"]
-    return {"total": x.sum(), "pair": Pair(x**2, (inputs["i"] + 1, x > 2)), "others": [o * 2 for o in others], "nothing": None}
+    return {
+        "total": x.sum(),
+        "pair": Pair(x**2, (inputs["i"] + 1, x > 2)),
+        "others": [o * 2 for o in others],
+        "nothing": None,
+    }
 
 
 def test_pytrees_keywords_and_static_values(lane, maybe_jit):
@@ -33,7 +39,12 @@ def test_pytrees_keywords_and_static_values(lane, maybe_jit):
     inputs = {"x": X, "i": jnp.arange(3)}
     out = maybe_jit(lambda inputs, o: f(inputs, o, scale=2, extra={"shift": 1.0}))(inputs, X)
     assert isinstance(out["pair"], Pair) and out["nothing"] is None
-    want = {"total": (2 * X + 1).sum(), "pair": Pair((2 * X + 1) ** 2, (jnp.arange(3) + 1, 2 * X + 1 > 2)), "others": [2 * X], "nothing": None}
+    want = {
+        "total": (2 * X + 1).sum(),
+        "pair": Pair((2 * X + 1) ** 2, (jnp.arange(3) + 1, 2 * X + 1 > 2)),
+        "others": [2 * X],
+        "nothing": None,
+    }
     close_exact(out, want)
 
 
@@ -58,7 +69,9 @@ def test_a_traced_keyword_is_an_array_and_a_number_stays_a_number(lane):
 
 def test_gradient_of_one_output_among_several(lane, maybe_jit):
     f = bridge.to_jax(model, lane=lane)
-    g = maybe_jit(jax.grad(lambda x: f({"x": x, "i": jnp.arange(3)}, mode="sum")["pair"].a.sum()))(X)
+    g = maybe_jit(jax.grad(lambda x: f({"x": x, "i": jnp.arange(3)}, mode="sum")["pair"].a.sum()))(
+        X
+    )
     close(g, 2 * X)
 
 
@@ -107,8 +120,11 @@ def test_numpy_arguments(lane, maybe_jit):
 
 
 def test_outputs_declared_as_pytree_or_function_equal_inferred(lane):
-    f = lambda x: {"y": x[1:] * 2, "s": x.sum()}  # noqa: E731
-    shapes = {"y": jax.ShapeDtypeStruct((3,), jnp.float64), "s": jax.ShapeDtypeStruct((), jnp.float64)}
+    f = lambda x: {"y": x[1:] * 2, "s": x.sum()}
+    shapes = {
+        "y": jax.ShapeDtypeStruct((3,), jnp.float64),
+        "s": jax.ShapeDtypeStruct((), jnp.float64),
+    }
     inferred = jax.jit(bridge.to_jax(f, lane=lane))(X)
     close_exact(jax.jit(bridge.to_jax(f, lane=lane, outputs=shapes))(X), inferred)
     close_exact(jax.jit(bridge.to_jax(f, lane=lane, outputs=lambda x: shapes))(X), inferred)
@@ -121,7 +137,9 @@ def test_shapes_are_found_without_running_the_model(lane):
         ran.append(type(x).__name__)
         return torch.linalg.inv(x)
 
-    assert jax.eval_shape(bridge.to_jax(f, lane=lane), jax.ShapeDtypeStruct((1000, 1000), jnp.float32)).shape == (1000, 1000)
+    assert jax.eval_shape(
+        bridge.to_jax(f, lane=lane), jax.ShapeDtypeStruct((1000, 1000), jnp.float32)
+    ).shape == (1000, 1000)
     assert ran == ["FakeTensor"]
 
 
@@ -159,7 +177,10 @@ def test_transposed_and_broadcast_arguments_inside_jit(lane, spelling):
 
 COMPLEX = {
     "holomorphic": (lambda z: z * z + 3 * z, lambda z: z * z + 3 * z),
-    "not holomorphic": (lambda z: z * torch.conj(z) + torch.abs(z) * z, lambda z: z * jnp.conj(z) + jnp.abs(z) * z),
+    "not holomorphic": (
+        lambda z: z * torch.conj(z) + torch.abs(z) * z,
+        lambda z: z * jnp.conj(z) + jnp.abs(z) * z,
+    ),
     "to real": (lambda z: torch.abs(z) ** 2 + z.imag, lambda z: jnp.abs(z) ** 2 + z.imag),
     "from real": (lambda z: torch.exp(1j * z.real), lambda z: jnp.exp(1j * z.real)),
 }

@@ -1,4 +1,5 @@
-"""Arrays over the bridge: one table of direction x dtype x layout x copy, then lifetimes, races and every error text."""
+"""Arrays over the bridge: one table of direction x dtype x layout x copy, then lifetimes, races and
+every error text."""
 
 import doctest
 import gc
@@ -45,20 +46,35 @@ def address(x):
 def bits(x):
     """The elements' bytes in row-major order."""
     if isinstance(x, torch.Tensor):
-        x = x.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format).reshape(-1)
+        x = (
+            x.detach()
+            .resolve_conj()
+            .resolve_neg()
+            .clone(memory_format=torch.contiguous_format)
+            .reshape(-1)
+        )
         return bytes(x.view(torch.uint8).tolist()) if x.numel() else b""
     return np.asarray(x).tobytes()
 
 
 def described(x):
-    return tuple(x.shape), torch_arrays.dtype_name(x.dtype) if isinstance(x, torch.Tensor) else x.dtype.name
+    return tuple(x.shape), torch_arrays.dtype_name(x.dtype) if isinstance(
+        x, torch.Tensor
+    ) else x.dtype.name
 
 
 def raw(dtype, n, seed=0):
-    """n elements with random bits, hence with NaN payloads: a row-major tensor on a 64-byte boundary."""
+    """n elements with random bits, hence with NaN payloads: a row-major tensor on a 64-byte
+    boundary."""
     dtype = torch_arrays.DTYPES[dtype]
     top = 2 if dtype is torch.bool else 256
-    data = torch.randint(0, top, (n * dtype.itemsize,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    data = torch.randint(
+        0,
+        top,
+        (n * dtype.itemsize,),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(seed),
+    )
     return data.view(dtype)
 
 
@@ -82,12 +98,18 @@ FROM_TORCH = {
     "transposed": (lambda d: raw(d, 6).view(2, 3).T, None),
     "permuted": (lambda d: raw(d, 24).view(2, 3, 4).permute(2, 0, 1), None),
     "channels_last": (lambda d: raw(d, 120).view(2, 4, 5, 3).permute(0, 3, 1, 2), None),
-    "axis of size 1 with any stride": (lambda d: raw(d, 12).as_strided((4, 1, 3), (3, 100, 1)), None),
+    "axis of size 1 with any stride": (
+        lambda d: raw(d, 12).as_strided((4, 1, 3), (3, 100, 1)),
+        None,
+    ),
     "permuted axis of size 1": (lambda d: raw(d, 12).as_strided((4, 1, 3), (1, 100, 4)), None),
     "axis of size 1 with stride 0": (lambda d: raw(d, 12).as_strided((4, 1, 3), (1, 0, 4)), None),
     "aligned slice": (lambda d: raw(d, 80)[64:], None),
     "strided": (lambda d: raw(d, 12)[::2], r"strides \(2,\), not dense"),
-    "strided, axis of size 1 with stride 0": (lambda d: raw(d, 12).as_strided((1, 6), (0, 2)), r"strides \(0, 2\), not dense"),
+    "strided, axis of size 1 with stride 0": (
+        lambda d: raw(d, 12).as_strided((1, 6), (0, 2)),
+        r"strides \(0, 2\), not dense",
+    ),
     "inner slice": (lambda d: raw(d, 12).view(3, 4)[:, :3], r"strides \(4, 1\), not dense"),
     "overlapping": (lambda d: raw(d, 9).as_strided((3, 3), (1, 1)), r"strides \(1, 1\), not dense"),
     "stride 0": (lambda d: raw(d, 3).expand(2, 3), "stride 0"),
@@ -95,11 +117,17 @@ FROM_TORCH = {
     "unaligned": (lambda d: raw(d, 8)[1:], r"unaligned offset of {itemsize} bytes"),
     "unaligned 0d": (lambda d: raw(d, 8)[3], r"unaligned offset of {itemsize3} bytes"),
     "requires_grad": (lambda d: raw(d, 6).view(2, 3).requires_grad_(), "requires_grad"),
-    "requires_grad, not a leaf": (lambda d: raw(d, 6).requires_grad_().view(2, 3).T, "requires_grad"),
+    "requires_grad, not a leaf": (
+        lambda d: raw(d, 6).requires_grad_().view(2, 3).T,
+        "requires_grad",
+    ),
     "conj": (lambda d: raw(d, 6).view(2, 3).conj(), "the conj bit"),
     "conj transposed": (lambda d: raw(d, 6).view(2, 3).mH, "the conj bit"),
     "neg": (lambda d: torch._neg_view(raw(d, 6).view(2, 3)), "the neg bit"),
-    "zeros": (lambda d: torch._efficientzerotensor((2, 3), dtype=torch_arrays.DTYPES[d]), "zeros that torch keeps without memory"),
+    "zeros": (
+        lambda d: torch._efficientzerotensor((2, 3), dtype=torch_arrays.DTYPES[d]),
+        "zeros that torch keeps without memory",
+    ),
 }
 FROM_JAX = {
     "0d": lambda d: raw_jax(d, ()),
@@ -114,12 +142,20 @@ FROM_JAX = {
 
 
 def applies(layout, dtype):
-    """requires_grad needs an inexact dtype, the conj bit a complex one, and a neg bit one with a sign to flip."""
+    """requires_grad needs an inexact dtype, the conj bit a complex one, and a neg bit one with a
+    sign to flip."""
     if layout.startswith("requires_grad") or layout == "zeros":  # these are tangents
         return dtype.startswith(("float", "bfloat", "complex"))
     if layout.startswith("conj"):
         return dtype.startswith("complex")
-    return layout != "neg" or dtype in ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
+    return layout != "neg" or dtype in (
+        "float16",
+        "bfloat16",
+        "float32",
+        "float64",
+        "complex64",
+        "complex128",
+    )
 
 
 TABLE = [("to_jax", d, layout) for layout in FROM_TORCH for d in DTYPES if applies(layout, d)]
@@ -132,7 +168,9 @@ def source(direction, dtype, layout):
         return FROM_JAX[layout](dtype), None
     make, why = FROM_TORCH[layout]
     x = make(dtype)
-    return x, why and why.replace("{itemsize}", str(x.itemsize)).replace("{itemsize3}", str(3 * x.itemsize))
+    return x, why and why.replace("{itemsize}", str(x.itemsize)).replace(
+        "{itemsize3}", str(3 * x.itemsize)
+    )
 
 
 @pytest.mark.parametrize("direction,dtype,layout", TABLE)
@@ -141,7 +179,10 @@ def test_values_shape_dtype_and_memory(direction, dtype, layout):
     convert = {"to_jax": to_jax, "to_torch": to_torch}[direction]
     for copy in (None, True, False):
         if copy is False and why:
-            with pytest.raises(ValueError, match=f"a tensor whose memory JAX can share, got {dtype}.*with {why} and copy=False"):
+            with pytest.raises(
+                ValueError,
+                match=f"a tensor whose memory JAX can share, got {dtype}.*with {why} and copy=False",
+            ):
                 convert(x, copy)
             continue
         y = convert(x, copy)
@@ -153,12 +194,16 @@ def test_values_shape_dtype_and_memory(direction, dtype, layout):
     assert not getattr(y, "requires_grad", False)
 
 
-@pytest.mark.parametrize("direction,dtype,layout", [r for r in TABLE if r[1] == "float32" and r[2] != "zeros"])  # these have no memory to write to
+@pytest.mark.parametrize(
+    "direction,dtype,layout", [r for r in TABLE if r[1] == "float32" and r[2] != "zeros"]
+)  # these have no memory to write to
 def test_copies_are_independent_and_shared_memory_is_one(direction, dtype, layout):
     """The torch end is written to: a copy keeps its bits, shared memory follows."""
     for copy in (True, None):
         x, why = source(direction, dtype, layout)
-        before = bits(source(direction, dtype, layout)[0])  # of a twin: NumPy's view of x would be cached in x
+        before = bits(
+            source(direction, dtype, layout)[0]
+        )  # of a twin: NumPy's view of x would be cached in x
         y = to_jax(x, copy) if direction == "to_jax" else to_torch(x, copy)
         written, other = (x, y) if direction == "to_jax" else (y, x)
         written.untyped_storage().fill_(0x42)
@@ -191,7 +236,8 @@ def test_round_trips_return_to_the_same_memory():
     offset=st.sampled_from([0, 0, 0, 1, 4, 15, 16, 32]),
 )
 def test_any_strides_are_judged_as_xla_judges_them(shape, strides, offset):
-    """export says "shareable" exactly where jaxlib, asked with copy=False, shares; and copy=None always has the values."""
+    """export says "shareable" exactly where jaxlib, asked with copy=False, shares; and copy=None
+    always has the values."""
     t = torch.arange(128.0, dtype=torch.float32).as_strided(shape, strides[: len(shape)], offset)
     try:
         shares = t.numel() == 0 or address(jax.dlpack.from_dlpack(t, copy=False)) == address(t)
@@ -207,7 +253,11 @@ def test_any_strides_are_judged_as_xla_judges_them(shape, strides, offset):
 
 
 @EXACT
-@given(data=st.data(), dtype=st.sampled_from([d for d in DTYPES if d != "bool"]), n=st.lists(st.integers(0, 3), max_size=3))
+@given(
+    data=st.data(),
+    dtype=st.sampled_from([d for d in DTYPES if d != "bool"]),
+    n=st.lists(st.integers(0, 3), max_size=3),
+)
 def test_every_bit_pattern_survives_the_round_trip(data, dtype, n):
     size = int(np.prod(n)) * torch_arrays.DTYPES[dtype].itemsize
     content = data.draw(st.binary(min_size=size, max_size=size))
@@ -220,7 +270,13 @@ def test_every_bit_pattern_survives_the_round_trip(data, dtype, n):
 
 @pytest.mark.parametrize(
     "dtype,pattern",
-    [("float16", 0x7E2A), ("bfloat16", 0xFFC5), ("float32", 0xFFC12345), ("float32", 0x7F812345), ("float64", 0x7FF8DEADBEEF0001)],
+    [
+        ("float16", 0x7E2A),
+        ("bfloat16", 0xFFC5),
+        ("float32", 0xFFC12345),
+        ("float32", 0x7F812345),
+        ("float64", 0x7FF8DEADBEEF0001),
+    ],
 )
 def test_nan_payloads_and_negative_zero(dtype, pattern):
     size = torch_arrays.DTYPES[dtype].itemsize
@@ -237,23 +293,40 @@ def test_nan_payloads_and_negative_zero(dtype, pattern):
 
 def test_both_banks_list_the_same_dtypes_and_miss_none():
     assert list(jax_arrays.DTYPES) == DTYPES
-    names = {str(d).removeprefix("torch.") for d in vars(torch).values() if isinstance(d, torch.dtype)}
+    names = {
+        str(d).removeprefix("torch.") for d in vars(torch).values() if isinstance(d, torch.dtype)
+    }
     both = {n for n in names if hasattr(jnp, n)}
-    assert both - set(DTYPES) <= {"int1", "uint1", "int2", "uint2", "int4", "uint4"}  # torch only names these: no values
+    assert both - set(DTYPES) <= {
+        "int1",
+        "uint1",
+        "int2",
+        "uint2",
+        "int4",
+        "uint4",
+    }  # torch only names these: no values
     assert set(DTYPES) <= both
 
 
 @pytest.mark.parametrize("dtype", WIDE)
 @pytest.mark.parametrize("copy", [None, True, False])
 def test_x64_off_is_an_error_and_never_a_narrowing(dtype, copy):
-    t, narrow = raw(dtype, 4), {"i": "int32", "u": "uint32", "f": "float32", "c": "complex64"}[dtype[0]]
+    t, narrow = (
+        raw(dtype, 4),
+        {"i": "int32", "u": "uint32", "f": "float32", "c": "complex64"}[dtype[0]],
+    )
     with jax.enable_x64(False):
         with pytest.raises(ValueError) as e:
             to_jax(t, copy)
         assert to_jax(raw(narrow, 4), copy).dtype.name == narrow
     text = str(e.value)
-    assert text.startswith(f"expected a dtype that JAX holds while x64 is off ({narrow}), got {dtype};")
-    assert 'jax.config.update("jax_enable_x64", True)' in text and f"cast to {narrow} on the producing side" in text
+    assert text.startswith(
+        f"expected a dtype that JAX holds while x64 is off ({narrow}), got {dtype};"
+    )
+    assert (
+        'jax.config.update("jax_enable_x64", True)' in text
+        and f"cast to {narrow} on the producing side" in text
+    )
 
 
 @pytest.mark.parametrize("copy", [None, True, False])
@@ -271,7 +344,12 @@ def test_a_wrongly_announced_dtype_is_an_error_not_a_cast(x64, layout, lane, mon
     if lane == "public":
         monkeypatch.setattr(jax_arrays, "_cpu_view", lambda depth: None)
     t = FROM_TORCH[layout][0]("float64")
-    with jax.enable_x64(x64), pytest.raises(TypeError, match="memory of dtype float32, as announced, got float64; announce"):
+    with (
+        jax.enable_x64(x64),
+        pytest.raises(
+            TypeError, match="memory of dtype float32, as announced, got float64; announce"
+        ),
+    ):
         jax_arrays.import_(t, "float32")
 
 
@@ -303,7 +381,11 @@ def test_both_lanes_agree(layout, monkeypatch):
     monkeypatch.setattr(jax_arrays, "_cpu_view", lambda depth: None)
     slow = to_jax(t)
     assert bits(slow) == bits(fast)
-    assert (fast.committed, fast.weak_type, fast.sharding) == (slow.committed, slow.weak_type, slow.sharding)
+    assert (fast.committed, fast.weak_type, fast.sharding) == (
+        slow.committed,
+        slow.weak_type,
+        slow.sharding,
+    )
     if fast.size and not why:
         assert address(slow) == address(fast) == address(t)
 
@@ -326,7 +408,10 @@ def test_import_into_jax_keeps_copy_for_any_producer(offset, copy, lane, monkeyp
         monkeypatch.setattr(jax_arrays, "_cpu_view", lambda depth: None)
     n = numpy_at(offset)
     if offset and copy is False:
-        with pytest.raises(ValueError, match="dense memory on a 64-byte boundary, .*not aligned to 64 bytes.*copy it to such a place"):
+        with pytest.raises(
+            ValueError,
+            match="dense memory on a 64-byte boundary, .*not aligned to 64 bytes.*copy it to such a place",
+        ):
             jax_arrays.import_(n, "float32", copy)
         return
     a = jax_arrays.import_(n, "float32", copy)
@@ -336,7 +421,9 @@ def test_import_into_jax_keeps_copy_for_any_producer(offset, copy, lane, monkeyp
 
 @pytest.mark.parametrize("copy", [None, True, False])
 def test_strided_memory_is_refused_by_import_alone(copy):
-    with pytest.raises(ValueError, match=r"dense memory on a 64-byte boundary.*ndarray: .*strides were \[2\]"):
+    with pytest.raises(
+        ValueError, match=r"dense memory on a 64-byte boundary.*ndarray: .*strides were \[2\]"
+    ):
         jax_arrays.import_(np.zeros(8, np.float32)[::2], "float32", copy)
 
 
@@ -349,26 +436,34 @@ def test_import_into_torch_keeps_copy_for_any_producer(copy):
 
 @pytest.mark.parametrize("copy,asked", [(None, None), (False, False), (True, None)])
 def test_import_into_torch_copies_once(copy, asked):
-    """A producer that copied on demand would copy a second time; copy=False is passed on, so that it doesn't."""
+    """A producer that copied on demand would copy a second time; copy=False is passed on, so that
+    it doesn't."""
     n, seen = np.ones(3), []
 
     def lend(**options):
         seen.append(options.get("copy"))
         return n.__dlpack__(max_version=(1, 0))
 
-    t = torch_arrays.import_(SimpleNamespace(__dlpack__=lend, __dlpack_device__=n.__dlpack_device__), copy)
+    t = torch_arrays.import_(
+        SimpleNamespace(__dlpack__=lend, __dlpack_device__=n.__dlpack_device__), copy
+    )
     assert seen == [asked] and bits(t) == bits(n)
 
 
 @pytest.mark.parametrize("case", ["unaligned", "copy=True", "through export"])
 def test_the_producer_may_be_written_to_as_soon_as_a_copy_is_returned(case):
-    """While XLA is busy it copies later: jax.dlpack.from_dlpack(unaligned) and array.copy() then gave the NEW values."""
+    """While XLA is busy it copies later: jax.dlpack.from_dlpack(unaligned) and array.copy() then
+    gave the NEW values."""
     n = numpy_at(0 if case == "copy=True" else 1, 4_000_000)
     n[:] = 0  # touch the pages
     work = jax.jit(lambda x: jax.lax.fori_loop(0, 10, lambda i, y: jnp.tanh(y @ y), x))
     work(ones := jnp.ones((300, 300))).block_until_ready()
     busy = [work(ones) for _ in range(8)]
-    a = to_jax(torch.from_numpy(n)) if case == "through export" else jax_arrays.import_(n, "float32", case == "copy=True" or None)
+    a = (
+        to_jax(torch.from_numpy(n))
+        if case == "through export"
+        else jax_arrays.import_(n, "float32", case == "copy=True" or None)
+    )
     n[:] = 7
     assert float(a.max()) == 0.0 and jax.block_until_ready(busy)
 
@@ -454,15 +549,26 @@ def test_concrete_arrays_cross_while_jax_traces(copy):
 
     jax_arrays._cpu_view.cache_clear()
     jax.jit(f)(1.0)
-    assert jax_arrays._cpu_view(0) is not None and not any(isinstance(y, jax.core.Tracer) for y in seen)
-    assert bits(seen[0]) == bits(seen[2]) == bits(t) and bits(seen[1]) == bits(a) and bits(seen[3]) == bits(odd)
+    assert jax_arrays._cpu_view(0) is not None and not any(
+        isinstance(y, jax.core.Tracer) for y in seen
+    )
+    assert (
+        bits(seen[0]) == bits(seen[2]) == bits(t)
+        and bits(seen[1]) == bits(a)
+        and bits(seen[3]) == bits(odd)
+    )
     assert (address(seen[2]) == address(t)) == (copy is not True)
 
 
 @pytest.mark.parametrize("transform", [jax.jit, jax.grad, jax.vmap])
 def test_tracers_are_refused(transform):
-    with pytest.raises(TypeError, match=r"a concrete array, .*float64\[.*as a tracer .*Tracer.*bridge.to_jax\(function\)"):
-        transform(lambda x: jax_arrays.export(x).sum())(jnp.ones(3) if transform is jax.vmap else 1.0)
+    with pytest.raises(
+        TypeError,
+        match=r"a concrete array, .*float64\[.*as a tracer .*Tracer.*bridge.to_jax\(function\)",
+    ):
+        transform(lambda x: jax_arrays.export(x).sum())(
+            jnp.ones(3) if transform is jax.vmap else 1.0
+        )
 
 
 @pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "functionalize"])
@@ -477,7 +583,10 @@ def test_tensors_inside_torch_func_are_refused(transform):
         "jvp": lambda: torch.func.jvp(f, (torch.ones(3),), (torch.ones(3),)),
         "functionalize": lambda: torch.func.functionalize(f)(torch.ones(3)),
     }[transform]
-    with pytest.raises(TypeError, match="a tensor with memory of its own, got a traced or wrapped one.*bridge.to_torch"):
+    with pytest.raises(
+        TypeError,
+        match="a tensor with memory of its own, got a traced or wrapped one.*bridge.to_torch",
+    ):
         call()
 
 
@@ -495,14 +604,32 @@ def nested(layout):
 
 TORCH_REFUSES = {
     "list": (lambda: [1.0], "a torch.Tensor, got list; make one with torch.as_tensor"),
-    "meta": (lambda: torch.ones(3, device="meta"), "a meta tensor, which has no memory; move the model or tensor"),
-    "sparse": (lambda: torch.eye(3).to_sparse(), r"layout torch.sparse_coo; pass tensor.to_dense\(\)"),
-    "sparse rows": (lambda: torch.eye(3).to_sparse_csr(), r"layout torch.sparse_csr; pass tensor.to_dense\(\)"),
+    "meta": (
+        lambda: torch.ones(3, device="meta"),
+        "a meta tensor, which has no memory; move the model or tensor",
+    ),
+    "sparse": (
+        lambda: torch.eye(3).to_sparse(),
+        r"layout torch.sparse_coo; pass tensor.to_dense\(\)",
+    ),
+    "sparse rows": (
+        lambda: torch.eye(3).to_sparse_csr(),
+        r"layout torch.sparse_csr; pass tensor.to_dense\(\)",
+    ),
     "nested": (lambda: nested(torch.strided), "a nested tensor; pass its parts"),
     "jagged": (lambda: nested(torch.jagged), "a nested tensor; pass its parts"),
-    "quantized": (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), r"quantized tensor \(torch.qint8\); pass tensor.deq"),
-    "complex32": (lambda: torch.zeros(3, dtype=torch.complex32), "both sides know, got torch.complex32, which only torch knows; cast it"),
-    "int4": (lambda: torch.zeros(3, dtype=torch.uint8).view(torch.int4), "got torch.int4, which only torch knows; cast it to one of bool"),
+    "quantized": (
+        lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+        r"quantized tensor \(torch.qint8\); pass tensor.deq",
+    ),
+    "complex32": (
+        lambda: torch.zeros(3, dtype=torch.complex32),
+        "both sides know, got torch.complex32, which only torch knows; cast it",
+    ),
+    "int4": (
+        lambda: torch.zeros(3, dtype=torch.uint8).view(torch.int4),
+        "got torch.int4, which only torch knows; cast it to one of bool",
+    ),
     "fake": (fake, "a tensor with memory of its own, got a traced or wrapped one"),
 }
 
@@ -533,7 +660,9 @@ def test_the_cure_that_an_error_names_works(layout):
     with pytest.raises(ValueError) as e:
         torch_arrays.export(t, False)
     cure = CURES[layout]
-    assert f"; pass tensor.{cure}" in str(e.value) and str(e.value).endswith(", or copy=None to let it be copied")
+    assert f"; pass tensor.{cure}" in str(e.value) and str(e.value).endswith(
+        ", or copy=None to let it be copied"
+    )
     assert bits(to_jax(getattr(t, cure[:-2])(), False)) == bits(t)
 
 
@@ -549,13 +678,37 @@ def deleted():
 
 
 JAX_REFUSES = {
-    "numpy": (lambda: np.ones(3), TypeError, "a jax.Array, got ndarray; make one with jax.numpy.asarray"),
+    "numpy": (
+        lambda: np.ones(3),
+        TypeError,
+        "a jax.Array, got ndarray; make one with jax.numpy.asarray",
+    ),
     "ref": (lambda: jax.new_ref(jnp.ones(3)), TypeError, "a jax.Array, got Ref"),
-    "key": (lambda: jax.random.key(0), TypeError, r"typed PRNG keys key<fry>\[\]; pass jax.random.key_data\(keys\)"),
-    "int4": (lambda: jnp.ones(3, "int4"), TypeError, r"both sides know, got int4\[3\], which only JAX knows; cast it to one of bool"),
-    "float8": (lambda: jnp.ones(3, jnp.float8_e3m4), TypeError, r"got float8_e3m4\[3\], which only JAX knows"),
-    "float4": (lambda: jnp.ones(3, jnp.float4_e2m1fn), TypeError, r"got float4_e2m1fn\[3\], which only JAX knows"),
-    "deleted": (deleted, ValueError, r"a live array, got float64\[3\], deleted or donated; copy it before it is donated"),
+    "key": (
+        lambda: jax.random.key(0),
+        TypeError,
+        r"typed PRNG keys key<fry>\[\]; pass jax.random.key_data\(keys\)",
+    ),
+    "int4": (
+        lambda: jnp.ones(3, "int4"),
+        TypeError,
+        r"both sides know, got int4\[3\], which only JAX knows; cast it to one of bool",
+    ),
+    "float8": (
+        lambda: jnp.ones(3, jnp.float8_e3m4),
+        TypeError,
+        r"got float8_e3m4\[3\], which only JAX knows",
+    ),
+    "float4": (
+        lambda: jnp.ones(3, jnp.float4_e2m1fn),
+        TypeError,
+        r"got float4_e2m1fn\[3\], which only JAX knows",
+    ),
+    "deleted": (
+        deleted,
+        ValueError,
+        r"a live array, got float64\[3\], deleted or donated; copy it before it is donated",
+    ),
 }
 
 
@@ -576,7 +729,7 @@ def test_the_cures_for_keys_and_odd_dtypes_work():
 MANY = """
 import jax, jax.numpy as jnp, torch
 from jax.sharding import NamedSharding, PartitionSpec
-from jax_side import arrays
+from jax_side.calls import arrays
 from torch_side.calls.arrays import import_
 mesh = jax.make_mesh((4,), ("x",))
 for spec in (PartitionSpec("x"), PartitionSpec()):
@@ -593,12 +746,19 @@ print(import_(arrays.export(one, False)).data_ptr() == one.unsafe_buffer_pointer
 
 
 def test_arrays_on_several_devices_are_refused_and_other_single_devices_are_not():
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu",
+    }
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", MANY], capture_output=True, text=True, env=env, cwd=root, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", MANY], capture_output=True, text=True, env=env, cwd=root, check=False
+    )
     error = (
-        "expected an array on exactly one device of this process, got float32[8] on 4 device(s), fully addressable: True; "
-        "gather it with jax.device_put(array, jax.local_devices()[0]), or hand over its addressable_shards"
+        "expected an array on exactly one device of this process, got float32[8] on 4 device(s), "
+        "fully addressable: True; "
+        "gather it with jax.device_put(array, jax.local_devices()[0]), or hand over its "
+        "addressable_shards"
     )
     assert done.stdout.splitlines() == [error, "True", error, "True", "True"], done.stderr
 
@@ -611,7 +771,10 @@ def test_an_array_of_another_process_is_refused(monkeypatch):
 
 
 def test_dtypes_that_jax_does_not_know():
-    with pytest.raises(TypeError, match="a dtype that both sides know, got complex32, which JAX doesn't know; cast it to one of bool"):
+    with pytest.raises(
+        TypeError,
+        match="a dtype that both sides know, got complex32, which JAX doesn't know; cast it to one of bool",
+    ):
         jax_arrays.import_(torch.zeros(2), "complex32")
 
 
@@ -628,20 +791,33 @@ def producer(device, error):
 )
 @pytest.mark.parametrize("copy", [None, True, False])
 def test_import_into_jax_passes_on_why_memory_was_not_lent(device, text, copy):
-    with pytest.raises(ValueError, match=f"on a device that JAX has, got SimpleNamespace: .*{text}.*; copy it to such a place first"):
+    with pytest.raises(
+        ValueError,
+        match=f"on a device that JAX has, got SimpleNamespace: .*{text}.*; copy it to such a place first",
+    ):
         jax_arrays.import_(producer(device, BufferError("the producer says no")), "float32", copy)
 
 
 def test_import_into_torch_passes_on_why_memory_was_not_lent():
-    with pytest.raises(ValueError, match="memory that torch can share, got SimpleNamespace: the producer says no; make a dense copy"):
+    with pytest.raises(
+        ValueError,
+        match="memory that torch can share, got SimpleNamespace: the producer says no; make a dense copy",
+    ):
         torch_arrays.import_(producer(1, BufferError("the producer says no")))
-    with pytest.raises(ValueError, match="memory that torch can share, got ArrayImpl: .*; make a dense copy in a dtype"):
+    with pytest.raises(
+        ValueError,
+        match="memory that torch can share, got ArrayImpl: .*; make a dense copy in a dtype",
+    ):
         torch_arrays.import_(jnp.ones(3, jnp.float8_e3m4))
 
 
-@pytest.mark.parametrize("import_", [torch_arrays.import_, lambda x: jax_arrays.import_(x, "float32")])
+@pytest.mark.parametrize(
+    "import_", [torch_arrays.import_, lambda x: jax_arrays.import_(x, "float32")]
+)
 def test_objects_without_dlpack_are_refused(import_):
-    with pytest.raises(TypeError, match="an object with __dlpack__, got list; make an array of it first"):
+    with pytest.raises(
+        TypeError, match="an object with __dlpack__, got list; make an array of it first"
+    ):
         import_([1.0])
 
 
@@ -666,7 +842,8 @@ class Owner:
 
 @pytest.mark.parametrize("passed", [True, False])
 def test_memory_of_a_gpu_stays_with_the_tensor_until_the_stream_has_read_it(monkeypatch, passed):
-    """The event and the owner stand in for a CUDA stream and a JAX buffer; on a card: benchmarks.gpu_check order_arrays."""
+    """The event and the owner stand in for a CUDA stream and a JAX buffer; on a card:
+    benchmarks.gpu_check order_arrays."""
     from torch_side.calls import arrays
 
     event, owner, tensor = Event(), Owner(), torch.zeros(8)

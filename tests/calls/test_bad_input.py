@@ -1,4 +1,5 @@
-"""Bad structures: an answer or an error that names the system and the atom, never a number that is wrong."""
+"""Bad structures: an answer or an error that names the system and the atom, never a number that is
+wrong."""
 
 import jax
 import jax.numpy as jnp
@@ -7,16 +8,40 @@ import pytest
 import torch
 
 import bridge
-from tests.graph_cases import CARD, CELL, CUTOFF, H, MODEL, NUMBERS, POS, R, brute, close, embedded, joined, system
+from tests.graph_cases import (
+    CARD,
+    CELL,
+    CUTOFF,
+    MODEL,
+    NUMBERS,
+    POS,
+    H,
+    R,
+    brute,
+    close,
+    embedded,
+    joined,
+    system,
+)
 from torch_side.potentials.model import Wrapped
 from torch_side.potentials.neighbors import neighbor_list
 
 NAN, INF = float("nan"), float("inf")
-PLAIN = Wrapped(lambda x: {"energy": x["pos"].new_zeros(len(x["cell"])).index_add(0, x["batch"], 1 / x["pos"].norm(dim=-1))}, bridge.Card(), "autograd")
+PLAIN = Wrapped(
+    lambda x: {
+        "energy": x["pos"]
+        .new_zeros(len(x["cell"]))
+        .index_add(0, x["batch"], 1 / x["pos"].norm(dim=-1))
+    },
+    bridge.Card(),
+    "autograd",
+)
 
 
 def with_edges(inputs, change=lambda e: e):
-    edges, offsets = neighbor_list(inputs["pos"], inputs["cell"], inputs["pbc"], CUTOFF, inputs["batch"])
+    edges, offsets = neighbor_list(
+        inputs["pos"], inputs["cell"], inputs["pbc"], CUTOFF, inputs["batch"]
+    )
     return inputs | {"edge_index": change(edges), "cell_offsets": offsets}
 
 
@@ -63,7 +88,9 @@ def test_an_error_in_torch(text):
         model(inputs)
 
 
-@pytest.mark.parametrize("text", [t for t, (_, x) in BAD.items() if "edge" not in t and "apart" not in t])
+@pytest.mark.parametrize(
+    "text", [t for t, (_, x) in BAD.items() if "edge" not in t and "apart" not in t]
+)
 def test_the_same_error_through_jax(text, lane, maybe_jit):
     """Whatever the values are, shapes are right: the error comes from the call, as it was."""
     model, x = BAD[text]
@@ -75,8 +102,13 @@ def test_the_same_error_through_jax(text, lane, maybe_jit):
 
 
 def test_a_gradient_that_is_not_finite_names_the_atom():
-    root = Wrapped(lambda x: {"energy": x["pos"].sqrt().sum().reshape(1)}, bridge.Card(), "autograd")
-    with pytest.raises(ValueError, match=r"a finite position_gradients from .*<lambda>, got \[inf, 0.5, 0.5\] for atom 1 of system 0"):
+    root = Wrapped(
+        lambda x: {"energy": x["pos"].sqrt().sum().reshape(1)}, bridge.Card(), "autograd"
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"a finite position_gradients from .*<lambda>, got \[inf, 0.5, 0.5\] for atom 1 of system 0",
+    ):
         root(system(np.array([[1.0, 1, 1], [0, 1, 1]]), numbers=[1, 1]))
 
 
@@ -95,14 +127,19 @@ def test_one_atom_alone_and_with_its_images():
     one = bridge.potential(MODEL, atomic_numbers=NUMBERS[:1])
     close(one(R[:1]), -1 + 1 / 100)
     close(one(R[:1], 0.4 * H), brute(R[:1], 0.4 * H, NUMBERS[:1]))
-    assert not jax.grad(one)(R[:1], 0.4 * H).any() and abs(jax.grad(one, 1)(R[:1], 0.4 * H)).max() > 0.1
+    assert (
+        not jax.grad(one)(R[:1], 0.4 * H).any()
+        and abs(jax.grad(one, 1)(R[:1], 0.4 * H)).max() > 0.1
+    )
 
 
 def test_no_atoms_at_all(lane, maybe_jit):
     nothing = bridge.potential(MODEL, atomic_numbers=np.zeros(0, int), lane=lane)
     e, (g, G) = maybe_jit(jax.value_and_grad(nothing, (0, 1)))(jnp.zeros((0, 3)), H)
     assert e == 0 and g.shape == (0, 3) and not G.any()
-    some = bridge.potential(MODEL, atomic_numbers=NUMBERS, batch=np.array([1, 1, 1, 1]), n_systems=3, lane=lane)
+    some = bridge.potential(
+        MODEL, atomic_numbers=NUMBERS, batch=np.array([1, 1, 1, 1]), n_systems=3, lane=lane
+    )
     close(maybe_jit(some)(R, jnp.stack([H, H, H])), jnp.array([0, brute(R, H, NUMBERS), 0]))
 
 
@@ -117,4 +154,12 @@ def test_huge_edge_lists_that_repeat_nothing():
     energy = bridge.potential(Wrapped(embedded, CARD, "autograd"), atomic_numbers=NUMBERS)
     edges = bridge.edges(CUTOFF, 1000)(R, H)
     order = jax.random.permutation(jax.random.key(0), 1000)
-    close(energy(R, H, edge_index=edges["edge_index"][:, order], cell_offsets=edges["cell_offsets"][order]), energy(R, H))
+    close(
+        energy(
+            R,
+            H,
+            edge_index=edges["edge_index"][:, order],
+            cell_offsets=edges["cell_offsets"][order],
+        ),
+        energy(R, H),
+    )

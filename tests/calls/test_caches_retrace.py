@@ -1,4 +1,5 @@
-"""Equal functions are compiled once, different ones never confused: in one process, in two, and through jax.export."""
+"""Equal functions are compiled once, different ones never confused: in one process, in two, and
+through jax.export."""
 
 import json
 import subprocess
@@ -20,7 +21,10 @@ import bridge
 
 ROOT = Path(__file__).resolve().parents[2]
 X = jnp.arange(4.0)
-COMPILED = {"/jax/core/compile/jaxpr_trace_duration": "traced", "/jax/core/compile/backend_compile_duration": "compiled"}
+COMPILED = {
+    "/jax/core/compile/jaxpr_trace_duration": "traced",
+    "/jax/core/compile/backend_compile_duration": "compiled",
+}
 
 
 @contextmanager
@@ -43,7 +47,9 @@ def double(x, scale=2):
 
 
 def declared(**dtypes):
-    return bridge.to_jax(double, outputs={k: jax.ShapeDtypeStruct((4,), d) for k, d in dtypes.items()})
+    return bridge.to_jax(
+        double, outputs={k: jax.ShapeDtypeStruct((4,), d) for k, d in dtypes.items()}
+    )
 
 
 MODULE = torch.nn.Linear(4, 4)
@@ -69,13 +75,19 @@ SAME = {
 def test_equality_x_options(name):
     """to_jax(f, options) equals itself made anew, and nothing else in the table."""
     f = SAME[name]()
-    assert [other for other, make in SAME.items() if make() == f and hash(make()) == hash(f)] == [name]
+    assert [other for other, make in SAME.items() if make() == f and hash(make()) == hash(f)] == [
+        name
+    ]
 
 
-@pytest.mark.parametrize("wrap", [jax.jit, lambda f: jax.jit(jax.grad(lambda x: f(x).sum())), lambda f: jax.jit(jax.vmap(f))], ids=["jit", "grad", "vmap"])
+@pytest.mark.parametrize(
+    "wrap",
+    [jax.jit, lambda f: jax.jit(jax.grad(lambda x: f(x).sum())), lambda f: jax.jit(jax.vmap(f))],
+    ids=["jit", "grad", "vmap"],
+)
 def test_compilations_x_equal_functions(wrap, lane):
     calls = []
-    f = lambda x: (calls.append(x.shape), torch.sin(x))[1]  # noqa: E731
+    f = lambda x: (calls.append(x.shape), torch.sin(x))[1]
     with counted() as counts:
         first, again = wrap(bridge.to_jax(f, lane=lane)), jax.jit(bridge.to_jax(f, lane=lane))
         jax.block_until_ready((first(X), again(X)))
@@ -101,21 +113,27 @@ def test_shape_inference_x_calls():
     assert kinds == {"FakeTensor": 4, "Tensor": 12}
 
 
-KINDS = st.sampled_from([0, 1, 0.0, -0.0, 1.0, True, False, "1", "", (), (1,), (1.0,), (True,), 1j, b"1"])
+KINDS = st.sampled_from(
+    [0, 1, 0.0, -0.0, 1.0, True, False, "1", "", (), (1,), (1.0,), (True,), 1j, b"1"]
+)
 
 
 @given(st.lists(KINDS, min_size=2, max_size=6), st.booleans())
 def test_static_arguments_x_type(values, jitted):
-    """1, 1.0 and True are equal in Python, and so are 0.0 and -0.0; each arrives as it was given."""
+    """1, 1.0 and True are equal in Python, and so are 0.0 and -0.0; each arrives as it was
+    given."""
     seen = []
-    f = bridge.to_jax(lambda x, value: (seen.append(repr(value)), x + 1)[1], outputs=lambda x, value: x)
+    f = bridge.to_jax(
+        lambda x, value: (seen.append(repr(value)), x + 1)[1], outputs=lambda x, value: x
+    )
     for value in values:
         (jax.jit if jitted else partial)(lambda x, v=value: f(x, v))(X).block_until_ready()
     assert seen == [repr(v) for v in values]
 
 
 def test_compilations_x_new_parameters(lane):
-    """Parameters are inputs of the program: a training step is compiled once, whatever their values."""
+    """Parameters are inputs of the program: a training step is compiled once, whatever their
+    values."""
     apply, params = bridge.functional(torch.nn.Linear(4, 1, dtype=torch.float64), lane=lane)
 
     @jax.jit
@@ -139,7 +157,9 @@ import json, sys, jax, torch, bridge
 jax.config.update("jax_enable_x64", True)
 x = jax.numpy.arange(4.0)
 """
-CACHED = START + """
+CACHED = (
+    START
+    + """
 jax.config.update("jax_compilation_cache_dir", sys.argv[1])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -148,10 +168,17 @@ jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
 y = jax.jit(jax.grad(lambda x, f=bridge.to_jax(lambda x: k * x.sin()): f(x).sum()))(x)
 print(json.dumps([sum(e.endswith("cache_hits") for e in events), sum(e.endswith("cache_misses") for e in events), y.tolist()]))
 """
+)
 
 
 def python(code, *args):
-    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -181,7 +208,7 @@ def test_export_x_same_process():
     for k, names in blobs.items():
         call = jax.export.deserialize(names["blob"]).call
         np.testing.assert_allclose(jax.jit(call)(X), k * np.sin(X))
-        np.testing.assert_allclose(jax.grad(lambda x: call(x).sum())(X), k * np.cos(X))  # noqa: B023
+        np.testing.assert_allclose(jax.grad(lambda x: call(x).sum())(X), k * np.cos(X))
 
 
 IMPORTED = """
@@ -200,6 +227,7 @@ def exported(tmp_path_factory):
 
 @pytest.mark.parametrize("own", ["lambda x, y: x + y + k"])
 def test_export_x_other_process(own, exported):
-    """A process that does not know the function says so and never calls one of its own instead, whatever their numbers."""
+    """A process that does not know the function says so and never calls one of its own instead,
+    whatever their numbers."""
     kind, text = python(START + IMPORTED.format(own=own), exported)
     assert kind == "JaxRuntimeError" and "which this process does not know" in text, text

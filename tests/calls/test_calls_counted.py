@@ -1,4 +1,5 @@
-"""How often torch runs: one forward and one backward for an energy and its forces, on every path."""
+"""How often torch runs: one forward and one backward for an energy and its forces, on every
+path."""
 
 import jax
 import jax.numpy as jnp
@@ -41,20 +42,40 @@ class Calls:
 
 
 X = jnp.arange(1.0, 7.0).reshape(2, 3)
-ENERGY = lambda x: Counted.apply(x).sum()  # noqa: E731
-VECTOR = lambda x: Counted.apply(x)  # noqa: E731
+ENERGY = lambda x: Counted.apply(x).sum()
+VECTOR = lambda x: Counted.apply(x)
 
 CASES = {  # (function, transform, forwards, backwards)
     "call": (ENERGY, lambda f: f, 1, 0),
     "grad": (ENERGY, jax.grad, 1, 1),
     "value_and_grad": (ENERGY, jax.value_and_grad, 1, 1),
-    "value_and_grad of a function of the energy": (ENERGY, lambda f: jax.value_and_grad(lambda x: jnp.sin(f(x)) ** 2), 1, 1),
+    "value_and_grad of a function of the energy": (
+        ENERGY,
+        lambda f: jax.value_and_grad(lambda x: jnp.sin(f(x)) ** 2),
+        1,
+        1,
+    ),
     "grad of two steps": (ENERGY, lambda f: jax.grad(lambda x: f(x + 0.1 * f(x))), 2, 2),
     "vjp": (ENERGY, lambda f: lambda x: (lambda y, pull: (y, pull(2 * y)))(*jax.vjp(f, x)), 1, 1),
     "vmap of value_and_grad": (ENERGY, lambda f: jax.vmap(jax.value_and_grad(f)), 1, 1),
-    "value_and_grad of vmap": (ENERGY, lambda f: jax.value_and_grad(lambda x: jax.vmap(f)(x).sum()), 1, 1),
-    "grad of a linear function of a vector": (VECTOR, lambda f: jax.grad(lambda x: f(x).sum()), 1, 1),
-    "grad of a loss that needs the vector": (VECTOR, lambda f: jax.grad(lambda x: (f(x) ** 2).sum()), 2, 1),
+    "value_and_grad of vmap": (
+        ENERGY,
+        lambda f: jax.value_and_grad(lambda x: jax.vmap(f)(x).sum()),
+        1,
+        1,
+    ),
+    "grad of a linear function of a vector": (
+        VECTOR,
+        lambda f: jax.grad(lambda x: f(x).sum()),
+        1,
+        1,
+    ),
+    "grad of a loss that needs the vector": (
+        VECTOR,
+        lambda f: jax.grad(lambda x: (f(x) ** 2).sum()),
+        2,
+        1,
+    ),
 }
 
 
@@ -63,7 +84,9 @@ CASES = {  # (function, transform, forwards, backwards)
 def test_forwards_and_backwards_in_a_jitted_call(case, lane, derivatives):
     f, transform, forwards, backwards = CASES[case]
     if "vmap" in case:
-        f = (lambda g: lambda x: g(x).sum((-1, -2)) if x.dim() == 3 else g(x).sum(-1))(Counted.apply)
+        f = (lambda g: lambda x: g(x).sum((-1, -2)) if x.dim() == 3 else g(x).sum(-1))(
+            Counted.apply
+        )
         bridged = bridge.to_jax(f, lane=lane, derivatives=derivatives, batched=0)
     else:
         bridged = bridge.to_jax(f, lane=lane, derivatives=derivatives)
@@ -95,7 +118,9 @@ def _calls_into_torch(program, *args):
         return counted
 
     lanes.HostCall.__call__ = counting(host)
-    registry.functions.update({number: c._replace(enter=counting(c.enter)) for number, c in before.items()})
+    registry.functions.update(
+        {number: c._replace(enter=counting(c.enter)) for number, c in before.items()}
+    )
     try:
         jax.block_until_ready(program(*args))
     finally:
@@ -119,7 +144,7 @@ def test_value_and_grad_in_a_scan_is_one_call_into_torch_for_each_step(lane, ste
 
 @pytest.mark.parametrize("batched", ["vmap", 0])
 def test_vmap_is_one_call_into_torch(lane, batched):
-    f = lambda x: (x**3).sum(-1)  # noqa: E731
+    f = lambda x: (x**3).sum(-1)
     program = jax.jit(jax.vmap(jax.value_and_grad(bridge.to_jax(f, lane=lane, batched=batched))))
     jax.block_until_ready(program(X))
     assert _calls_into_torch(program, X) == 1

@@ -1,4 +1,5 @@
-"""Exceptions of torch reach the person: text, type and frame on every path; the object itself where it can."""
+"""Exceptions of torch reach the person: text, type and frame on every path; the object itself where
+it can."""
 
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import torch
 import bridge
 
 X = jnp.arange(1.0, 4.0)
-SAME = lambda x: x  # noqa: E731  (outputs=)
+SAME = lambda x: x
 
 
 class NoSuchSpecies(ValueError):
@@ -33,11 +34,15 @@ def broken(x):
 PATHS = {
     "jit": lambda f: jax.jit(f),
     "fori_loop": lambda f: jax.jit(lambda x: jax.lax.fori_loop(0, 3, lambda i, x: f(x), x)),
-    "scan": lambda f: jax.jit(lambda x: jax.lax.scan(lambda x, _: (f(x), None), x, None, length=3)[0]),
+    "scan": lambda f: jax.jit(
+        lambda x: jax.lax.scan(lambda x, _: (f(x), None), x, None, length=3)[0]
+    ),
     "while_loop": lambda f: jax.jit(lambda x: jax.lax.while_loop(lambda x: x.sum() < 1e9, f, x)),
     "vmap": lambda f: jax.jit(lambda x: jax.vmap(f)(jnp.stack([x, x]))),
     "grad": lambda f: jax.jit(jax.grad(lambda x: f(x).sum())),
-    "grad of scan": lambda f: jax.jit(jax.grad(lambda x: jax.lax.scan(lambda x, _: (f(x), None), x, None, length=3)[0].sum())),
+    "grad of scan": lambda f: jax.jit(
+        jax.grad(lambda x: jax.lax.scan(lambda x, _: (f(x), None), x, None, length=3)[0].sum())
+    ),
     "large": lambda f: jax.jit(lambda x: f(f(jnp.zeros((400, 400)) @ jnp.ones((400, 400)) + x[0]))),
 }
 
@@ -59,7 +64,7 @@ def test_type_text_and_frame_stand_in_the_error(path, lane):
 def test_raising_gives_the_original_object(path, lane):
     program = PATHS[path](bridged(broken, lane=lane))
     with pytest.raises(NoSuchSpecies) as caught, bridge.raising():
-        result = program(X)  # noqa: F841  (held: nobody waits for a result that was dropped)
+        result = program(X)
     assert caught.value.species == 117
     assert isinstance(caught.value.__cause__, jax.errors.JaxRuntimeError)
     frames = [f.name for f in caught.traceback]
@@ -88,7 +93,9 @@ def test_raising_knows_its_own_errors_from_earlier_ones():
         raise KeyError("old")
 
     big = jnp.ones((400, 400))
-    stale = jax.jit(lambda x: bridged(late)(x @ x))(big)  # runs in XLA's threads, and fails each time it is waited for
+    stale = jax.jit(lambda x: bridged(late)(x @ x))(
+        big
+    )  # runs in XLA's threads, and fails each time it is waited for
     with pytest.raises(jax.errors.JaxRuntimeError, match="old"):
         jax.block_until_ready(stale)
     with bridge.raising():
@@ -101,12 +108,13 @@ def test_raising_knows_its_own_errors_from_earlier_ones():
 
 
 def test_nested_raising_is_served_by_the_inner_block(lane):
-    with bridge.raising():
-        with pytest.raises(NoSuchSpecies), bridge.raising():
-            jax.jit(bridged(broken, lane=lane))(X)
+    with bridge.raising(), pytest.raises(NoSuchSpecies), bridge.raising():
+        jax.jit(bridged(broken, lane=lane))(X)
 
 
-@pytest.mark.parametrize("transform", [lambda f: f, lambda f: jax.grad(lambda x: f(x).sum()), jax.vmap])
+@pytest.mark.parametrize(
+    "transform", [lambda f: f, lambda f: jax.grad(lambda x: f(x).sum()), jax.vmap]
+)
 def test_an_eager_call_raises_the_original_object(transform, lane):
     x = jnp.stack([X, X]) if transform is jax.vmap else X
     with pytest.raises(NoSuchSpecies) as caught:
@@ -122,7 +130,9 @@ def test_process_and_program_stay_usable(lane):
             raise RuntimeError("not now")
         return x * 2
 
-    program = jax.jit(lambda x: jax.lax.fori_loop(0, 3, lambda i, x: bridged(sometimes, lane=lane)(x), x))
+    program = jax.jit(
+        lambda x: jax.lax.fori_loop(0, 3, lambda i, x: bridged(sometimes, lane=lane)(x), x)
+    )
     for _ in range(3):
         with pytest.raises(jax.errors.JaxRuntimeError, match="not now"):
             jax.block_until_ready(program(X))
@@ -158,11 +168,26 @@ KEYBOARD = """
 HERE, THERE = 2, 300  # sizes of programs that XLA runs in the main thread, in its own
 
 
-@pytest.mark.parametrize("lane, size, how", [("ffi", HERE, "plain"), ("ffi", THERE, "raising"), ("host", HERE, "raising"), ("host", THERE, "plain")])
+@pytest.mark.parametrize(
+    "lane, size, how",
+    [
+        ("ffi", HERE, "plain"),
+        ("ffi", THERE, "raising"),
+        ("host", HERE, "raising"),
+        ("host", THERE, "plain"),
+    ],
+)
 def test_keyboard_interrupt_ends_the_program(lane, size, how):
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(KEYBOARD), lane, str(size), how], capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KEYBOARD), lane, str(size), how],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     assert "went on" not in done.stdout
-    assert done.returncode in (-signal.SIGINT, 130, 1) and done.stderr.rstrip().splitlines()[-1].startswith("KeyboardInterrupt"), done.stderr[-2000:]
+    assert done.returncode in (-signal.SIGINT, 130, 1) and done.stderr.rstrip().splitlines()[
+        -1
+    ].startswith("KeyboardInterrupt"), done.stderr[-2000:]
 
 
 # What a call must not do: each names the culprit.
@@ -213,20 +238,60 @@ class Caches(torch.nn.Module):
 
 
 CULPRITS = {
-    "a tensor kept": (_keep, "expected _keep to keep no view of its inputs after the call .* got input argument 0 still referenced; store a .detach.*clone"),
-    "a view kept": (_keep_view, "expected _keep_view to keep no view .* got input argument 0 still referenced"),
-    "a graph kept": (_keep_graph, "expected _keep_graph to keep no view .* got input argument 0 still referenced"),
-    "a storage kept": (_keep_storage, "expected _keep_storage to keep no view .* got input argument 0 still referenced"),
-    "an array kept": (_keep_array, "expected _keep_array to keep no view .* got input argument 0 still referenced"),
-    "a capsule kept": (_keep_capsule, "expected _keep_capsule to keep no view .* got input argument 0 still referenced"),
-    "kept by a module": (Caches(), "expected Caches to keep no view .* got input argument 0 still referenced"),
-    "changed in place": (_in_place, "expected _in_place to leave its inputs as they are, got input argument 0 changed in place"),
-    "no tensor": (lambda x: 3.0, r"expected output 0 of .*lambda.* as a torch.Tensor, got float 3.0; return torch.as_tensor"),
-    "wrong shape": (lambda x: x[1:], r"expected output 0 of .*lambda.* as float64\[3\], got float64\[2\]; shapes and dtypes are fixed"),
-    "wrong dtype": (lambda x: x.float(), r"expected output 0 of .* as float64\[3\], got float32\[3\]"),
+    "a tensor kept": (
+        _keep,
+        "expected _keep to keep no view of its inputs after the call .* got input argument 0 still "
+        "referenced; store a .detach.*clone",
+    ),
+    "a view kept": (
+        _keep_view,
+        "expected _keep_view to keep no view .* got input argument 0 still referenced",
+    ),
+    "a graph kept": (
+        _keep_graph,
+        "expected _keep_graph to keep no view .* got input argument 0 still referenced",
+    ),
+    "a storage kept": (
+        _keep_storage,
+        "expected _keep_storage to keep no view .* got input argument 0 still referenced",
+    ),
+    "an array kept": (
+        _keep_array,
+        "expected _keep_array to keep no view .* got input argument 0 still referenced",
+    ),
+    "a capsule kept": (
+        _keep_capsule,
+        "expected _keep_capsule to keep no view .* got input argument 0 still referenced",
+    ),
+    "kept by a module": (
+        Caches(),
+        "expected Caches to keep no view .* got input argument 0 still referenced",
+    ),
+    "changed in place": (
+        _in_place,
+        "expected _in_place to leave its inputs as they are, got input argument 0 changed in place",
+    ),
+    "no tensor": (
+        lambda x: 3.0,
+        r"expected output 0 of .*lambda.* as a torch.Tensor, got float 3.0; return torch.as_tensor",
+    ),
+    "wrong shape": (
+        lambda x: x[1:],
+        r"expected output 0 of .*lambda.* as float64\[3\], got float64\[2\]; shapes and dtypes are fixed",
+    ),
+    "wrong dtype": (
+        lambda x: x.float(),
+        r"expected output 0 of .* as float64\[3\], got float32\[3\]",
+    ),
     "another structure": (lambda x: {"energy": x}, "expected outputs .* got .*energy"),
-    "sparse": (lambda x: x.to_sparse(), "as a dense tensor, got layout torch.sparse_coo; return it .to_dense"),
-    "sparse rows": (lambda x: x[None].to_sparse_csr(), "as a dense tensor, got layout torch.sparse_csr; return it .to_dense"),
+    "sparse": (
+        lambda x: x.to_sparse(),
+        "as a dense tensor, got layout torch.sparse_coo; return it .to_dense",
+    ),
+    "sparse rows": (
+        lambda x: x[None].to_sparse_csr(),
+        "as a dense tensor, got layout torch.sparse_csr; return it .to_dense",
+    ),
 }
 
 
@@ -283,7 +348,10 @@ class Noisy(torch.nn.Module):
         return self.inner(x)
 
 
-@pytest.mark.parametrize("layer", [torch.nn.Dropout(), torch.nn.BatchNorm1d(3), torch.nn.AlphaDropout(), torch.nn.RReLU()])
+@pytest.mark.parametrize(
+    "layer",
+    [torch.nn.Dropout(), torch.nn.BatchNorm1d(3), torch.nn.AlphaDropout(), torch.nn.RReLU()],
+)
 def test_training_mode_is_an_error_that_names_the_layer(layer):
     net = Noisy(layer)
     text = rf"expected Noisy in evaluation mode, got layer inner.1 \({type(layer).__name__}\) in training mode.*call .eval"
@@ -302,19 +370,68 @@ def test_dropout_that_draws_nothing_is_fine():
 
 
 BAD_CALLS = {
-    "torch tensor": (lambda: bridge.to_jax(torch.sin)(torch.ones(3)), TypeError, r"expected JAX or NumPy arrays as arguments .* got Tensor; convert it first: bridge.to_jax\(tensor\)"),
-    "unhashable": (lambda: bridge.to_jax(torch.sin)(X, {1: {2}}), TypeError, "expected arrays, or hashable Python values, as arguments, got a set; pass arrays"),
-    "lane": (lambda: bridge.to_jax(torch.sin, lane="gpu"), ValueError, "expected lane as one of 'auto', 'ffi', 'host', got 'gpu'"),
-    "derivatives": (lambda: bridge.to_jax(torch.sin, derivatives="fd"), ValueError, "expected derivatives as one of 'func', 'autograd', got 'fd'"),
-    "batched": (lambda: bridge.to_jax(torch.sin, batched="yes"), ValueError, "expected batched as one of 'vmap', 'sequential', 'graph', an axis .*, got 'yes'"),
-    "batched names": (lambda: bridge.to_jax(lambda x: x, batched={"y": 0})(X), ValueError, r"expected names of array arguments in batched= \(x\), got y"),
-    "outputs": (lambda: bridge.to_jax(torch.sin, outputs=3)(X), TypeError, "expected outputs= as a pytree of jax.ShapeDtypeStruct, got int 3"),
-    "gradients": (lambda: bridge.functional(torch.nn.Linear(1, 1), gradients=True), ValueError, "expected gradients as one of 'trainable', 'all', got True"),
-    "data-dependent": (lambda: bridge.to_jax(lambda x: x[x > 0])(X), ValueError, "expected output shapes of .* that depend on input shapes alone, got a data-dependent operation; declare outputs="),
-    "leaf": (lambda: bridge.to_jax({"a": [torch.ones(1), 3]}), TypeError, r"expected a torch.Tensor at \['a'\]\[1\], got int 3"),
-    "array leaf": (lambda: bridge.to_torch({"a": 3}), TypeError, r"expected a jax.Array at \['a'\], got int 3"),
+    "torch tensor": (
+        lambda: bridge.to_jax(torch.sin)(torch.ones(3)),
+        TypeError,
+        r"expected JAX or NumPy arrays as arguments .* got Tensor; convert it first: bridge.to_jax\(tensor\)",
+    ),
+    "unhashable": (
+        lambda: bridge.to_jax(torch.sin)(X, {1: {2}}),
+        TypeError,
+        "expected arrays, or hashable Python values, as arguments, got a set; pass arrays",
+    ),
+    "lane": (
+        lambda: bridge.to_jax(torch.sin, lane="gpu"),
+        ValueError,
+        "expected lane as one of 'auto', 'ffi', 'host', got 'gpu'",
+    ),
+    "derivatives": (
+        lambda: bridge.to_jax(torch.sin, derivatives="fd"),
+        ValueError,
+        "expected derivatives as one of 'func', 'autograd', got 'fd'",
+    ),
+    "batched": (
+        lambda: bridge.to_jax(torch.sin, batched="yes"),
+        ValueError,
+        "expected batched as one of 'vmap', 'sequential', 'graph', an axis .*, got 'yes'",
+    ),
+    "batched names": (
+        lambda: bridge.to_jax(lambda x: x, batched={"y": 0})(X),
+        ValueError,
+        r"expected names of array arguments in batched= \(x\), got y",
+    ),
+    "outputs": (
+        lambda: bridge.to_jax(torch.sin, outputs=3)(X),
+        TypeError,
+        "expected outputs= as a pytree of jax.ShapeDtypeStruct, got int 3",
+    ),
+    "gradients": (
+        lambda: bridge.functional(torch.nn.Linear(1, 1), gradients=True),
+        ValueError,
+        "expected gradients as one of 'trainable', 'all', got True",
+    ),
+    "data-dependent": (
+        lambda: bridge.to_jax(lambda x: x[x > 0])(X),
+        ValueError,
+        "expected output shapes of .* that depend on input shapes alone, got a data-dependent "
+        "operation; declare outputs=",
+    ),
+    "leaf": (
+        lambda: bridge.to_jax({"a": [torch.ones(1), 3]}),
+        TypeError,
+        r"expected a torch.Tensor at \['a'\]\[1\], got int 3",
+    ),
+    "array leaf": (
+        lambda: bridge.to_torch({"a": 3}),
+        TypeError,
+        r"expected a jax.Array at \['a'\], got int 3",
+    ),
     "tracer": (lambda: jax.jit(lambda x: bridge.to_torch(x))(X), TypeError, r"to_jax\(function\)"),
-    "unknown name": (lambda: bridge.nothing, AttributeError, "module 'bridge' has no attribute 'nothing'"),
+    "unknown name": (
+        lambda: bridge.nothing,
+        AttributeError,
+        "module 'bridge' has no attribute 'nothing'",
+    ),
 }
 
 
@@ -326,7 +443,10 @@ def test_bad_calls_are_refused_early(case):
 
 
 def test_shape_inference_keeps_the_error_of_the_model_and_says_where():
-    with pytest.raises(RuntimeError, match="mat1 and mat2|must match|size mismatch|a and b must have same reduction dim") as caught:
+    with pytest.raises(
+        RuntimeError,
+        match="mat1 and mat2|must match|size mismatch|a and b must have same reduction dim",
+    ) as caught:
         jax.jit(bridge.to_jax(lambda x: torch.ones(2, 5) @ x))(X)
     assert any("fake tensors to find its output shapes" in note for note in caught.value.__notes__)
 
@@ -355,9 +475,15 @@ def test_a_module_that_caches_in_shape_inference_is_told():
 def test_64_bit_outputs_without_x64():
     with jax.enable_x64(False):
         x = jnp.ones(3)
-        with pytest.raises(ValueError, match=r"expected output 0 of .* of at most 32-bit parts while x64 is off, got float64\[3\]; call jax.config.update"):
+        with pytest.raises(
+            ValueError,
+            match=r"expected output 0 of .* of at most 32-bit parts while x64 is off, got float64\[3\]; call jax.config.update",
+        ):
             bridge.to_jax(lambda x: x.double())(x)
-        with pytest.raises(ValueError, match=r"expected a NumPy argument of at most 32-bit parts .* got float64\[2\]"):
+        with pytest.raises(
+            ValueError,
+            match=r"expected a NumPy argument of at most 32-bit parts .* got float64\[2\]",
+        ):
             import numpy as np
 
             bridge.to_jax(torch.sin)(np.ones(2))
@@ -404,22 +530,38 @@ def test_scripted_parts_are_named():
 
 def test_vmap_of_autograd_derivatives_names_the_alternative(lane):
     f = bridge.to_jax(lambda x: (x**2).sum(), lane=lane, derivatives="autograd")
-    with pytest.raises(NotImplementedError, match='got batched="vmap" .* pass batched="sequential"'):
+    with pytest.raises(
+        NotImplementedError, match='got batched="vmap" .* pass batched="sequential"'
+    ):
         jax.vmap(jax.grad(f))(jnp.stack([X, X]))
-    assert (jax.hessian(f)(X).reshape(X.size, X.size) == 2 * jnp.eye(X.size)).all()  # many tangents at one point need no such batch
+    assert (
+        jax.hessian(f)(X).reshape(X.size, X.size) == 2 * jnp.eye(X.size)
+    ).all()  # many tangents at one point need no such batch
 
 
 def test_native_batch_refuses_what_it_cannot_serve(lane):
     f = bridge.to_jax(lambda x, w: x * w, lane=lane, batched={"x": 0})
-    with pytest.raises(NotImplementedError, match=r"expected vmap over the inputs named in batched= of .* only, got input argument 1; name its axis"):
+    with pytest.raises(
+        NotImplementedError,
+        match=r"expected vmap over the inputs named in batched= of .* only, got input argument 1; name its axis",
+    ):
         jax.vmap(f, (None, 0))(X, jnp.stack([X, X]))
-    with pytest.raises(NotImplementedError, match=r"got input argument 1 without a batch axis; name it in batched="):
+    with pytest.raises(
+        NotImplementedError, match=r"got input argument 1 without a batch axis; name it in batched="
+    ):
         jax.vmap(jax.jacrev(f, 1), (0, None))(jnp.stack([X, X]), X)
 
 
 def test_native_batch_shape_is_checked_never_trusted(lane):
-    f = bridge.to_jax(lambda x: x.sum(), lane=lane, outputs=lambda x: jax.ShapeDtypeStruct((), x.dtype), batched=0)
-    with pytest.raises(ValueError, match=r"expected output 0 of .* as float64\[2\], got float64\[\]"), bridge.raising():
+    f = bridge.to_jax(
+        lambda x: x.sum(), lane=lane, outputs=lambda x: jax.ShapeDtypeStruct((), x.dtype), batched=0
+    )
+    with (
+        pytest.raises(
+            ValueError, match=r"expected output 0 of .* as float64\[2\], got float64\[\]"
+        ),
+        bridge.raising(),
+    ):
         jax.jit(jax.vmap(f))(jnp.stack([X, X]))
 
 

@@ -12,12 +12,15 @@ from tests.cases import close
 
 
 class Net(torch.nn.Module):
-    """A float buffer, an integer buffer, a frozen parameter: what must not be trained by accident."""
+    """A float buffer, an integer buffer, a frozen parameter: what must not be trained by
+    accident."""
 
     def __init__(self, dtype=torch.float64):
         super().__init__()
         torch.manual_seed(0)
-        self.layers = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)).to(dtype)
+        self.layers = torch.nn.Sequential(
+            torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)
+        ).to(dtype)
         self.register_buffer("shift", torch.tensor(0.5, dtype=dtype))
         self.register_buffer("steps", torch.tensor(3))
         self.scale = torch.nn.Parameter(torch.tensor(2.0, dtype=dtype), requires_grad=False)
@@ -52,7 +55,9 @@ def test_apply_equals_the_module_and_leaves_it_alone(lane, maybe_jit):
     net = Net()
     apply, params = bridge.functional(net, lane=lane)
     x = data()[0]
-    close(maybe_jit(apply)(params, jnp.asarray(x)), jnp.asarray(net(torch.tensor(x)).detach().numpy()))
+    close(
+        maybe_jit(apply)(params, jnp.asarray(x)), jnp.asarray(net(torch.tensor(x)).detach().numpy())
+    )
     assert all(t.grad is None for t in net.parameters())
 
 
@@ -67,7 +72,11 @@ def test_gradients_equal_torch_and_follow_requires_grad(lane, gradients):
     ((net(torch.tensor(np.asarray(x))) - torch.tensor(np.asarray(y))) ** 2).mean().backward()
     for name, t in (*net.named_parameters(), ("shift", net.shift)):
         frozen = gradients == "trainable" and name in ("scale", "shift")
-        close(grads[name], jnp.zeros_like(params[name]) if frozen else jnp.asarray(t.grad.numpy()), rtol=1e-12)
+        close(
+            grads[name],
+            jnp.zeros_like(params[name]) if frozen else jnp.asarray(t.grad.numpy()),
+            rtol=1e-12,
+        )
 
 
 def test_training_with_optax_reaches_the_loss_that_torch_reaches(lane):
@@ -109,10 +118,16 @@ def test_second_order_through_the_weights(lane):
     net = Net()
     apply, params = bridge.functional(net, lane=lane)
     x = jnp.asarray(data(4)[0])
-    hvp = jax.jit(lambda p: jax.jvp(jax.grad(lambda p: (apply(p, x) ** 2).sum()), (p,), (jax.tree.map(jnp.ones_like, p),))[1])(params)
+    hvp = jax.jit(
+        lambda p: jax.jvp(
+            jax.grad(lambda p: (apply(p, x) ** 2).sum()), (p,), (jax.tree.map(jnp.ones_like, p),)
+        )[1]
+    )(params)
     trainable = [n for n, t in net.named_parameters() if t.requires_grad]
     tensors = [dict(net.named_parameters())[n] for n in trainable]
-    grads = torch.autograd.grad((net(torch.tensor(np.asarray(x))) ** 2).sum(), tensors, create_graph=True)
+    grads = torch.autograd.grad(
+        (net(torch.tensor(np.asarray(x))) ** 2).sum(), tensors, create_graph=True
+    )
     want = torch.autograd.grad(sum(g.sum() for g in grads), tensors)
     for n, w in zip(trainable, want):
         close(hvp[n], jnp.asarray(w.numpy()), rtol=1e-11)
@@ -136,11 +151,17 @@ def test_equal_modules_find_the_same_program(lane):
 
 
 def test_no_module_is_a_type_error():
-    with pytest.raises(TypeError, match=r"expected a torch.nn.Module, got function; use bridge.to_jax"):
+    with pytest.raises(
+        TypeError, match=r"expected a torch.nn.Module, got function; use bridge.to_jax"
+    ):
         bridge.functional(torch.sin.__class__ and (lambda x: x))
 
 
 def test_batched_names_the_modules_own_arguments(lane):
     apply, params = bridge.functional(Net(), lane=lane, batched={"x": 0})
     x = jnp.asarray(data(6)[0]).reshape(2, 3, 3)
-    close(jax.jit(jax.vmap(apply, (None, 0)))(params, x), jnp.stack([apply(params, x[0]), apply(params, x[1])]), rtol=1e-12)
+    close(
+        jax.jit(jax.vmap(apply, (None, 0)))(params, x),
+        jnp.stack([apply(params, x[0]), apply(params, x[1])]),
+        rtol=1e-12,
+    )

@@ -1,4 +1,5 @@
-"""torch.inference_mode around calls, in both directions; changes in place that are seen before anything runs; dtypes of one side."""
+"""torch.inference_mode around calls, in both directions; changes in place that are seen before
+anything runs; dtypes of one side."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,12 @@ from torch_side.potentials.model import Model
 from torch_side.potentials.strain import with_gradients
 
 X = jnp.linspace(0.3, 2.3, 3)
-net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1)).eval().double().requires_grad_(False)
+net = (
+    torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+    .eval()
+    .double()
+    .requires_grad_(False)
+)
 ENGINES = {"func": {}, "autograd": {"derivatives": "autograd", "batched": "sequential"}}
 WAYS = {
     "call": lambda f: f,
@@ -27,7 +33,7 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_values_x_inference_mode_around(way, derivatives, run):
     """Around all of it: shapes found, traced, compiled, run."""
-    model = lambda x: net(x).sum()  # noqa: E731
+    model = lambda x: net(x).sum()
     options = ENGINES[derivatives] | {"lane": "auto" if run == "eager" else run}
 
     def value():
@@ -42,11 +48,15 @@ def test_values_x_inference_mode_around(way, derivatives, run):
 @pytest.mark.parametrize("run", ["eager", "ffi", "host"])
 def test_guards_x_inference_mode(run):
     lane = "auto" if run == "eager" else run
-    declared = lambda x: x  # noqa: E731
+    declared = lambda x: x
     kept = []
     wrong = {
-        r"argument 0 changed in place": bridge.to_jax(lambda x: x.mul_(2), outputs=declared, lane=lane),
-        r"argument 0 still referenced": bridge.to_jax(lambda x: (kept.append(x[:1]), x + 1)[1], outputs=declared, lane=lane),
+        r"argument 0 changed in place": bridge.to_jax(
+            lambda x: x.mul_(2), outputs=declared, lane=lane
+        ),
+        r"argument 0 still referenced": bridge.to_jax(
+            lambda x: (kept.append(x[:1]), x + 1)[1], outputs=declared, lane=lane
+        ),
     }
     for text, f in wrong.items():
         with pytest.raises(ValueError, match=text), torch.inference_mode(), bridge.raising():
@@ -55,14 +65,18 @@ def test_guards_x_inference_mode(run):
 
 
 def test_potentials_x_inference_mode():
-    spring = lambda x: x["pos"].new_zeros(len(x["cell"])).index_add(0, x["batch"], (x["pos"] ** 3).sum(-1))  # noqa: E731
+    spring = lambda x: (
+        x["pos"].new_zeros(len(x["cell"])).index_add(0, x["batch"], (x["pos"] ** 3).sum(-1))
+    )
     energy = bridge.potential(spring, atomic_numbers=np.array([1, 1]), gradients="autograd")
     r = jnp.arange(6.0).reshape(2, 3)
     with torch.inference_mode():
         np.testing.assert_allclose(jax.jit(jax.grad(energy))(r), 3 * r**2)
         np.testing.assert_allclose(jax.hessian(energy)(r).reshape(6, 6).diagonal(), 6 * r.flatten())
         apply, params = bridge.functional(net)
-        np.testing.assert_allclose(jax.jit(apply)(params, X), net(torch.from_numpy(np.array(X))).numpy())
+        np.testing.assert_allclose(
+            jax.jit(apply)(params, X), net(torch.from_numpy(np.array(X))).numpy()
+        )
 
 
 def test_jax_models_x_inference_mode():
@@ -92,7 +106,10 @@ def test_array_intact_x_changes_in_place(name, run):
     x = jnp.linspace(0.3, 2.3, 3)
     before = np.array(x)
     f = bridge.to_jax(CHANGED[name], lane="auto" if run == "eager" else run)
-    with pytest.raises(ValueError, match=r"to leave its inputs as they are, got input argument 0 changed in place, .*; use out-of-place operations, or clone the input first"):
+    with pytest.raises(
+        ValueError,
+        match=r"to leave its inputs as they are, got input argument 0 changed in place, .*; use out-of-place operations, or clone the input first",
+    ):
         (f if run == "eager" else jax.jit(f))(x)
     assert np.array_equal(x, before)
 
@@ -139,14 +156,23 @@ def test_error_x_dtypes_of_jax(dtype, run):
 @pytest.mark.parametrize("dtype", ["complex32", "bits8", "uint4", "quint8"])
 def test_error_x_dtypes_of_torch(dtype):
     wanted = getattr(torch, dtype)
-    make = (lambda x: torch.quantize_per_tensor(x.float(), 0.1, 0, wanted)) if dtype == "quint8" else lambda x: torch.empty(3, dtype=wanted)
-    with pytest.raises(TypeError, match=rf"expected output 0 of .* in a dtype that both sides know, got torch.{dtype}, which only torch knows; cast it"):
+    make = (
+        (lambda x: torch.quantize_per_tensor(x.float(), 0.1, 0, wanted))
+        if dtype == "quint8"
+        else lambda x: torch.empty(3, dtype=wanted)
+    )
+    with pytest.raises(
+        TypeError,
+        match=rf"expected output 0 of .* in a dtype that both sides know, got torch.{dtype}, which only torch knows; cast it",
+    ):
         bridge.to_jax(make)(X)
 
 
 def test_functionalize_is_refused_in_words():
     f = bridge.to_torch(lambda x: x**2)
-    with pytest.raises(NotImplementedError, match="got torch.func.functionalize; call it outside of functionalize"):
+    with pytest.raises(
+        NotImplementedError, match="got torch.func.functionalize; call it outside of functionalize"
+    ):
         torch.func.functionalize(f)(torch.ones(3))
 
 
@@ -155,16 +181,31 @@ class Cubic(Model):
 
     def energies(self, inputs):
         each = (inputs["pos"] ** 3).sum(-1) + inputs["cell"].sum()
-        return {"energy": inputs["pos"].new_zeros(len(inputs["cell"])).index_add(0, inputs["batch"], each)}
+        return {
+            "energy": inputs["pos"]
+            .new_zeros(len(inputs["cell"]))
+            .index_add(0, inputs["batch"], each)
+        }
 
 
 def structure():
-    pos, cell = torch.arange(6.0, dtype=torch.float64).reshape(2, 3), torch.eye(3, dtype=torch.float64)[None]
-    return {"pos": pos, "cell": cell, "pbc": torch.ones(1, 3, dtype=torch.bool), "batch": torch.zeros(2, dtype=torch.int64), "atomic_numbers": torch.tensor([1, 1])}
+    pos, cell = (
+        torch.arange(6.0, dtype=torch.float64).reshape(2, 3),
+        torch.eye(3, dtype=torch.float64)[None],
+    )
+    return {
+        "pos": pos,
+        "cell": cell,
+        "pbc": torch.ones(1, 3, dtype=torch.bool),
+        "batch": torch.zeros(2, dtype=torch.int64),
+        "atomic_numbers": torch.tensor([1, 1]),
+    }
 
 
 @pytest.mark.parametrize("made", ["inside", "outside"])
-@pytest.mark.parametrize("model", [Cubic(), with_gradients(Cubic().energies)], ids=["Model", "with_gradients"])
+@pytest.mark.parametrize(
+    "model", [Cubic(), with_gradients(Cubic().energies)], ids=["Model", "with_gradients"]
+)
 def test_gradients_x_inference_mode_around_torch(model, made):
     """Not the zeros of what inference mode has not recorded; tensors made in it are welcome."""
     x = structure()

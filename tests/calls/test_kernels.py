@@ -1,4 +1,5 @@
-"""Custom autograd Functions: second derivatives are right, or an error that names the Function; never silently zero."""
+"""Custom autograd Functions: second derivatives are right, or an error that names the Function;
+never silently zero."""
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +119,9 @@ def function(cls, derivatives):
 
 
 def potential(cls, **options):
-    return bridge.potential(model_of(cls), atomic_numbers=np.array([1, 1]), gradients="autograd", **options)
+    return bridge.potential(
+        model_of(cls), atomic_numbers=np.array([1, 1]), gradients="autograd", **options
+    )
 
 
 @pytest.mark.parametrize("way", SECOND)
@@ -135,7 +138,9 @@ def test_error_x_functions(name, derivatives, way, maybe_jit):
 @pytest.mark.parametrize("name", CUT)
 def test_error_x_potentials(name, way):
     energy = potential(CUT[name])
-    np.testing.assert_allclose(jax.grad(energy)(X), 3 * X**2 + 2 * X.sum(-1, keepdims=True), rtol=1e-12)
+    np.testing.assert_allclose(
+        jax.grad(energy)(X), 3 * X**2 + 2 * X.sum(-1, keepdims=True), rtol=1e-12
+    )
     with pytest.raises(NotImplementedError, match=TEXT.format(name)), bridge.raising():
         jax.block_until_ready(jax.jit(SECOND[way](energy))(X))
 
@@ -190,15 +195,18 @@ def test_torch_force_losses_in_positions(name):
 
 @pytest.mark.parametrize("name", [*CUT, *HONEST])
 def test_torch_force_losses_in_weights_beside_a_kernel(name):
-    """Weights that the kernel does not see are trained on forces: its own gradient is a constant to them."""
+    """Weights that the kernel does not see are trained on forces: its own gradient is a constant to
+    them."""
     cls = CUT.get(name) or HONEST[name][0]
     weight = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     pos = STRUCTURE["pos"]
-    model = lambda x: model_of(cls)(x) + weight * (x["pos"] ** 4).sum().reshape(1)  # noqa: E731
+    model = lambda x: model_of(cls)(x) + weight * (x["pos"] ** 4).sum().reshape(1)
     forces = with_gradients(model)(STRUCTURE, create_graph=True)["position_gradients"]
     kernel = 3 if cls is Triple else 3 * pos**2
     torch.testing.assert_close(forces, kernel + 2 * pos.sum(-1, keepdim=True) + 4 * weight * pos**3)
-    torch.testing.assert_close(torch.autograd.grad((forces**2).sum(), weight)[0], (8 * forces * pos**3).sum().detach())
+    torch.testing.assert_close(
+        torch.autograd.grad((forces**2).sum(), weight)[0], (8 * forces * pos**3).sum().detach()
+    )
 
 
 def test_own_gradients_without_a_graph():
@@ -207,11 +215,18 @@ def test_own_gradients_without_a_graph():
     def model(x):
         pos = x["pos"].detach()
         energy = pos.new_zeros(len(x["cell"])).index_add(0, x["batch"], (pos**3).sum(-1))
-        return {"energy": energy, "position_gradients": 3 * pos**2, "cell_gradients": torch.zeros_like(x["cell"])}
+        return {
+            "energy": energy,
+            "position_gradients": 3 * pos**2,
+            "cell_gradients": torch.zeros_like(x["cell"]),
+        }
 
     energy = bridge.potential(model, atomic_numbers=np.array([1, 1]))
     np.testing.assert_allclose(jax.grad(energy)(X), 3 * X**2)
-    with pytest.raises(NotImplementedError, match="expected position_gradients of .*model that can be differentiated, got some that change with the positions"):
+    with pytest.raises(
+        NotImplementedError,
+        match="expected position_gradients of .*model that can be differentiated, got some that change with the positions",
+    ):
         jax.hessian(energy)(X)
 
 
@@ -223,7 +238,11 @@ def test_own_constant_gradients():
         energy = pos.new_zeros(len(x["cell"])).index_add(0, x["batch"], pos[:, 2])
         field = torch.zeros_like(pos)
         field[:, 2] = 1
-        return {"energy": energy, "position_gradients": field, "cell_gradients": torch.zeros_like(x["cell"])}
+        return {
+            "energy": energy,
+            "position_gradients": field,
+            "cell_gradients": torch.zeros_like(x["cell"]),
+        }
 
     energy = bridge.potential(model, atomic_numbers=np.array([1, 1]))
     assert not jax.hessian(energy)(X).any() and jax.grad(energy)(X)[:, 2].tolist() == [1, 1]

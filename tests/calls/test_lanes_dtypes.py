@@ -1,4 +1,5 @@
-"""What crosses the lanes arrives bit by bit: every dtype x shape x layout, the lanes against each other, and no copies."""
+"""What crosses the lanes arrives bit by bit: every dtype x shape x layout, the lanes against each
+other, and no copies."""
 
 from functools import partial
 
@@ -60,8 +61,18 @@ def raw(dtype, shape, seed=0):
 def described(x):
     """Shape, dtype and the bytes of the elements in row-major order, of either side's array."""
     if isinstance(x, torch.Tensor):
-        flat = x.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format).reshape(-1)
-        return tuple(x.shape), torch_arrays.dtype_name(x.dtype), flat.view(torch.uint8).numpy().tobytes() if x.numel() else b""
+        flat = (
+            x.detach()
+            .resolve_conj()
+            .resolve_neg()
+            .clone(memory_format=torch.contiguous_format)
+            .reshape(-1)
+        )
+        return (
+            tuple(x.shape),
+            torch_arrays.dtype_name(x.dtype),
+            flat.view(torch.uint8).numpy().tobytes() if x.numel() else b"",
+        )
     return x.shape, x.dtype.name, np.asarray(x).tobytes()
 
 
@@ -81,11 +92,14 @@ def test_bytes_x_dtype_shape_layout(dtype, mode):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bytes_x_layout_alone(layout):
-    """Eager calls hand over the tensor itself where they can: here with no other output on the same memory."""
+    """Eager calls hand over the tensor itself where they can: here with no other output on the same
+    memory."""
     for dtype in ("float32", "complex64", "bfloat16"):
         for shape in SHAPES:
             t, x = raw(dtype, shape)
-            assert all_described(bridge.to_jax(LAYOUTS[layout])(x)) == all_described(LAYOUTS[layout](t)), (dtype, shape)
+            assert all_described(bridge.to_jax(LAYOUTS[layout])(x)) == all_described(
+                LAYOUTS[layout](t)
+            ), (dtype, shape)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
@@ -93,17 +107,24 @@ def test_bytes_x_layout_alone(layout):
 def test_bytes_x_layout_of_the_input(dtype, order, mode):
     t, x = raw(dtype, (2, 3, 4))
     x = jax.device_put(x, Format(Layout(order), x.sharding))
-    double = lambda x: torch.cat([x, x.flip(0)], 1)  # noqa: E731
+    double = lambda x: torch.cat([x, x.flip(0)], 1)
     assert described(mode(double)(x)) == described(double(t))
 
 
 @pytest.mark.parametrize("name", ["kept", "parameter", "buffer", "view", "in_a_list"])
 def test_memory_of_the_module_x_output(name, mode):
-    """An output that the module keeps is a copy: a later change of the module does not change the JAX array."""
+    """An output that the module keeps is a copy: a later change of the module does not change the
+    JAX array."""
     module = torch.nn.Linear(4, 4)
     module.register_buffer("buffer", torch.ones(64))
-    module.kept, module.list, module.parameter = torch.ones(64), [torch.ones(64)], torch.nn.Parameter(torch.ones(64))
-    pick = {"view": lambda: module.kept[:32], "in_a_list": lambda: module.list[0]}.get(name, lambda: getattr(module, name))
+    module.kept, module.list, module.parameter = (
+        torch.ones(64),
+        [torch.ones(64)],
+        torch.nn.Parameter(torch.ones(64)),
+    )
+    pick = {"view": lambda: module.kept[:32], "in_a_list": lambda: module.list[0]}.get(
+        name, lambda: getattr(module, name)
+    )
     y = mode(lambda x: pick() if x.dim() else x)(jnp.ones(3))
     before = np.array(y)
     pick().detach().zero_()
@@ -123,7 +144,9 @@ FUNCTIONS = {
 
 
 def tangent(x):
-    return jnp.cos(jnp.arange(x.size)).reshape(x.shape).astype(x.dtype) * (1 if x.dtype.kind == "f" else 1 - 2j)
+    return jnp.cos(jnp.arange(x.size)).reshape(x.shape).astype(x.dtype) * (
+        1 if x.dtype.kind == "f" else 1 - 2j
+    )
 
 
 def pulled(f, x, i):
@@ -136,7 +159,9 @@ TRANSFORMS = {
     "jvp": lambda f, x, i: jax.jvp(lambda x: f(x, i), (x,), (tangent(x),)),
     "vjp": pulled,
     "vmap": lambda f, x, i: jax.vmap(f, (0, None))(jnp.stack([x, 2 * x]), i),
-    "vmap_jvp": lambda f, x, i: jax.vmap(lambda v: jax.jvp(lambda x: f(x, i), (x,), (v,)))(jnp.stack([tangent(x), x])),
+    "vmap_jvp": lambda f, x, i: jax.vmap(lambda v: jax.jvp(lambda x: f(x, i), (x,), (v,)))(
+        jnp.stack([tangent(x), x])
+    ),
     "vmap_vjp": lambda f, x, i: jax.vmap(lambda x: pulled(f, x, i))(jnp.stack([x, 2 * x])),
 }
 
@@ -150,23 +175,35 @@ TRANSFORMS = {
 )
 def test_lanes_agree_x_transform(name, transform, dtype, shape, seed):
     random = np.random.default_rng(seed)
-    x = jnp.asarray(random.normal(size=shape) + (1j * random.normal(size=shape) if dtype[0] == "c" else 0), dtype)
+    x = jnp.asarray(
+        random.normal(size=shape) + (1j * random.normal(size=shape) if dtype[0] == "c" else 0),
+        dtype,
+    )
     i = jnp.asarray(random.integers(0, shape[0], 5))
-    with_lane = {lane: partial(TRANSFORMS[transform], bridge.to_jax(FUNCTIONS[name], lane=lane)) for lane in ("ffi", "host")}
-    results = [all_described(f(x, i)) for f in (jax.jit(with_lane["ffi"]), jax.jit(with_lane["host"]), with_lane["ffi"])]
+    with_lane = {
+        lane: partial(TRANSFORMS[transform], bridge.to_jax(FUNCTIONS[name], lane=lane))
+        for lane in ("ffi", "host")
+    }
+    results = [
+        all_described(f(x, i))
+        for f in (jax.jit(with_lane["ffi"]), jax.jit(with_lane["host"]), with_lane["ffi"])
+    ]
     assert results[0] == results[1] == results[2]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_address_x_input(dtype):
-    """torch reads JAX's own memory: eager with every dtype, ffi with all that DLPack and jax-tvm-ffi both have a name for."""
+    """torch reads JAX's own memory: eager with every dtype, ffi with all that DLPack and
+    jax-tvm-ffi both have a name for."""
     seen = []
     f = bridge.to_jax(lambda x: (seen.append(x.data_ptr()), x)[1], outputs=lambda x: x, lane="ffi")
     x = raw(dtype, (8, 8))[1]
     f(x).block_until_ready()
     assert seen == [x.unsafe_buffer_pointer()]
     jax.jit(f)(x).block_until_ready()
-    assert (seen[0] == seen[1]) is not dtype.startswith(("complex", "float8")), "else say so in DESIGN section 4"
+    assert (seen[0] == seen[1]) is not dtype.startswith(("complex", "float8")), (
+        "else say so in DESIGN section 4"
+    )
 
 
 class Recorded(TorchDispatchMode):
@@ -181,20 +218,29 @@ class Recorded(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("lane, expected", [(None, ["sin"]), ("ffi", ["sin", "copy_"]), ("host", ["sin", "copy_"])])
+@pytest.mark.parametrize(
+    "lane, expected", [(None, ["sin"]), ("ffi", ["sin", "copy_"]), ("host", ["sin", "copy_"])]
+)
 def test_copies_x_output(lane, expected, monkeypatch):
-    """Eager gives torch's own memory to JAX; the lanes write once, ffi into the buffer that becomes the JAX array."""
+    """Eager gives torch's own memory to JAX; the lanes write once, ffi into the buffer that becomes
+    the JAX array."""
     base, ops, written = export.TorchFunction, Recorded(), []
     run, runner = base.run, base.runner
 
     def recorded(run, given, into=None):
         with ops:
             results = run(given, into)
-        written.extend(b.data_ptr() for b in into or results if isinstance(b, torch.Tensor))  # a host call's are capsules
+        written.extend(
+            b.data_ptr() for b in into or results if isinstance(b, torch.Tensor)
+        )  # a host call's are capsules
         return results
 
-    monkeypatch.setattr(base, "run", staticmethod(lambda fn, *buffers: recorded(partial(run, fn), *buffers)))
-    monkeypatch.setattr(base, "runner", staticmethod(lambda fn, ready: partial(recorded, runner(fn, ready))))
+    monkeypatch.setattr(
+        base, "run", staticmethod(lambda fn, *buffers: recorded(partial(run, fn), *buffers))
+    )
+    monkeypatch.setattr(
+        base, "runner", staticmethod(lambda fn, ready: partial(recorded, runner(fn, ready)))
+    )
     f = bridge.to_jax(torch.sin, lane=lane or "auto")
     y = (jax.jit(f) if lane else f)(jnp.ones((8, 16), jnp.float32)).block_until_ready()
     assert [n for n in ops.names if n != "detach"] == expected

@@ -1,4 +1,5 @@
-"""Nothing grows, nothing is freed too early: memory, registries, dropped programs, threads and calls in flight."""
+"""Nothing grows, nothing is freed too early: memory, registries, dropped programs, threads and
+calls in flight."""
 
 import gc
 import json
@@ -30,19 +31,23 @@ class Double(torch.nn.Module):
 
 
 def forget():
-    """What frees all that no live program can call: garbage collection (tracing makes cycles), then any use of the bridge."""
+    """What frees all that no live program can call: garbage collection (tracing makes cycles), then
+    any use of the bridge."""
     gc.collect()
     bridge.to_jax(torch.sin)
 
 
 def dies(alive):
-    """Within a second: on the host lane jaxlib drops its reference to a callback a little later (jax 0.10.2)."""
+    """Within a second: on the host lane jaxlib drops its reference to a callback a little later
+    (jax 0.10.2)."""
     return any(forget() or alive() is None or time.sleep(0.02) for _ in range(50))
 
 
 def sizes():
     forget()
-    return np.array([len(getattr(registry, name)) for name in ("functions", "_numbers", "_owners", "_retired")])
+    return np.array(
+        [len(getattr(registry, name)) for name in ("functions", "_numbers", "_owners", "_retired")]
+    )
 
 
 pytestmark = pytest.mark.usefixtures("frozen")
@@ -56,9 +61,18 @@ def registries():
     assert (sizes() <= before).all()
 
 
-# Memory, in a process of its own: here the holes that other tests have left in the heap would hide a leak.
+# Memory, in a process of its own: here the holes that other tests have left in the heap would hide
+# a leak.
 
-CALLS = {"loop_ffi": 50_000, "loop_host": 5_000, "jit_ffi": 5_000, "jit_host": 3_000, "eager_ffi": 5_000, "grad_ffi": 3_000, "planted_ffi": 5_000}
+CALLS = {
+    "loop_ffi": 50_000,
+    "loop_host": 5_000,
+    "jit_ffi": 5_000,
+    "jit_host": 3_000,
+    "eager_ffi": 5_000,
+    "grad_ffi": 3_000,
+    "planted_ffi": 5_000,
+}
 MEASURE = """
 import collections, gc, json, sys, jax, psutil, torch, bridge
 leaked, x, grown = [], jax.numpy.ones(64), {}
@@ -78,13 +92,20 @@ print(json.dumps(grown))
 
 @pytest.fixture(scope="module")
 def grown():
-    return json.loads(subprocess.check_output([sys.executable, "-c", MEASURE, json.dumps(CALLS)], text=True, cwd=ROOT, timeout=200))
+    return json.loads(
+        subprocess.check_output(
+            [sys.executable, "-c", MEASURE, json.dumps(CALLS)], text=True, cwd=ROOT, timeout=200
+        )
+    )
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_memory_x_many_calls(name, grown):
-    """Less than 1 MB in all: 20 bytes for each of 5e4 calls. The planted leak of 2 MB shows that more is seen."""
-    assert (grown[name] < 2**20) is not name.startswith("planted"), f"{grown[name] / CALLS[name]:.1f} bytes a call"
+    """Less than 1 MB in all: 20 bytes for each of 5e4 calls. The planted leak of 2 MB shows that
+    more is seen."""
+    assert (grown[name] < 2**20) is not name.startswith("planted"), (
+        f"{grown[name] / CALLS[name]:.1f} bytes a call"
+    )
 
 
 PROGRAMS = {
@@ -107,9 +128,12 @@ HANDLES = {  # what a program may hold of a module
 }
 
 
-@pytest.mark.parametrize("program, handle", [*((p, "module") for p in PROGRAMS), *(("compiled", h) for h in HANDLES)])
+@pytest.mark.parametrize(
+    "program, handle", [*((p, "module") for p in PROGRAMS), *(("compiled", h) for h in HANDLES)]
+)
 def test_module_x_last_program(program, handle, lane):
-    """A module that nobody else holds lives exactly as long as the last program that can call it."""
+    """A module that nobody else holds lives exactly as long as the last program that can call
+    it."""
     module = Double()
     alive, call = weakref.ref(module), PROGRAMS[program](HANDLES[handle](module, lane))
     want = np.array(call(X))
@@ -118,17 +142,27 @@ def test_module_x_last_program(program, handle, lane):
     np.testing.assert_array_equal(call(X), want)
     assert alive() is not None
     del call
-    if program in ("scan", "cond"):  # outside jit: there JAX keeps the program in a cache of its own (compiled primitives)
+    if program in (
+        "scan",
+        "cond",
+    ):  # outside jit: there JAX keeps the program in a cache of its own (compiled primitives)
         jax.clear_caches()
     assert dies(alive)
 
 
-@pytest.mark.parametrize("n, hold", [(150, False), (20, True)], ids=["alone", "holding_another_program"])
+@pytest.mark.parametrize(
+    "n, hold", [(150, False), (20, True)], ids=["alone", "holding_another_program"]
+)
 def test_registries_x_many_functions(n, hold):
-    """150 functions compiled and dropped; 20 that hold each a program of another bridged function, dropped at once."""
+    """150 functions compiled and dropped; 20 that hold each a program of another bridged function,
+    dropped at once."""
 
     def program(k, held=None):
-        return jax.jit(bridge.to_jax(lambda x, held=held: x * k, outputs=lambda x: x)).lower(X).compile()
+        return (
+            jax.jit(bridge.to_jax(lambda x, held=held: x * k, outputs=lambda x: x))
+            .lower(X)
+            .compile()
+        )
 
     before, kept = sizes(), []
     for k in range(n):
@@ -144,27 +178,31 @@ def test_registries_x_many_functions(n, hold):
 
 @watchdog
 def test_dropped_while_running_x_result(lane):
-    """`jax.jit(f)(x)` with nothing but the result kept: the function lives until the result is there."""
+    """`jax.jit(f)(x)` with nothing but the result kept: the function lives until the result is
+    there."""
     x = 2 * jnp.eye(300, dtype=jnp.float32)
     running = []
     for k in range(1, 11):
 
         def slow(x):
-            time.sleep(0.2 if lane == "ffi" else 0.02)  # noqa: B023
-            return x * k  # noqa: B023
+            time.sleep(0.2 if lane == "ffi" else 0.02)
+            return x * k
 
         f = bridge.to_jax(slow, lane=lane, outputs=lambda x: x)
-        y = jax.jit(lambda x: (lambda z: z @ z)(f(x @ x)))(x)  # noqa: B023
+        y = jax.jit(lambda x: (lambda z: z @ z)(f(x @ x)))(x)
         running.append(not y.is_ready())
         del slow, f
         forget()
         assert float(y[0, 0]) == (4 * k) ** 2
-    assert any(running) or lane == "host"  # a program with pure_callback runs in the thread that calls it (jax 0.10.2)
+    assert (
+        any(running) or lane == "host"
+    )  # a program with pure_callback runs in the thread that calls it (jax 0.10.2)
 
 
 @watchdog
 def test_threads_x_result(lane):
-    """Eight threads, none of which finds anything traced or compiled, call one function eagerly and jitted."""
+    """Eight threads, none of which finds anything traced or compiled, call one function eagerly and
+    jitted."""
     f = bridge.to_jax(lambda x: (x * x).sum(), lane=lane)
     jitted, grad = jax.jit(f), jax.jit(jax.grad(f))
 

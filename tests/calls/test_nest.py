@@ -1,4 +1,5 @@
-"""Torch in JAX in torch and JAX in torch in JAX: values and derivatives through all of it, in threads, without a deadlock."""
+"""Torch in JAX in torch and JAX in torch in JAX: values and derivatives through all of it, in
+threads, without a deadlock."""
 
 import subprocess
 import sys
@@ -19,14 +20,18 @@ JAX_TRANSFORMS = {
     "hessian": jax.hessian,
     "jvp": lambda f: lambda x: jax.jvp(f, (x,), (x * x,)),
     "vmap of grad": lambda f: lambda x: jax.vmap(jax.grad(f))(jnp.stack([x, 2 * x])),
-    "grad of scan": lambda f: jax.grad(lambda x: f(jax.lax.scan(lambda c, _: (c - 0.001 * jax.grad(f)(c), None), x, length=3)[0])),
+    "grad of scan": lambda f: jax.grad(
+        lambda x: f(jax.lax.scan(lambda c, _: (c - 0.001 * jax.grad(f)(c), None), x, length=3)[0])
+    ),
 }
 TORCH_TRANSFORMS = {
     "value": lambda f: f,
     "grad": torch.func.grad,
     "hessian": torch.func.hessian,
     "jvp": lambda f: lambda x: torch.func.jvp(f, (x,), (x * x,)),
-    "vmap of grad": lambda f: lambda x: torch.func.vmap(torch.func.grad(f))(torch.stack([x, 2 * x])),
+    "vmap of grad": lambda f: (
+        lambda x: torch.func.vmap(torch.func.grad(f))(torch.stack([x, 2 * x]))
+    ),
 }
 
 
@@ -51,18 +56,34 @@ def torch_jax_torch(lane):
 X = np.random.default_rng(0).uniform(-1, 1, 4)
 
 
-@pytest.mark.parametrize("transform, lane, jitted", [(t, lane, (i + j) % 2) for i, t in enumerate(JAX_TRANSFORMS) for j, lane in enumerate(["ffi", "host"])])
+@pytest.mark.parametrize(
+    "transform, lane, jitted",
+    [
+        (t, lane, (i + j) % 2)
+        for i, t in enumerate(JAX_TRANSFORMS)
+        for j, lane in enumerate(["ffi", "host"])
+    ],
+)
 def test_jax_in_torch_in_jax(transform, lane, jitted):
     """Each transform on both lanes, eager on the one and jitted on the other."""
     wrap = JAX_TRANSFORMS[transform]
     found = wrap(jax_torch_jax(lane))
-    close((jax.jit(found) if jitted else found)(jnp.asarray(X)), jax.jit(wrap(plain_jax))(jnp.asarray(X)), rtol=1e-12)
+    close(
+        (jax.jit(found) if jitted else found)(jnp.asarray(X)),
+        jax.jit(wrap(plain_jax))(jnp.asarray(X)),
+        rtol=1e-12,
+    )
 
 
 @pytest.mark.parametrize("transform", TORCH_TRANSFORMS)
 def test_torch_in_jax_in_torch(transform, lane):
     wrap = TORCH_TRANSFORMS[transform]
-    torch.testing.assert_close(wrap(torch_jax_torch(lane))(torch.tensor(X)), wrap(plain_torch)(torch.tensor(X)), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        wrap(torch_jax_torch(lane))(torch.tensor(X)),
+        wrap(plain_torch)(torch.tensor(X)),
+        rtol=1e-12,
+        atol=1e-12,
+    )
 
 
 def test_torch_in_jax_in_torch_x_backward_twice(lane):
@@ -77,9 +98,13 @@ def test_torch_in_jax_in_torch_x_backward_twice(lane):
 def test_jax_in_torch_in_jax_x_autograd_engine(lane):
     """derivatives="autograd": the inner JAX function is reached by the backward of torch."""
     inner = bridge.to_torch(lambda x: jnp.sin(x) * jnp.sum(x))
-    f = bridge.to_jax(lambda x: (inner(2 * x) ** 2).sum(), lane=lane, derivatives="autograd", batched="sequential")
+    f = bridge.to_jax(
+        lambda x: (inner(2 * x) ** 2).sum(), lane=lane, derivatives="autograd", batched="sequential"
+    )
     for wrap in (jax.grad, jax.hessian):
-        close(jax.jit(wrap(f))(jnp.asarray(X)), jax.jit(wrap(plain_jax))(jnp.asarray(X)), rtol=1e-12)
+        close(
+            jax.jit(wrap(f))(jnp.asarray(X)), jax.jit(wrap(plain_jax))(jnp.asarray(X)), rtol=1e-12
+        )
 
 
 def test_three_deep(lane):
@@ -145,10 +170,18 @@ for lane, n in {runs}:
 """
 
 
-@pytest.mark.parametrize("synchronous, runs", [(False, [("ffi", 8), ("ffi", 200)]), (True, [("ffi", 200), ("host", 200)])])
+@pytest.mark.parametrize(
+    "synchronous, runs",
+    [(False, [("ffi", 8), ("ffi", 200)]), (True, [("ffi", 200), ("host", 200)])],
+)
 def test_threads_x_computations_in_flight_don_t_deadlock(synchronous, runs):
     """A watchdog ends a process that hangs. The host lane has the setting that its error names."""
-    out = subprocess.run([sys.executable, "-c", THREADS.format(synchronous=synchronous, runs=runs)], capture_output=True, text=True, timeout=150)
+    out = subprocess.run(
+        [sys.executable, "-c", THREADS.format(synchronous=synchronous, runs=runs)],
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
     assert out.stdout.splitlines() == [f"{lane} {n}" for lane, n in runs], out.stderr[-3000:]
 
 
@@ -158,5 +191,8 @@ class Never:
 
 
 def test_the_host_lane_names_the_setting_rather_than_wait_for_ever():
-    with pytest.raises(RuntimeError, match=r'jax.config.update\("jax_cpu_enable_async_dispatch", False\) right after import jax .*python -m bridge doctor'):
+    with pytest.raises(
+        RuntimeError,
+        match=r'jax.config.update\("jax_cpu_enable_async_dispatch", False\) right after import jax .*python -m bridge doctor',
+    ):
         lanes._wait([Never()], limit=0.01)

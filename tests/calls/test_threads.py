@@ -1,4 +1,5 @@
-"""Several threads at once: what torch and jax-tvm-ffi keep in globals of the process must not mix them up."""
+"""Several threads at once: what torch and jax-tvm-ffi keep in globals of the process must not mix
+them up."""
 
 import subprocess
 import sys
@@ -34,7 +35,8 @@ TRANSFORMS = {
 @pytest.mark.timeout(120, method="thread")
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transforms_in_threads(transform, lane, fast_switching):
-    """torch keeps the levels of forward AD in globals: unguarded, 3 threads gave wrong tangents without a word."""
+    """torch keeps the levels of forward AD in globals: unguarded, 3 threads gave wrong tangents
+    without a word."""
     f = bridge.to_jax(lambda x: torch.sin(x) * x**2, lane=lane)
     program = jax.jit(TRANSFORMS[transform](f))
     want = program(X)
@@ -64,5 +66,10 @@ FIRST_COMPILATIONS = """
 
 
 def test_first_compilations_in_threads():
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(FIRST_COMPILATIONS)], capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(FIRST_COMPILATIONS)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     assert done.stdout.strip() == "all right", done.stdout + done.stderr[-1000:]

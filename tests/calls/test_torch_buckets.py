@@ -1,4 +1,5 @@
-"""buckets=: padded calls equal plain ones, their padding shows nowhere, and a few programs serve every size."""
+"""buckets=: padded calls equal plain ones, their padding shows nowhere, and a few programs serve
+every size."""
 
 import hypothesis.strategies as st
 import jax
@@ -21,7 +22,8 @@ def masked(pos, edge_index, shift, edge_mask):
 
 
 def dropped(inputs):
-    """The same; padded edges start at an atom that is not there, so that JAX's scatter drops them."""
+    """The same; padded edges start at an atom that is not there, so that JAX's scatter drops
+    them."""
     pos, (i, j) = inputs["pos"], inputs["edge_index"]
     e = jnp.exp(-((pos[j] - pos[i] + inputs["shift"]) ** 2).sum(-1)) * (i < len(pos))
     return {"total": e.sum(), "edges": e, "atoms": jax.ops.segment_sum(e, i, num_segments=len(pos))}
@@ -30,18 +32,33 @@ def dropped(inputs):
 def by_torch(pos, edge_index, shift):
     i, j = edge_index
     e = torch.exp(-((pos[j] - pos[i] + shift) ** 2).sum(-1))
-    return {"total": e.sum(), "edges": e, "atoms": torch.zeros(len(pos), dtype=e.dtype).index_add(0, i, e)}
+    return {
+        "total": e.sum(),
+        "edges": e,
+        "atoms": torch.zeros(len(pos), dtype=e.dtype).index_add(0, i, e),
+    }
 
 
 def graph(n_atoms, n_edges, seed=0):
     g = torch.Generator().manual_seed(seed)
     edges = torch.randint(0, max(n_atoms, 1), (2, n_edges), generator=g)
-    return torch.rand(n_atoms, 3, generator=g, dtype=torch.float64), edges, torch.rand(n_edges, 3, generator=g, dtype=torch.float64)
+    return (
+        torch.rand(n_atoms, 3, generator=g, dtype=torch.float64),
+        edges,
+        torch.rand(n_edges, 3, generator=g, dtype=torch.float64),
+    )
 
 
 WITH_MASK = bridge.to_torch(masked, buckets=bridge.Buckets(MASKED, mask={"E": "edge_mask"}))
-DICT = bridge.to_torch(dropped, buckets=bridge.Buckets({"pos": "N 3", **MASKED}, fill={"edge_index": "N"}))
-FUNCTIONS = {"mask": WITH_MASK, "fill, atoms too": lambda pos, edges, shift: DICT({"pos": pos, "edge_index": edges, "shift": shift})}
+DICT = bridge.to_torch(
+    dropped, buckets=bridge.Buckets({"pos": "N 3", **MASKED}, fill={"edge_index": "N"})
+)
+FUNCTIONS = {
+    "mask": WITH_MASK,
+    "fill, atoms too": lambda pos, edges, shift: DICT(
+        {"pos": pos, "edge_index": edges, "shift": shift}
+    ),
+}
 
 
 def same(got, want, keys=("total", "edges", "atoms")):
@@ -59,7 +76,12 @@ def test_values_and_gradients_x_sizes(f, n_atoms, n_edges, seed):
     got, want = f(pos, edges, shift), by_torch(pos, edges, shift)
     same(got, want)
     weights = torch.rand(n_atoms, dtype=torch.float64)
-    first = [torch.autograd.grad((r["atoms"] * weights).sum() + r["edges"].sum(), (pos, shift), create_graph=True) for r in (got, want)]
+    first = [
+        torch.autograd.grad(
+            (r["atoms"] * weights).sum() + r["edges"].sum(), (pos, shift), create_graph=True
+        )
+        for r in (got, want)
+    ]
     torch.testing.assert_close(*first)
     if n_edges:
         second = [torch.autograd.grad(g[0].pow(2).sum(), (pos, shift)) for g in first]
@@ -88,7 +110,8 @@ def test_a_thousand_edge_counts_compile_at_most_eight_times():
 
 
 def test_a_trajectory_with_gradients_compiles_at_most_eight_times():
-    """As molecular dynamics has it: the count wanders about a mean, and each step has a backward."""
+    """As molecular dynamics has it: the count wanders about a mean, and each step has a
+    backward."""
     f = bridge.to_torch(masked, buckets=bridge.Buckets(MASKED, mask={"E": "edge_mask"}))
     for n in range(1500, 2500, 7):
         pos, edges, shift = graph(50, n)
@@ -98,7 +121,11 @@ def test_a_trajectory_with_gradients_compiles_at_most_eight_times():
 
 def test_the_same_rung_is_the_same_program():
     f = bridge.to_torch(lambda x: 2 * x, buckets={"x": "N"})
-    assert f(torch.ones(3)).tolist() == [2.0] * 3 and f(torch.ones(16)).shape == (16,) and f.compilations == 1
+    assert (
+        f(torch.ones(3)).tolist() == [2.0] * 3
+        and f(torch.ones(16)).shape == (16,)
+        and f.compilations == 1
+    )
     assert f(torch.ones(17)).shape == (17,) and f.compilations == 2
 
 
@@ -114,7 +141,9 @@ def test_module_x_buckets():
     def apply(params, x, mask):
         return ((x @ params["w"]) * mask[:, None]).sum(0)
 
-    net = bridge.module(apply, {"w": jnp.ones((3, 2))}, buckets=bridge.Buckets({"x": "N 3"}, mask={"N": "mask"}))
+    net = bridge.module(
+        apply, {"w": jnp.ones((3, 2))}, buckets=bridge.Buckets({"x": "N 3"}, mask={"N": "mask"})
+    )
     for n in (1, 5, 9, 16):
         net.zero_grad()
         net(torch.ones(n, 3, dtype=torch.float64)).sum().backward()
@@ -124,15 +153,46 @@ def test_module_x_buckets():
 
 SHAPES = {"x": "N 3"}
 BAD = {
-    "no such input": (lambda: bridge.to_torch(lambda y: y, buckets=SHAPES)(torch.ones(2, 3)), "expected inputs named x, as buckets= says, got none named x; name some of y"),
-    "another rank": (lambda: bridge.to_torch(lambda x: x, buckets=SHAPES)(torch.ones(2)), "expected x as a tensor with axes 'N 3', got torch.float32"),
-    "no tensor": (lambda: bridge.to_torch(lambda x: x, buckets=SHAPES)(1.0), "expected x as a tensor with axes 'N 3', got float"),
-    "sizes that differ": (lambda: bridge.to_torch(lambda x, y: x, buckets={"x": "N", "y": "N"})(torch.ones(2), torch.ones(3)), "axis N of 2 in every input, got 3 in y"),
-    "an output of another size": (lambda: bridge.to_torch(lambda x: jnp.concatenate([x, x]), buckets={"x": "N"})(torch.ones(2)), "whose sizes are N or don't depend on it"),
-    "a ladder that stands": (lambda: bridge.Buckets(SHAPES, growth=1.0), "expected start >= 1 and growth > 1, got start=16, growth=1.0"),
-    "fill of nothing": (lambda: bridge.Buckets(SHAPES, fill={"y": 0}), "expected fill for x, got y"),
-    "fill with nothing": (lambda: bridge.Buckets(SHAPES, fill={"x": "M"}), "expected fill as a number or one of the axes N, got M"),
-    "mask of nothing": (lambda: bridge.Buckets(SHAPES, mask={"M": "m"}), "expected mask for N, got M"),
+    "no such input": (
+        lambda: bridge.to_torch(lambda y: y, buckets=SHAPES)(torch.ones(2, 3)),
+        "expected inputs named x, as buckets= says, got none named x; name some of y",
+    ),
+    "another rank": (
+        lambda: bridge.to_torch(lambda x: x, buckets=SHAPES)(torch.ones(2)),
+        "expected x as a tensor with axes 'N 3', got torch.float32",
+    ),
+    "no tensor": (
+        lambda: bridge.to_torch(lambda x: x, buckets=SHAPES)(1.0),
+        "expected x as a tensor with axes 'N 3', got float",
+    ),
+    "sizes that differ": (
+        lambda: bridge.to_torch(lambda x, y: x, buckets={"x": "N", "y": "N"})(
+            torch.ones(2), torch.ones(3)
+        ),
+        "axis N of 2 in every input, got 3 in y",
+    ),
+    "an output of another size": (
+        lambda: bridge.to_torch(lambda x: jnp.concatenate([x, x]), buckets={"x": "N"})(
+            torch.ones(2)
+        ),
+        "whose sizes are N or don't depend on it",
+    ),
+    "a ladder that stands": (
+        lambda: bridge.Buckets(SHAPES, growth=1.0),
+        "expected start >= 1 and growth > 1, got start=16, growth=1.0",
+    ),
+    "fill of nothing": (
+        lambda: bridge.Buckets(SHAPES, fill={"y": 0}),
+        "expected fill for x, got y",
+    ),
+    "fill with nothing": (
+        lambda: bridge.Buckets(SHAPES, fill={"x": "M"}),
+        "expected fill as a number or one of the axes N, got M",
+    ),
+    "mask of nothing": (
+        lambda: bridge.Buckets(SHAPES, mask={"M": "m"}),
+        "expected mask for N, got M",
+    ),
 }
 
 

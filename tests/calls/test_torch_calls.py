@@ -14,7 +14,7 @@ import bridge
 from tests.torch_cases import close
 
 X = torch.arange(1.0, 5.0, dtype=torch.float64)
-LEAF = lambda: X.clone().requires_grad_()  # noqa: E731
+LEAF = lambda: X.clone().requires_grad_()
 
 # What is refused.
 
@@ -23,12 +23,32 @@ REFUSED = {  # argument, type of the error, its text
     "jax_array": (lambda: jnp.ones(3), TypeError, "expected torch tensors, or hashable"),
     "unhashable": (lambda: {1}, TypeError, "expected torch tensors, or hashable"),
     "bytearray": (lambda: bytearray(1), TypeError, "expected torch tensors, or hashable"),
-    "complex32": (lambda: torch.ones(3).to(torch.complex32), TypeError, "expected a dtype that both sides know"),
-    "sparse": (lambda: torch.eye(3).to_sparse(), TypeError, "Sparse layout|layout torch.sparse_coo"),
-    "sparse_csr": (lambda: torch.eye(3).to_sparse_csr(), TypeError, "SparseCsr layout|layout torch.sparse_csr"),
+    "complex32": (
+        lambda: torch.ones(3).to(torch.complex32),
+        TypeError,
+        "expected a dtype that both sides know",
+    ),
+    "sparse": (
+        lambda: torch.eye(3).to_sparse(),
+        TypeError,
+        "Sparse layout|layout torch.sparse_coo",
+    ),
+    "sparse_csr": (
+        lambda: torch.eye(3).to_sparse_csr(),
+        TypeError,
+        "SparseCsr layout|layout torch.sparse_csr",
+    ),
     "meta": (lambda: torch.ones(3, device="meta"), TypeError, "meta tensor"),
-    "nested": (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged), TypeError, "nested tensor"),
-    "nested_strided": (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), TypeError, "nested tensor"),
+    "nested": (
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+        TypeError,
+        "nested tensor",
+    ),
+    "nested_strided": (
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        TypeError,
+        "nested tensor",
+    ),
 }
 
 
@@ -64,7 +84,9 @@ def odd(x):
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_error_x_exception_of_the_callable(where):
     """Its type and attributes, at each call; what is right works before and after."""
-    f = bridge.to_torch(lambda x: (odd if where == "forward" else late)(x) if x.shape[0] > 2 else x * 2)
+    f = bridge.to_torch(
+        lambda x: (odd if where == "forward" else late)(x) if x.shape[0] > 2 else x * 2
+    )
     for size in (2, 4, 4, 2):
         x = torch.ones(size, requires_grad=True)
         if size == 2:
@@ -81,7 +103,12 @@ def test_error_x_wide_dtypes_while_x64_is_off(compiled):
     if compiled:
         f(x)
     with jax.enable_x64(False):
-        for call in (lambda: f(x), lambda: f(x.detach()), lambda: torch.func.jvp(f, (X,), (X,)), lambda: f(torch.arange(3))):
+        for call in (
+            lambda: f(x),
+            lambda: f(x.detach()),
+            lambda: torch.func.jvp(f, (X,), (X,)),
+            lambda: f(torch.arange(3)),
+        ):
             with pytest.raises(ValueError, match="at most 32-bit parts while x64 is off"):
                 call()
         close(f(X.float()), 2 * X.float())
@@ -139,7 +166,8 @@ def test_equality_x_callable():
 
 @pytest.mark.parametrize("scalar", [True, False])
 def test_compilations_x_calls(scalar):
-    """One program for values, two for a gradient, whatever the values and as often as they are called; more for other types."""
+    """One program for values, two for a gradient, whatever the values and as often as they are
+    called; more for other types."""
     f = bridge.to_torch(lambda x, y: (x * y).sum() if scalar else x * y)
     steps = [
         (1, lambda x: f(x, X)),
@@ -161,7 +189,7 @@ def fake(f, x):
         return f(mode.from_tensor(x))
 
 
-TWIN = lambda dtype: lambda x: torch.stack([x.to(dtype) * 2, x.to(dtype)])  # noqa: E731
+TWIN = lambda dtype: lambda x: torch.stack([x.to(dtype) * 2, x.to(dtype)])
 SWITCHED = {
     "call": lambda f, x: f(x),
     "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,))[1],
@@ -173,15 +201,22 @@ SWITCHED = {
 @pytest.mark.parametrize("order", [(False, True), (True, False)], ids=["off_on", "on_off"])
 @pytest.mark.parametrize("way", SWITCHED)
 def test_value_x_x64_switched(way, order):
-    """What a function gives may depend on x64: types found under one setting are not believed under the other."""
+    """What a function gives may depend on x64: types found under one setting are not believed under
+    the other."""
     f, x = bridge.to_torch(lambda x: jnp.stack([x.astype(float) * 2, x.astype(float)])), X.float()
     for wide in order:
         with jax.enable_x64(wide):
-            close(SWITCHED[way](f, x), SWITCHED[way](TWIN(torch.float64 if wide else torch.float32), x), rtol=1e-6, atol=1e-6)
+            close(
+                SWITCHED[way](f, x),
+                SWITCHED[way](TWIN(torch.float64 if wide else torch.float32), x),
+                rtol=1e-6,
+                atol=1e-6,
+            )
 
 
 def test_value_x_x64_switched_after_compilation():
-    """A compiled graph has memory for what it was told (with inductor: reads beyond it): it goes on as it was compiled."""
+    """A compiled graph has memory for what it was told (with inductor: reads beyond it): it goes on
+    as it was compiled."""
     f, x = bridge.to_torch(lambda x: x.astype(float)), X.float()
     g = torch.compile(lambda x: f(x) + 1, fullgraph=True, backend="aot_eager")
     with jax.enable_x64(False):

@@ -1,4 +1,5 @@
-"""bridge.to_torch where torch or JAX is unusual: dropped outputs, loss scaling, odd residuals, hooks, modes, batched gradients."""
+"""bridge.to_torch where torch or JAX is unusual: dropped outputs, loss scaling, odd residuals,
+hooks, modes, batched gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +29,17 @@ WAYS = {
     "backward": lambda f, x: grad(f(x), x)[0],
     "create_graph": lambda f, x: grad(f(x), x, create_graph=True)[0].detach(),
     "func": lambda f, x: torch.func.grad(f)(x),
-    "compile": lambda f, x: (torch._dynamo.reset(), grad(torch.compile(f, fullgraph=True, backend="aot_eager")(x), x)[0])[1],
+    "compile": lambda f, x: (
+        torch._dynamo.reset(),
+        grad(torch.compile(f, fullgraph=True, backend="aot_eager")(x), x)[0],
+    )[1],
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_gradients_x_dropped_output(way):
-    """An output that nobody uses has no part in the gradient, also where its derivative is infinite (0 * inf)."""
+    """An output that nobody uses has no part in the gradient, also where its derivative is infinite
+    (0 * inf)."""
     f = bridge.to_torch(lambda x: {"root": jnp.sqrt(x), "sum": x.sum()})
     x = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     assert WAYS[way](lambda x: f(x)["sum"] * 1, x).tolist() == [1, 1, 1]
@@ -57,14 +62,23 @@ def test_gradients_x_rule_that_is_not_linear(total, way):
 
 
 LOSSES = {  # of a float16 x: a float32 loss, a float16 one
-    "float32": (lambda x: (x.astype("float32") ** 2).sum() * 1e-8, lambda x: (x.float() ** 2).sum() * 1e-8, 2.0**16),
-    "float16": (lambda x: ((x * jnp.float16(1e-3)) * jnp.float16(1e-4)).sum(), lambda x: ((x * 1e-3) * 1e-4).sum(), 2.0**14),
+    "float32": (
+        lambda x: (x.astype("float32") ** 2).sum() * 1e-8,
+        lambda x: (x.float() ** 2).sum() * 1e-8,
+        2.0**16,
+    ),
+    "float16": (
+        lambda x: ((x * jnp.float16(1e-3)) * jnp.float16(1e-4)).sum(),
+        lambda x: ((x * 1e-3) * 1e-4).sum(),
+        2.0**14,
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_gradients_x_loss_scaling(kind):
-    """What torch.amp.GradScaler does: the scale goes through the backward, so that float16 neither under- nor overflows."""
+    """What torch.amp.GradScaler does: the scale goes through the backward, so that float16 neither
+    under- nor overflows."""
     f, want, scale = LOSSES[kind]
     x = torch.full((3,), 0.5, dtype=torch.float16, requires_grad=True)
     close(*(grad(g(x) * scale, x)[0] for g in (bridge.to_torch(f), want)), rtol=1e-2, atol=0)
@@ -76,7 +90,9 @@ def with_key(x):
 
 
 def with_int4(x):
-    return jax.checkpoint(lambda x, n: jnp.sin(x * n.astype(x.dtype)))(x, jnp.argmax(x).astype("int4"))
+    return jax.checkpoint(lambda x, n: jnp.sin(x * n.astype(x.dtype)))(
+        x, jnp.argmax(x).astype("int4")
+    )
 
 
 @pytest.mark.parametrize("f", [with_key, with_int4])
@@ -92,17 +108,26 @@ def test_errors_x_output_of_a_foreign_dtype():
 
 
 BATCHED = {
-    "is_grads_batched": lambda f, x: grad(f(x), x, torch.eye(4, dtype=x.dtype), is_grads_batched=True)[0],
-    "create_graph": lambda f, x: grad(f(x), x, torch.eye(4, dtype=x.dtype), is_grads_batched=True, create_graph=True)[0].detach(),
+    "is_grads_batched": lambda f, x: grad(
+        f(x), x, torch.eye(4, dtype=x.dtype), is_grads_batched=True
+    )[0],
+    "create_graph": lambda f, x: grad(
+        f(x), x, torch.eye(4, dtype=x.dtype), is_grads_batched=True, create_graph=True
+    )[0].detach(),
     "jacobian": lambda f, x: torch.autograd.functional.jacobian(f, x, vectorize=True),
-    "jacobian_forward": lambda f, x: torch.autograd.functional.jacobian(f, x, vectorize=True, strategy="forward-mode"),
-    "hessian": lambda f, x: torch.autograd.functional.hessian(lambda x: f(x).sum(), x, vectorize=True),
+    "jacobian_forward": lambda f, x: torch.autograd.functional.jacobian(
+        f, x, vectorize=True, strategy="forward-mode"
+    ),
+    "hessian": lambda f, x: torch.autograd.functional.hessian(
+        lambda x: f(x).sum(), x, vectorize=True
+    ),
 }
 
 
 @pytest.mark.parametrize("how", BATCHED)
 def test_gradients_x_batched_cotangents(how):
-    """torch.autograd batches these by the predecessor of torch.func.vmap. Right, or an error that names the alternative."""
+    """torch.autograd batches these by the predecessor of torch.func.vmap. Right, or an error that
+    names the alternative."""
     x = tensor(4)
     try:
         got = BATCHED[how](bridge.to_torch(sines), x)

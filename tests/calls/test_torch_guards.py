@@ -1,4 +1,5 @@
-"""bridge.to_torch and bridge.module: changes between forward and backward, second backwards, calls without a graph."""
+"""bridge.to_torch and bridge.module: changes between forward and backward, second backwards, calls
+without a graph."""
 
 import jax.numpy as jnp
 import pytest
@@ -17,7 +18,8 @@ def change_parameter():
 
 
 def change(f, twin, view=lambda x: x, output=False):
-    """Of what `f` read, or of what it gave: (output before, output after, what torch says, the leaf)."""
+    """Of what `f` read, or of what it gave: (output before, output after, what torch says, the
+    leaf)."""
     x = tensor(16)
     h = x * 1
     y = f(view(h))
@@ -41,7 +43,9 @@ def test_gradients_x_change_in_place(what):
     stale, fresh, want, leaf = CHANGES[what]()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         stale.sum().backward(retain_graph=True)
-    torch.testing.assert_close(*(torch.autograd.grad(y.sum(), leaf, retain_graph=True)[0] for y in (fresh, want)))
+    torch.testing.assert_close(
+        *(torch.autograd.grad(y.sum(), leaf, retain_graph=True)[0] for y in (fresh, want))
+    )
 
 
 def test_gradients_x_second_backward():
@@ -50,7 +54,9 @@ def test_gradients_x_second_backward():
         y = f(x).sum()
         y.backward(retain_graph=True), y.backward()
         torch.testing.assert_close(x.grad, 2 * torch.cos(x))
-        with pytest.raises(RuntimeError, match="Trying to backward through the graph a second time"):
+        with pytest.raises(
+            RuntimeError, match="Trying to backward through the graph a second time"
+        ):
             y.backward()
 
 
@@ -59,7 +65,9 @@ NO_GRAPH = {
     "inference_mode": lambda m, x: torch.inference_mode()(m)(x),
     "inference_tensor": lambda m, x: m.requires_grad_(False)(torch.inference_mode()(x.clone)()),
     "frozen": lambda m, x: m.requires_grad_(False)(x),
-    "detached": lambda m, x: bridge.to_torch(dense)({k: v.detach() for k, v in m.state_dict().items()}, x),
+    "detached": lambda m, x: bridge.to_torch(dense)(
+        {k: v.detach() for k, v in m.state_dict().items()}, x
+    ),
     "integer output": lambda m, x: bridge.to_torch(jnp.argmax)(x.requires_grad_()),
 }
 

@@ -1,4 +1,5 @@
-"""Memory between JAX and torch: any layout and dtype goes in, results are fresh and nobody else's."""
+"""Memory between JAX and torch: any layout and dtype goes in, results are fresh and nobody
+else's."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +30,10 @@ FRESH = {
 @pytest.mark.parametrize("name", FRESH)
 def test_memory_x_fresh(name, requires_grad, size):
     """Writing to a result changes no input, no other result, no constant and no later call."""
-    f, x = bridge.to_torch(FRESH[name]), torch.ones(size, dtype=torch.float64, requires_grad=requires_grad)
+    f, x = (
+        bridge.to_torch(FRESH[name]),
+        torch.ones(size, dtype=torch.float64, requires_grad=requires_grad),
+    )
     first, second = ([*y] if isinstance(y, tuple) else [y] for y in (f(x), f(x)))
     assert len({t.data_ptr() for t in (x, *first, *second)}) == 1 + len(first) + len(second)
     want = [y.detach().clone() for y in second]
@@ -38,7 +42,9 @@ def test_memory_x_fresh(name, requires_grad, size):
     third = f(x)
     close([y.detach() for y in (third if isinstance(third, tuple) else (third,))], want)
     close([y.detach() for y in second], want)
-    assert (x == 1).all() and (CONSTANT == jnp.arange(4.0)).all() and (NUMPY == np.arange(4.0)).all()
+    assert (
+        (x == 1).all() and (jnp.arange(4.0) == CONSTANT).all() and (np.arange(4.0) == NUMPY).all()
+    )
 
 
 def frozen(x):
@@ -54,7 +60,11 @@ LAYOUTS = {  # of a (4, 6) float64 or complex128 tensor
     "every_second": lambda x: torch.stack([x, x], -1).flatten(1)[:, ::2],
     "unaligned": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(4, 6),
     "unaligned_transposed": lambda x: torch.cat([x.new_zeros(1), x.T.flatten()])[1:].view(6, 4).T,
-    "byte_offset": lambda x: torch.cat([torch.zeros(8, dtype=torch.uint8), x.view(torch.uint8).flatten()])[8:].view(x.dtype).view(4, 6),
+    "byte_offset": lambda x: (
+        torch.cat([torch.zeros(8, dtype=torch.uint8), x.view(torch.uint8).flatten()])[8:]
+        .view(x.dtype)
+        .view(4, 6)
+    ),
     "conj": lambda x: torch.complex(x, -2 * x).conj(),
     "neg": lambda x: torch.complex(x, 2 * x).conj().imag,
     "zeros": lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype),
@@ -87,9 +97,13 @@ def test_layout_x_input_and_cotangent(name):
 def test_value_and_gradient_x_dtype(name):
     """To the bit; a float8 has no arithmetic in torch to compare gradients with."""
     x = torch.tensor([1, 0, 2, 1]).to(torch.float32).to(DTYPES[name])
-    got, wide = bridge.to_torch(lambda x, i: (x[i], x.astype("complex128")))(x, torch.tensor([3, 2, 0]))
-    assert got.dtype == x.dtype and got.view(torch.uint8).equal(torch.stack([x[3], x[2], x[0]]).view(torch.uint8))
+    got, wide = bridge.to_torch(lambda x, i: (x[i], x.astype("complex128")))(
+        x, torch.tensor([3, 2, 0])
+    )
+    assert got.dtype == x.dtype and got.view(torch.uint8).equal(
+        torch.stack([x[3], x[2], x[0]]).view(torch.uint8)
+    )
     close(wide, x.to(torch.float32 if x.dtype.itemsize == 1 else x.dtype).to(torch.complex128))
-    if x.dtype.is_floating_point and x.dtype.itemsize > 1 or x.dtype.is_complex:
+    if (x.dtype.is_floating_point and x.dtype.itemsize > 1) or x.dtype.is_complex:
         y = x.clone().requires_grad_()
         close(torch.autograd.grad(bridge.to_torch(lambda x: x * 3)(y), y, x), (x * 3,))

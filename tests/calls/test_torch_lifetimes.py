@@ -1,4 +1,5 @@
-"""bridge.to_torch and bridge.module: residuals go with the backward, captured arrays with the last handle, nothing grows."""
+"""bridge.to_torch and bridge.module: residuals go with the backward, captured arrays with the last
+handle, nothing grows."""
 
 import copy
 import gc
@@ -26,8 +27,9 @@ pytestmark = pytest.mark.usefixtures("frozen")
 
 
 def grown(before, want=0):
-    """By how many MiB the process has grown, once that is what is wanted, or after a second. XLA's threads let go of inputs a little
-    later, jaxlib of lent results when JAX is next called or garbage is collected (0.10.2)."""
+    """By how many MiB the process has grown, once that is what is wanted, or after a second. XLA's
+    threads let go of inputs a little later, jaxlib of lent results when JAX is next called or
+    garbage is collected (0.10.2)."""
     for _ in range(50):
         gc.collect()
         (jnp.ones(1) + 1).block_until_ready()
@@ -67,7 +69,14 @@ def test_residuals_x_backward(how, what):
     assert abs(grown(before)) < 4
 
 
-CALLS = {"forward": 50_000, "backward": 10_000, "module_backward": 10_000, "double_backward": 5_000, "vmap": 5_000, "planted": 10_000}
+CALLS = {
+    "forward": 50_000,
+    "backward": 10_000,
+    "module_backward": 10_000,
+    "double_backward": 5_000,
+    "vmap": 5_000,
+    "planted": 10_000,
+}
 MEASURE = """
 import gc, json, sys, jax, psutil, torch, bridge
 jax.config.update("jax_enable_x64", True)
@@ -90,14 +99,20 @@ print(json.dumps({name: [b - a for a, b in zip(state(calls[name], n // 5), state
 
 @pytest.fixture(scope="module")
 def measured():
-    return json.loads(subprocess.check_output([sys.executable, "-c", MEASURE, json.dumps(CALLS)], text=True, cwd=ROOT, timeout=200))
+    return json.loads(
+        subprocess.check_output(
+            [sys.executable, "-c", MEASURE, json.dumps(CALLS)], text=True, cwd=ROOT, timeout=200
+        )
+    )
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_memory_x_many_calls(name, measured):
     """In a process of its own. The planted leak of 4 MB shows that more is seen."""
     size, arrays = measured[name]
-    assert (size < 2 * MIB) is (name != "planted") and arrays == 0, f"{size / CALLS[name]:.1f} bytes a call, {arrays} arrays"
+    assert (size < 2 * MIB) is (name != "planted") and arrays == 0, (
+        f"{size / CALLS[name]:.1f} bytes a call, {arrays} arrays"
+    )
 
 
 USES = {
@@ -107,7 +122,10 @@ USES = {
     "hessian": lambda f, x: torch.func.hessian(lambda x: f(x).sum())(x),
     "vmap": lambda f, x: torch.vmap(f)(x[:, None]),
     "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
-    "compiled": lambda f, x: (torch.compile(f, fullgraph=True, backend="aot_eager")(x).sum().backward(), torch._dynamo.reset()),
+    "compiled": lambda f, x: (
+        torch.compile(f, fullgraph=True, backend="aot_eager")(x).sum().backward(),
+        torch._dynamo.reset(),
+    ),
     "deepcopy": lambda f, x: copy.deepcopy(f)(x),
     "failed": lambda f, x: pytest.raises(TypeError, f, "text"),
 }
@@ -118,7 +136,9 @@ def capturing(what):
     captured = draw(5)
     if what == "function":
         return bridge.to_torch(lambda x: jnp.sin(x) * captured.sum()), weakref.ref(captured)
-    return bridge.module(lambda p, x: jnp.sin(x) * p * captured.sum(), jnp.ones(())), weakref.ref(captured)
+    return bridge.module(lambda p, x: jnp.sin(x) * p * captured.sum(), jnp.ones(())), weakref.ref(
+        captured
+    )
 
 
 @pytest.mark.parametrize("use", USES)

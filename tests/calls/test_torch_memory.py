@@ -62,11 +62,14 @@ def given(monkeypatch):
 
 
 class Reader:
-    """`reader(x)` is x inside a JAX function; the addresses that XLA reads it from are in `read`."""
+    """`reader(x)` is x inside a JAX function; the addresses that XLA reads it from are in
+    `read`."""
 
     def __init__(self):
         self.read = set()
-        self._call = bridge.to_jax(lambda x: self.read.add(x.data_ptr()) or x.clone(), outputs=lambda x: x, lane="ffi")
+        self._call = bridge.to_jax(
+            lambda x: self.read.add(x.data_ptr()) or x.clone(), outputs=lambda x: x, lane="ffi"
+        )
 
     def __call__(self, x):
         return self._call(x)
@@ -95,7 +98,8 @@ def watched(seen):
 
 
 def test_addresses_x_pair(given):
-    """Inputs, residuals and cotangents are read where they lie; outputs, residuals and gradients are the programs' own buffers."""
+    """Inputs, residuals and cotangents are read where they lie; outputs, residuals and gradients
+    are the programs' own buffers."""
     seen = Reader()
     f, inputs = watched(seen), [tensor(64), tensor(16)]
     with torch.no_grad():
@@ -108,7 +112,9 @@ def test_addresses_x_pair(given):
     given.clear(), seen.read.clear()
     cotangents = [torch.ones_like(o) for o in out]
     gradients = torch.autograd.grad(out, inputs, cotangents)
-    assert seen.read == own | pointers([inputs[1], out[0], cotangents[1]]) and given == pointers(gradients)
+    assert seen.read == own | pointers([inputs[1], out[0], cotangents[1]]) and given == pointers(
+        gradients
+    )
 
 
 @any_function
@@ -124,7 +130,8 @@ def test_addresses_x_result(name, given):
 
 @any_function
 def test_residuals_x_function(name):
-    """An input or output that the backward needs is saved as itself; then at most one array of the input's size remains."""
+    """An input or output that the backward needs is saved as itself; then at most one array of the
+    input's size remains."""
     f, inputs, kept = build(name)
     out, saved = saving(lambda: leaves(f(*inputs)))
     own = [t.nbytes for t in saved if t.data_ptr() not in pointers(inputs) | pointers(out)]
@@ -155,10 +162,16 @@ def test_values_and_addresses_x_layout(layout):
     y, f = view(x), bridge.to_torch(lambda y: (jnp.sin(y) * y.conj()).real)
     with torch.no_grad():
         bridge.to_torch(seen)(y)
-    assert (y.data_ptr() not in seen.read) is (copied or y.is_complex())  # complex: what XLA hands to a custom call is repacked
+    assert (y.data_ptr() not in seen.read) is (
+        copied or y.is_complex()
+    )  # complex: what XLA hands to a custom call is repacked
     out, want = f(y), (torch.sin(y) * y.conj()).real
     torch.testing.assert_close(out, want, rtol=1e-14, atol=1e-14)
-    torch.testing.assert_close(*(torch.autograd.grad(o.sum(), x, retain_graph=True)[0] for o in (out, want)), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(o.sum(), x, retain_graph=True)[0] for o in (out, want)),
+        rtol=1e-13,
+        atol=1e-13,
+    )
 
 
 @any_function
@@ -172,4 +185,6 @@ def test_inputs_x_call(name):
     torch.autograd.grad(out, inputs, cotangents, retain_graph=True)
     torch.func.vjp(f, *(t.detach() for t in inputs))
     assert all(t._version == 0 for t in (*inputs, *out, *cotangents))
-    assert all(map(torch.equal, (*before, *after), (*inputs, *out))) and all((c == 1).all() for c in cotangents)
+    assert all(map(torch.equal, (*before, *after), (*inputs, *out))) and all(
+        (c == 1).all() for c in cotangents
+    )

@@ -1,4 +1,5 @@
-"""bridge.module: names that torch uses itself, parameters that are replaced or shared, what can't be a module."""
+"""bridge.module: names that torch uses itself, parameters that are replaced or shared, what can't
+be a module."""
 
 import copy
 from collections import OrderedDict
@@ -19,7 +20,10 @@ NAMES = ["training", "forward", "type", "weight.x", "", "_parameters", "_call", 
 @pytest.mark.parametrize("name", NAMES)
 def test_values_x_name_that_modules_use(name, nested):
     wrap = (lambda v: {"x": v}) if nested else (lambda v: v)
-    module = bridge.module(lambda p, x: x * jax.tree.leaves(p[name])[0] + p["z"], {name: wrap(draw(3)), "z": draw(3, seed=1)})
+    module = bridge.module(
+        lambda p, x: x * jax.tree.leaves(p[name])[0] + p["z"],
+        {name: wrap(draw(3)), "z": draw(3, seed=1)},
+    )
     x, want = torch.ones(3, dtype=torch.float64), bridge.to_torch(draw(3) + draw(3, seed=1))
     for same in (module, module.train(), module.eval(), module.double(), copy.deepcopy(module)):
         torch.testing.assert_close(same(x), want)
@@ -36,14 +40,29 @@ def test_values_x_names_that_look_alike(a, b):
     except ValueError as e:
         assert str(b) in str(e)
         return
-    assert module(torch.ones(3, dtype=torch.float64)).tolist() == [0.4] * 3 and len(module.state_dict()) == 2
+    assert (
+        module(torch.ones(3, dtype=torch.float64)).tolist() == [0.4] * 3
+        and len(module.state_dict()) == 2
+    )
 
 
 ERRORS = {
-    "no arrays": ((dense, {"a": 1}), r"expected a pytree of arrays as params, got \{'a': 1\}; pass module\(apply, params\)"),
-    "no params": ((dense,), "expected a pytree of arrays as params, got <function dense.*pass module"),
-    "prng key": ((dense, {"w": jnp.ones(3), "k": KEY}), r"got typed PRNG keys key<fry>\[\]; pass jax.random.key_data\(keys\)"),
-    "apply": ((3, {"w": jnp.ones(3)}), r"expected a callable apply\(params, ...\), got 3; pass the model's function first"),
+    "no arrays": (
+        (dense, {"a": 1}),
+        r"expected a pytree of arrays as params, got \{'a': 1\}; pass module\(apply, params\)",
+    ),
+    "no params": (
+        (dense,),
+        "expected a pytree of arrays as params, got <function dense.*pass module",
+    ),
+    "prng key": (
+        (dense, {"w": jnp.ones(3), "k": KEY}),
+        r"got typed PRNG keys key<fry>\[\]; pass jax.random.key_data\(keys\)",
+    ),
+    "apply": (
+        (3, {"w": jnp.ones(3)}),
+        r"expected a callable apply\(params, ...\), got 3; pass the model's function first",
+    ),
 }
 
 
@@ -78,8 +97,14 @@ REPLACED = {
     "setattr": lambda m, w: setattr(m.a, "w", torch.nn.Parameter(w)),
     "data": lambda m, w: setattr(m.a.w, "data", w),
     "submodule": lambda m, w: setattr(m, "a", torch.nn.ParameterDict({"w": w})),
-    "parametrize": lambda m, w: (m.a.w.data.copy_(w / 2), parametrize.register_parametrization(m.a, "w", Double())),
-    "unparametrized": lambda m, w: (REPLACED["parametrize"](m, w), parametrize.remove_parametrizations(m.a, "w")),
+    "parametrize": lambda m, w: (
+        m.a.w.data.copy_(w / 2),
+        parametrize.register_parametrization(m.a, "w", Double()),
+    ),
+    "unparametrized": lambda m, w: (
+        REPLACED["parametrize"](m, w),
+        parametrize.remove_parametrizations(m.a, "w"),
+    ),
     "weight_norm": lambda m, w: (m.a.w.data.copy_(w), parametrizations.weight_norm(m.a, "w")),
     "buffer": lambda m, w: (delattr(m.a, "w"), m.a.register_buffer("w", w)),
 }
@@ -98,7 +123,9 @@ def test_values_x_replaced_parameter(how):
 
 
 def test_gradients_x_tied_parameters():
-    module = bridge.module(lambda p, x: (x * p["a"] * p["b"]).sum(), {"a": draw(3), "b": draw(3, seed=1)})
+    module = bridge.module(
+        lambda p, x: (x * p["a"] * p["b"]).sum(), {"a": draw(3), "b": draw(3, seed=1)}
+    )
     module.b = module.a
     module(torch.ones(3, dtype=torch.float64)).backward()
     torch.testing.assert_close(module.a.grad, 2 * module.a.detach())

@@ -1,4 +1,5 @@
-"""torch.compile around JAX callables: recompilation, graph breaks, graphs that torch keeps on disk."""
+"""torch.compile around JAX callables: recompilation, graph breaks, graphs that torch keeps on
+disk."""
 
 import os
 import subprocess
@@ -44,7 +45,9 @@ def test_compilations_x_calls():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("values", [(2, 3, 4, 3), (2.0, 3.0, 4.5, 3.0), (True, False, True)], ids=str)
+@pytest.mark.parametrize(
+    "values", [(2, 3, 4, 3), (2.0, 3.0, 4.5, 3.0), (True, False, True)], ids=str
+)
 def test_value_x_changing_number(values, backend):
     """torch.compile makes symbols of numbers that change."""
     f = bridge.to_torch(lambda x, n: x * n + (0.5 if isinstance(n, float) else 0))
@@ -57,7 +60,7 @@ def test_value_x_changing_function():
     """Each function has a graph of its own."""
     step = compiled(lambda f, x: f(x) * 2, backend="eager")
     for k in (2, 3, 2):
-        close(step(bridge.to_torch(lambda x: x * k), X), X * k * 2)  # noqa: B023
+        close(step(bridge.to_torch(lambda x: x * k), X), X * k * 2)
 
 
 def broken(torch_step):
@@ -74,14 +77,19 @@ def broken(torch_step):
 
 BROKEN = {
     "backward": lambda f, y, x, w: (y.sum().backward(), w.grad)[1],
-    "create_graph": lambda f, y, x, w: torch.autograd.grad(y.sum(), w, create_graph=True)[0].tolist(),
+    "create_graph": lambda f, y, x, w: torch.autograd.grad(y.sum(), w, create_graph=True)[
+        0
+    ].tolist(),
     "func": lambda f, y, x, w: F.grad(lambda w: f(x, w).sum())(w),
     "jvp": lambda f, y, x, w: F.jvp(lambda w: f(x, w), (w,), (w,))[1],
     "vmap": lambda f, y, x, w: F.vmap(lambda x: f(x[None], w))(x),
 }
 
 
-@pytest.mark.parametrize("name, backend", [(n, b) for n in BROKEN for b in BACKENDS[:2] if (n, b) != ("create_graph", "aot_eager")])  # torch's own fails there
+@pytest.mark.parametrize(
+    "name, backend",
+    [(n, b) for n in BROKEN for b in BACKENDS[:2] if (n, b) != ("create_graph", "aot_eager")],
+)  # torch's own fails there
 def test_value_x_graph_break(name, backend):
     """What runs between graphs is run as it is: nothing of the bridge or of JAX is traced."""
     step = broken(BROKEN[name])
@@ -104,6 +112,18 @@ print(torch.autograd.grad(of_x(x.requires_grad_(), w.detach()), x)[0].tolist())
 def test_gradient_x_graphs_on_disk(tmp_path):
     """What one process has compiled calls no function of another one."""
     for order in ("first", "other order"):
-        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        done = subprocess.run([sys.executable, "-c", CACHED, order], check=False, capture_output=True, text=True, timeout=200, cwd=Path(__file__).parents[2], env=env)
+        env = {
+            **os.environ,
+            "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", CACHED, order],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            cwd=Path(__file__).parents[2],
+            env=env,
+        )
         assert done.stdout.endswith("[25.0, 49.0]\n"), done.stdout + done.stderr[-2000:]

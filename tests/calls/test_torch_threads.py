@@ -1,4 +1,5 @@
-"""bridge.to_torch and bridge.module from eight threads at once: right answers, one compilation, no deadlock."""
+"""bridge.to_torch and bridge.module from eight threads at once: right answers, one compilation, no
+deadlock."""
 
 import copy
 import faulthandler
@@ -27,7 +28,8 @@ def fast_switching():
 
 
 def together(work, seconds=60):
-    """work(k) in thread k, all begun at once. An exception in one, or a thread that doesn't end, is a failure here."""
+    """work(k) in thread k, all begun at once. An exception in one, or a thread that doesn't end, is
+    a failure here."""
     barrier, failed = threading.Barrier(N), []
 
     def run(k):
@@ -71,14 +73,17 @@ def want(f, x):
         filled = dict(zip(arrays, values))
         return f(structure.unflatten([filled.get(i, a) for i, a in enumerate(leaves)]), x)
 
-    params, x_grad = jax.grad(lambda *args: jnp.sum(g(*args)), (0, 1))([leaves[i] for i in arrays], x)
+    params, x_grad = jax.grad(lambda *args: jnp.sum(g(*args)), (0, 1))(
+        [leaves[i] for i in arrays], x
+    )
     return [bridge.to_torch(a) for a in (f(PARAMS, x), *params, x_grad)]
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["one shape", "a shape each"])
 @pytest.mark.parametrize("mode", MODES)
 def test_values_and_compilations_x_module(mode, same):
-    """The first call of all threads, then more of them: as many compilations as one thread makes."""
+    """The first call of all threads, then more of them: as many compilations as one thread
+    makes."""
     f = MODES[mode]
     module, alone = bridge.module(f, PARAMS), bridge.module(f, PARAMS)
     leaves = [bridge.to_torch(inputs(k, same), copy=True).requires_grad_() for k in range(N)]
@@ -88,7 +93,14 @@ def test_values_and_compilations_x_module(mode, same):
         for _ in range(calls):
             with torch.set_grad_enabled(mode != "forward"):
                 y = module(leaves[k])
-            got = [y.detach(), *(torch.autograd.grad(y.sum(), [*tensors(module), leaves[k]]) if y.requires_grad else ())]
+            got = [
+                y.detach(),
+                *(
+                    torch.autograd.grad(y.sum(), [*tensors(module), leaves[k]])
+                    if y.requires_grad
+                    else ()
+                ),
+            ]
             close(got, wanted[k][: len(got)], rtol=1e-12, atol=1e-12)
 
     together(check)
@@ -99,15 +111,22 @@ def test_values_and_compilations_x_module(mode, same):
 
 @pytest.mark.parametrize("f", [energy, chain])
 def test_gradients_x_shared_parameters(f):
-    """loss.backward() in each thread: torch adds up what all of them give to one set of parameters, and to own inputs."""
+    """loss.backward() in each thread: torch adds up what all of them give to one set of parameters,
+    and to own inputs."""
     module, wanted = bridge.module(f, PARAMS), [want(f, inputs(k, False)) for k in range(N)]
     leaves = [bridge.to_torch(inputs(k, False), copy=True).requires_grad_() for k in range(N)]
     together(lambda k: [module(leaves[k]).sum().backward() for _ in range(10)])
-    close([t.grad for t in tensors(module)], [10 * sum(w[i + 1] for w in wanted) for i in range(len(tensors(module)))], rtol=1e-11, atol=1e-11)
+    close(
+        [t.grad for t in tensors(module)],
+        [10 * sum(w[i + 1] for w in wanted) for i in range(len(tensors(module)))],
+        rtol=1e-11,
+        atol=1e-11,
+    )
     close([x.grad for x in leaves], [10 * w[-1] for w in wanted], rtol=1e-11, atol=1e-11)
 
 
-TRANSFORMS = {  # not forward mode, whose levels torch keeps in globals: of pure torch code it fails in threads too
+# not forward mode, whose levels torch keeps in globals: of pure torch code it fails in threads too
+TRANSFORMS = {
     "grad": torch.func.grad,
     "hessian": lambda f: torch.func.jacrev(torch.func.grad(f)),
     "vmap": torch.vmap,

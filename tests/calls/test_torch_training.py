@@ -1,4 +1,5 @@
-"""bridge.module in use: torch.optim against optax, frozen parts, torch.func, bigger models, torch.compile."""
+"""bridge.module in use: torch.optim against optax, frozen parts, torch.func, bigger models,
+torch.compile."""
 
 from functools import partial
 
@@ -38,14 +39,24 @@ def regression(p, x):
 
 TRAINERS = {
     "adam": (lambda ps: torch.optim.Adam(ps, lr=1e-2), optax.adam(1e-2)),
-    "momentum": (lambda ps: torch.optim.SGD(ps, lr=5e-2, momentum=0.9), optax.sgd(5e-2, momentum=0.9)),
+    "momentum": (
+        lambda ps: torch.optim.SGD(ps, lr=5e-2, momentum=0.9),
+        optax.sgd(5e-2, momentum=0.9),
+    ),
 }
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_losses_x_trainer(trainer):
-    """The same start, data and hyperparameters: 200 steps through torch.optim and through optax agree."""
-    params = {"w0": draw(3, 16) / 2, "b0": jnp.zeros(16), "w1": draw(16, 16, seed=1) / 4, "b1": jnp.zeros(16), "w2": draw(16, 1, seed=2) / 4}
+    """The same start, data and hyperparameters: 200 steps through torch.optim and through optax
+    agree."""
+    params = {
+        "w0": draw(3, 16) / 2,
+        "b0": jnp.zeros(16),
+        "w1": draw(16, 16, seed=1) / 4,
+        "b1": jnp.zeros(16),
+        "w2": draw(16, 1, seed=2) / 4,
+    }
     x = draw(64, 3, seed=3)
     y = jnp.sin(2 * x[:, 0]) + x[:, 1] * x[:, 2]
     optimiser, tx = TRAINERS[trainer]
@@ -106,7 +117,11 @@ def test_gradients_x_utilities():
     _, _, module, x = make()
     loss(module, x).backward()
     assert clip_grad_norm_(module.parameters(), 0.5) > 0.5
-    close(torch.stack([(g**2).sum() for g in gradients(module).values()]).sum().sqrt(), torch.tensor(0.5, dtype=torch.float64), rtol=1e-5)
+    close(
+        torch.stack([(g**2).sum() for g in gradients(module).values()]).sum().sqrt(),
+        torch.tensor(0.5, dtype=torch.float64),
+        rtol=1e-5,
+    )
     vector = parameters_to_vector(module.parameters())
     vector_to_parameters(2 * vector, module.parameters())  # views, no longer on 64 bytes
     close(module(x), reference(module, x))
@@ -131,7 +146,9 @@ def test_ensemble_x_vmap():
     for k, m in enumerate(modules):
         m.w.data.mul_(k + 1)
     params, buffers = stack_module_state(modules)
-    many = torch.vmap(lambda p, b, x: functional_call(modules[0], (p, b), (x,)), (0, 0, None))(params, buffers, x)
+    many = torch.vmap(lambda p, b, x: functional_call(modules[0], (p, b), (x,)), (0, 0, None))(
+        params, buffers, x
+    )
     many.sum().backward()
     for k, m in enumerate(modules):
         close(many[k], m(x))
@@ -141,7 +158,9 @@ def test_ensemble_x_vmap():
 
 def bigger(module):
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(3, 3).double(), module, torch.nn.Tanh(), torch.nn.Linear(2, 1).double())
+    return torch.nn.Sequential(
+        torch.nn.Linear(3, 3).double(), module, torch.nn.Tanh(), torch.nn.Linear(2, 1).double()
+    )
 
 
 def test_gradients_x_sequential():

@@ -1,4 +1,5 @@
-"""JAX callables in torch: values of every transform equal those of the same function written in torch."""
+"""JAX callables in torch: values of every transform equal those of the same function written in
+torch."""
 
 import gc
 import weakref
@@ -13,13 +14,25 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bridge
 from tests.cases import ENERGIES, TWINS, sizes
-from tests.torch_cases import BATCHED_COTANGENTS, COMPLEX, TRANSFORMS, Z, backward, bridged, close, inputs, leaves
+from tests.torch_cases import (
+    BATCHED_COTANGENTS,
+    COMPLEX,
+    TRANSFORMS,
+    Z,
+    backward,
+    bridged,
+    close,
+    inputs,
+    leaves,
+)
 from torch_side.calls import wrap
 
 
 def native(name, transform):
     """The function written in torch."""
-    if transform == "backward_dual" and name == "softmax":  # torch's own raises: its forward mode writes to what backward needs
+    if (
+        transform == "backward_dual" and name == "softmax"
+    ):  # torch's own raises: its forward mode writes to what backward needs
         return lambda x: x.exp() / x.exp().sum(-1, keepdim=True)
     return (TWINS | COMPLEX)[name].torch
 
@@ -33,7 +46,9 @@ def test_value_x_transform(name, transform):
 
 @settings(max_examples=4)
 @given(size=sizes)
-@pytest.mark.parametrize("transform", ["backward", "double_backward", "jvp", "hessian", "vmap_grad"])
+@pytest.mark.parametrize(
+    "transform", ["backward", "double_backward", "jvp", "hessian", "vmap_grad"]
+)
 @pytest.mark.parametrize("name", ["bilinear", "softmax", "pair"])
 def test_value_x_transform_x_shape(name, transform, size):
     of, xs = TRANSFORMS[transform], inputs(name, *size)
@@ -47,7 +62,22 @@ def test_value_x_transform_x_float32(name, transform):
     close(of(bridged(name), xs), of(native(name, transform), xs), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("transform", ["call", "backward", "double_backward", "vjp", "jvp", "dual", "vmap", "backward_vmap", "dual_backward", "functional_jvp", "checkpoint"])
+@pytest.mark.parametrize(
+    "transform",
+    [
+        "call",
+        "backward",
+        "double_backward",
+        "vjp",
+        "jvp",
+        "dual",
+        "vmap",
+        "backward_vmap",
+        "dual_backward",
+        "functional_jvp",
+        "checkpoint",
+    ],
+)
 @pytest.mark.parametrize("name", COMPLEX)
 def test_value_x_transform_x_complex(name, transform):
     """torch's convention, the conjugate of JAX's."""
@@ -62,7 +92,10 @@ def test_gradcheck(name):
     assert torch.autograd.gradgradcheck(bridged(name), xs, check_fwd_over_rev=True)
 
 
-@pytest.mark.parametrize("transform", ["call", "backward", "double_backward", "grad", "jvp", "dual", "vmap", "hessian", "checkpoint"])
+@pytest.mark.parametrize(
+    "transform",
+    ["call", "backward", "double_backward", "grad", "jvp", "dual", "vmap", "hessian", "checkpoint"],
+)
 @pytest.mark.parametrize("name", ["bilinear", "matmul"])
 def test_value_x_transform_x_dispatch_mode(name, transform):
     """Counters, loggers and tracers are modes of torch's dispatch."""
@@ -99,14 +132,17 @@ def test_gradient_x_conj_bit(transform):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_residuals_x_checkpoint(reentrant, monkeypatch):
-    """Alive after the forward, of all that came from JAX: without checkpoint residuals too, with it the result alone."""
+    """Alive after the forward, of all that came from JAX: without checkpoint residuals too, with it
+    the result alone."""
     came, take = [], wrap.taken
-    monkeypatch.setattr(wrap, "taken", lambda results: [came.append(weakref.ref(t)) or t for t in take(results)])
+    monkeypatch.setattr(
+        wrap, "taken", lambda results: [came.append(weakref.ref(t)) or t for t in take(results)]
+    )
     f, x = bridge.to_torch(lambda x: jnp.sin(jnp.exp(x) * x)), torch.ones(64, requires_grad=True)
 
     def alive(run):
         came.clear()
-        y = run(x)  # noqa: F841
+        y = run(x)
         gc.collect()
         return sum(t() is not None for t in came)
 
@@ -116,7 +152,10 @@ def test_residuals_x_checkpoint(reentrant, monkeypatch):
 def test_residuals_x_hooks():
     """Packed and unpacked as often, into anything; the graph itself holds none of them."""
     packed, unpacked = [], []
-    f, x = bridge.to_torch(lambda x: jnp.sin(jnp.exp(x))), torch.ones(3, dtype=torch.float64, requires_grad=True)
+    f, x = (
+        bridge.to_torch(lambda x: jnp.sin(jnp.exp(x))),
+        torch.ones(3, dtype=torch.float64, requires_grad=True),
+    )
 
     def pack(t):
         packed.append(t.shape)
@@ -135,7 +174,9 @@ def test_residuals_x_hooks():
 @pytest.mark.parametrize("kept", ["input", "output", "input of a scalar"])
 def test_write_between_forward_and_backward(kept):
     """torch's own error, as its version counters give it."""
-    f = bridge.to_torch({"input": jnp.sin, "output": jnp.exp, "input of a scalar": lambda x: (x**3).sum()}[kept])
+    f = bridge.to_torch(
+        {"input": jnp.sin, "output": jnp.exp, "input of a scalar": lambda x: (x**3).sum()}[kept]
+    )
     w = torch.ones(3, requires_grad=True) * 1
     y = f(w)
     (y if kept == "output" else w).detach().add_(1)

@@ -1,8 +1,8 @@
 """Values of every transform equal pure JAX, on both lanes, eager and jitted."""
 
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
-import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 from jax.sharding import NamedSharding
@@ -11,22 +11,29 @@ from jax.sharding import PartitionSpec as P
 import bridge
 from tests.cases import ENERGIES, TWINS, VECTORS, close, draw, sizes
 
-ALL = lambda f, xs: tuple(range(len(xs)))  # noqa: E731
-CT = lambda y: jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)  # noqa: E731
+ALL = lambda f, xs: tuple(range(len(xs)))
+CT = lambda y: jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
 
 
 def scan3(f):
     """Three steps of x <- x + 0.1 sum(f(x)); differentiable through all of them."""
-    return lambda *xs: jax.lax.scan(lambda c, _: (c + 0.1 * jnp.sum(f(c, *xs[1:])), jnp.sum(f(c, *xs[1:]))), xs[0], None, length=3)[1].sum()
+    return lambda *xs: jax.lax.scan(
+        lambda c, _: (c + 0.1 * jnp.sum(f(c, *xs[1:])), jnp.sum(f(c, *xs[1:]))),
+        xs[0],
+        None,
+        length=3,
+    )[1].sum()
 
 
-TOTAL = lambda f: lambda *xs: (lambda y: (CT(y) * y).sum())(f(*xs))  # noqa: E731
+TOTAL = lambda f: lambda *xs: (lambda y: (CT(y) * y).sum())(f(*xs))
 
 
 TRANSFORMS = {
     "call": lambda f: f,
     "grad": lambda f: lambda *xs: jax.grad(TOTAL(f), ALL(f, xs))(*xs),
-    "value_and_grad": lambda f: lambda *xs: jax.value_and_grad(lambda *xs: (f(*xs) ** 2).sum(), ALL(f, xs))(*xs),
+    "value_and_grad": lambda f: (
+        lambda *xs: jax.value_and_grad(lambda *xs: (f(*xs) ** 2).sum(), ALL(f, xs))(*xs)
+    ),
     "jvp": lambda f: lambda *xs: jax.jvp(f, xs, tuple(map(jnp.cos, xs))),
     "vjp": lambda f: lambda *xs: (lambda y, pull: pull(CT(y)))(*jax.vjp(f, *xs)),
     "linearize": lambda f: lambda *xs: jax.linearize(f, *xs)[1](*map(jnp.sin, xs)),
@@ -38,35 +45,88 @@ TRANSFORMS = {
     "hvp": lambda f: lambda *xs: jax.jvp(jax.grad(TOTAL(f)), xs, tuple(map(jnp.cos, xs)))[1],
     "third_order": lambda f: lambda *xs: jax.jacfwd(jax.jacrev(jax.jacrev(TOTAL(f))))(*xs),
     "vmap": lambda f: lambda *xs: jax.vmap(f)(*[jnp.stack([x, 2 * x]) for x in xs]),
-    "vmap_shared": lambda f: lambda *xs: jax.vmap(f, (0,) + (None,) * (len(xs) - 1))(jnp.stack([xs[0], -xs[0]]), *xs[1:]),
-    "vmap_last_axis": lambda f: lambda *xs: jax.vmap(f, -1, -1 if f(*xs).ndim else 0)(*[jnp.stack([x, 2 * x], -1) for x in xs]),
-    "vmap_vmap": lambda f: lambda *xs: jax.vmap(jax.vmap(f))(*[jnp.stack([jnp.stack([x, 2 * x])] * 2) for x in xs]),
-    "vmap_grad": lambda f: lambda *xs: jax.vmap(jax.grad(TOTAL(f), ALL(f, xs)))(*[jnp.stack([x, 2 * x]) for x in xs]),
-    "grad_vmap": lambda f: lambda *xs: jax.grad(lambda *ys: (jax.vmap(f, (0,) + (None,) * (len(xs) - 1))(*ys) ** 2).sum(), ALL(f, xs))(jnp.stack([xs[0], -xs[0]]), *xs[1:]),
-    "vmap_hessian": lambda f: lambda *xs: jax.vmap(jax.hessian(TOTAL(f)))(*[jnp.stack([x, 2 * x]) for x in xs]),
-    "checkpoint": lambda f: lambda *xs: jax.grad(lambda *xs: (jax.checkpoint(f)(*xs) ** 2).sum())(*xs),
+    "vmap_shared": lambda f: (
+        lambda *xs: jax.vmap(f, (0,) + (None,) * (len(xs) - 1))(jnp.stack([xs[0], -xs[0]]), *xs[1:])
+    ),
+    "vmap_last_axis": lambda f: (
+        lambda *xs: jax.vmap(f, -1, -1 if f(*xs).ndim else 0)(
+            *[jnp.stack([x, 2 * x], -1) for x in xs]
+        )
+    ),
+    "vmap_vmap": lambda f: (
+        lambda *xs: jax.vmap(jax.vmap(f))(*[jnp.stack([jnp.stack([x, 2 * x])] * 2) for x in xs])
+    ),
+    "vmap_grad": lambda f: (
+        lambda *xs: jax.vmap(jax.grad(TOTAL(f), ALL(f, xs)))(*[jnp.stack([x, 2 * x]) for x in xs])
+    ),
+    "grad_vmap": lambda f: (
+        lambda *xs: jax.grad(
+            lambda *ys: (jax.vmap(f, (0,) + (None,) * (len(xs) - 1))(*ys) ** 2).sum(), ALL(f, xs)
+        )(jnp.stack([xs[0], -xs[0]]), *xs[1:])
+    ),
+    "vmap_hessian": lambda f: (
+        lambda *xs: jax.vmap(jax.hessian(TOTAL(f)))(*[jnp.stack([x, 2 * x]) for x in xs])
+    ),
+    "checkpoint": lambda f: (
+        lambda *xs: jax.grad(lambda *xs: (jax.checkpoint(f)(*xs) ** 2).sum())(*xs)
+    ),
     "scan": scan3,
     "grad_scan": lambda f: jax.grad(scan3(f)),
     "grad_scan_checkpoint": lambda f: jax.grad(scan3(jax.checkpoint(f))),
-    "fori_loop": lambda f: lambda *xs: jax.lax.fori_loop(0, 3, lambda i, c: c + 0.1 * f(c, *xs[1:]).sum(), xs[0]),
-    "while_loop": lambda f: lambda *xs: jax.lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, s[1] + 0.1 * f(s[1], *xs[1:]).sum()), (0, xs[0])),
-    "jvp_while_loop": lambda f: lambda *xs: jax.jvp(lambda x: jax.lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, s[1] + 0.1 * f(s[1], *xs[1:]).sum()), (0, x))[1], xs[:1], xs[:1]),
+    "fori_loop": lambda f: (
+        lambda *xs: jax.lax.fori_loop(0, 3, lambda i, c: c + 0.1 * f(c, *xs[1:]).sum(), xs[0])
+    ),
+    "while_loop": lambda f: (
+        lambda *xs: jax.lax.while_loop(
+            lambda s: s[0] < 3,
+            lambda s: (s[0] + 1, s[1] + 0.1 * f(s[1], *xs[1:]).sum()),
+            (0, xs[0]),
+        )
+    ),
+    "jvp_while_loop": lambda f: (
+        lambda *xs: jax.jvp(
+            lambda x: jax.lax.while_loop(
+                lambda s: s[0] < 3,
+                lambda s: (s[0] + 1, s[1] + 0.1 * f(s[1], *xs[1:]).sum()),
+                (0, x),
+            )[1],
+            xs[:1],
+            xs[:1],
+        )
+    ),
     "cond": lambda f: lambda *xs: jax.lax.cond(xs[0].sum() > 0, lambda: f(*xs), lambda: 2 * f(*xs)),
-    "grad_cond": lambda f: jax.grad(lambda *xs: jax.lax.cond(xs[0].sum() > 0, lambda: f(*xs).sum(), lambda: 2 * f(*xs).sum())),
-    "vmap_cond": lambda f: lambda *xs: jax.vmap(lambda x: jax.lax.cond(x.sum() > 0, lambda: f(x, *xs[1:]), lambda: 2 * f(x, *xs[1:])))(jnp.stack([xs[0], -xs[0]])),
-    "lax_map": lambda f: lambda *xs: jax.lax.map(lambda x: f(x, *xs[1:]), jnp.stack([xs[0], -xs[0]])),
-    "custom_vjp_inside": lambda f: jax.grad(lambda *xs: jnp.sin(f(*xs)).sum() * jnp.cos(f(*xs)).sum()),
+    "grad_cond": lambda f: jax.grad(
+        lambda *xs: jax.lax.cond(xs[0].sum() > 0, lambda: f(*xs).sum(), lambda: 2 * f(*xs).sum())
+    ),
+    "vmap_cond": lambda f: (
+        lambda *xs: jax.vmap(
+            lambda x: jax.lax.cond(x.sum() > 0, lambda: f(x, *xs[1:]), lambda: 2 * f(x, *xs[1:]))
+        )(jnp.stack([xs[0], -xs[0]]))
+    ),
+    "lax_map": lambda f: (
+        lambda *xs: jax.lax.map(lambda x: f(x, *xs[1:]), jnp.stack([xs[0], -xs[0]]))
+    ),
+    "custom_vjp_inside": lambda f: jax.grad(
+        lambda *xs: jnp.sin(f(*xs)).sum() * jnp.cos(f(*xs)).sum()
+    ),
 }
 
 
 def each_pair(names, transforms, ways):
-    """Every name with every transform, the ways in turns: each name and each transform goes every way, but no pair goes all of them."""
-    triples = [(n, t, ways[(i + j) % len(ways)]) for i, n in enumerate(names) for j, t in enumerate(transforms)]
+    """Every name with every transform, the ways in turns: each name and each transform goes every
+    way, but no pair goes all of them."""
+    triples = [
+        (n, t, ways[(i + j) % len(ways)])
+        for i, n in enumerate(names)
+        for j, t in enumerate(transforms)
+    ]
     assert all({w for *pair, w in triples if x in pair} == set(ways) for x in (*names, *transforms))
     return triples
 
 
-@pytest.mark.parametrize("name, transform, way", each_pair(TWINS, TRANSFORMS, ["eager", "ffi", "host"]))
+@pytest.mark.parametrize(
+    "name, transform, way", each_pair(TWINS, TRANSFORMS, ["eager", "ffi", "host"])
+)
 def test_transform_equals_pure_jax(name, transform, way):
     twin = TWINS[name]
     bridged = bridge.to_jax(twin.torch, lane="auto" if way == "eager" else way)
@@ -77,20 +137,29 @@ def test_transform_equals_pure_jax(name, transform, way):
 
 
 @settings(max_examples=3)
-@given(size=sizes, lane=st.sampled_from(["ffi", "host"]), dtype=st.sampled_from(["float64", "float32"]))
+@given(
+    size=sizes, lane=st.sampled_from(["ffi", "host"]), dtype=st.sampled_from(["float64", "float32"])
+)
 @pytest.mark.parametrize("transform", ["jvp", "hessian", "vmap_grad"])
 @pytest.mark.parametrize("name", ["bilinear", "softmax"])
 def test_transform_equals_pure_jax_for_any_shape_and_dtype(name, transform, size, lane, dtype):
     twin, (n, m, seed) = TWINS[name], size
     xs = draw(twin, n, m, seed, dtype)
     of = TRANSFORMS[transform]
-    close(jax.jit(of(bridge.to_jax(twin.torch, lane=lane)))(*xs), jax.jit(of(twin.jax))(*xs), rtol=1e-11 if dtype == "float64" else 1e-4)
+    close(
+        jax.jit(of(bridge.to_jax(twin.torch, lane=lane)))(*xs),
+        jax.jit(of(twin.jax))(*xs),
+        rtol=1e-11 if dtype == "float64" else 1e-4,
+    )
 
 
 DIFFERENTIATED = ["grad", "hessian", "vmap_hessian", "jvp", "grad_scan", "third_order"]
 
 
-@pytest.mark.parametrize("name, transform, lane", each_pair(["pair", "bilinear", "elementwise", "matmul"], DIFFERENTIATED, ["ffi", "host"]))
+@pytest.mark.parametrize(
+    "name, transform, lane",
+    each_pair(["pair", "bilinear", "elementwise", "matmul"], DIFFERENTIATED, ["ffi", "host"]),
+)
 def test_autograd_derivatives_equal_pure_jax(name, transform, lane):
     """derivatives="autograd" with vmap served one after another."""
     twin = TWINS[name]
@@ -121,7 +190,9 @@ SHARDED = {
 }
 
 
-@pytest.mark.parametrize("name, transform, lane", each_pair(SHARDED, ["call", "grad", "hessian", "jvp"], ["ffi", "host"]))
+@pytest.mark.parametrize(
+    "name, transform, lane", each_pair(SHARDED, ["call", "grad", "hessian", "jvp"], ["ffi", "host"])
+)
 def test_shard_map_equals_pure_jax(name, transform, lane):
     adapt, twin, shape, shape_w = SHARDED[name]
     mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -129,11 +200,15 @@ def test_shard_map_equals_pure_jax(name, transform, lane):
     w = jnp.sin(jnp.ones(shape_w))
 
     def over_devices(f):
-        local = lambda x, w: jax.lax.psum(jnp.sum(adapt(f)(x, w) ** 2), "i")  # noqa: E731
+        local = lambda x, w: jax.lax.psum(jnp.sum(adapt(f)(x, w) ** 2), "i")
         return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P("i"), P()), out_specs=P()))
 
     of = TRANSFORMS[transform]
-    close(of(over_devices(bridge.to_jax(twin.torch, lane=lane)))(x, w), of(over_devices(twin.jax))(x, w), rtol=1e-11)
+    close(
+        of(over_devices(bridge.to_jax(twin.torch, lane=lane)))(x, w),
+        of(over_devices(twin.jax))(x, w),
+        rtol=1e-11,
+    )
 
 
 def test_jit_of_sharded_arrays_gives_the_right_values(maybe_jit):

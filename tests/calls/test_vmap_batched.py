@@ -1,4 +1,5 @@
-"""vmap as `batched=` asks for it: every way gives the values of pure JAX, and calls torch as often as it says."""
+"""vmap as `batched=` asks for it: every way gives the values of pure JAX, and calls torch as often
+as it says."""
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,10 @@ from tests.cases import close
 
 X = jnp.cos(jnp.arange(12.0)).reshape(4, 3)
 W = jnp.sin(jnp.arange(12.0)).reshape(4, 3)
-PURE = lambda x, w: jnp.sin(x) * w.sum()  # noqa: E731
-PLAIN = lambda x, w: torch.sin(x) * w.sum()  # noqa: E731
-NATIVE = lambda x, w: torch.sin(x) * w.sum(-1, keepdim=True)  # noqa: E731
-LAST = lambda x, w: torch.sin(x) * (w.sum() if w.dim() == 1 else w.sum(0))  # noqa: E731
+PURE = lambda x, w: jnp.sin(x) * w.sum()
+PLAIN = lambda x, w: torch.sin(x) * w.sum()
+NATIVE = lambda x, w: torch.sin(x) * w.sum(-1, keepdim=True)
+LAST = lambda x, w: torch.sin(x) * (w.sum() if w.dim() == 1 else w.sum(0))
 
 WAYS = {
     "vmap": (PLAIN, "vmap"),
@@ -49,7 +50,11 @@ def test_values_equal_pure_jax(way, over, derived, derivatives):
     axes, vmap = OVER[over]
     xs = tuple(a if axis == 0 else a[0] for a, axis in zip((X, W), axes))
     bridged = bridge.to_jax(f, batched=batched, derivatives=derivatives)
-    close(jax.jit(DERIVED[derived](vmap, bridged))(*xs), jax.jit(DERIVED[derived](vmap, PURE))(*xs), rtol=1e-12)
+    close(
+        jax.jit(DERIVED[derived](vmap, bridged))(*xs),
+        jax.jit(DERIVED[derived](vmap, PURE))(*xs),
+        rtol=1e-12,
+    )
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -57,8 +62,8 @@ def test_vmap_of_vmap(way, lane):
     f, batched = WAYS[way]
     xs = jnp.stack([X, 2 * X]), jnp.stack([W, 3 * W])
     if way in ("last axis", "named, return"):
-        f = lambda x, w: torch.sin(x) * (w.sum() if w.dim() == 1 else w.sum(0))  # noqa: E731
-    twice = lambda g: jax.jit(jax.vmap(jax.vmap(g)))  # noqa: E731
+        f = lambda x, w: torch.sin(x) * (w.sum() if w.dim() == 1 else w.sum(0))
+    twice = lambda g: jax.jit(jax.vmap(jax.vmap(g)))
     close(twice(bridge.to_jax(f, batched=batched, lane=lane))(*xs), twice(PURE)(*xs), rtol=1e-12)
 
 
@@ -71,7 +76,9 @@ def test_calls_of_the_model(way, calls, lane):
         n.append(1)
         return f(x, w)
 
-    program = jax.jit(jax.vmap(bridge.to_jax(counted, batched=batched, lane=lane, outputs=lambda x, w: x)))
+    program = jax.jit(
+        jax.vmap(bridge.to_jax(counted, batched=batched, lane=lane, outputs=lambda x, w: x))
+    )
     jax.block_until_ready(program(X, W))
     n.clear()
     jax.block_until_ready(program(X, W))
@@ -81,9 +88,9 @@ def test_calls_of_the_model(way, calls, lane):
 def test_shared_weights_of_a_native_batch_get_summed_gradients(lane):
     """{"x": 0}: w has no batch axis; its gradient is the sum over the batch."""
     f = bridge.to_jax(lambda x, w: torch.tanh(x @ w), batched={"x": 0}, lane=lane)
-    g = lambda x, w: jnp.tanh(x @ w)  # noqa: E731
+    g = lambda x, w: jnp.tanh(x @ w)
     w = jnp.ones((3, 2))
-    loss = lambda f: jax.jit(jax.grad(lambda w: (jax.vmap(f, (0, None))(X, w) ** 2).sum()))  # noqa: E731
+    loss = lambda f: jax.jit(jax.grad(lambda w: (jax.vmap(f, (0, None))(X, w) ** 2).sum()))
     close(loss(f)(w), loss(g)(w), rtol=1e-12)
 
 

@@ -1,4 +1,5 @@
-"""The demo's main claim (one call into torch for each MD step, energies included) and its refusal of nonsense."""
+"""The demo's main claim (one call into torch for each MD step, energies included) and its refusal
+of nonsense."""
 
 import ase.io
 import numpy as np
@@ -26,9 +27,32 @@ def test_nonsense_is_refused_in_one_clear_line(args, refused_line):
 
 @pytest.mark.parametrize("lane", ["ffi", "host"])
 def test_one_md_step_is_one_call_into_torch(lane, tmp_path, capsys):
-    md.main(["--crystal", "Si", "--repeat", "1", "--nvt", "6", "--nve", "10", "--every", "2", "--lane", lane, "--out", str(tmp_path)])
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("jax-md NV")]
-    assert [row[1:3] for row in rows] == [["NVT,", "jitted"], ["NVE,", "jitted"]] and [row[6] for row in rows] == ["1.00", "1.00"]
+    md.main(
+        [
+            "--crystal",
+            "Si",
+            "--repeat",
+            "1",
+            "--nvt",
+            "6",
+            "--nve",
+            "10",
+            "--every",
+            "2",
+            "--lane",
+            lane,
+            "--out",
+            str(tmp_path),
+        ]
+    )
+    rows = [
+        line.split()
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("jax-md NV")
+    ]
+    assert [row[1:3] for row in rows] == [["NVT,", "jitted"], ["NVE,", "jitted"]] and [
+        row[6] for row in rows
+    ] == ["1.00", "1.00"]
     frames = ase.io.read(tmp_path / "md.extxyz", ":")
     assert len(frames) == 8 and all(np.isfinite(f.get_forces()).all() for f in frames)
     total = [f.get_potential_energy() + f.get_kinetic_energy() for f in frames[3:]]
@@ -39,7 +63,22 @@ def test_one_md_step_is_one_call_into_torch(lane, tmp_path, capsys):
 def test_energy_and_forces_of_a_frame_are_sevennets_own(tmp_path):
     from sevenn.calculator import SevenNetCalculator
 
-    md.main(["--crystal", "NaCl", "--repeat", "1", "--nvt", "2", "--nve", "2", "--every", "2", "--out", str(tmp_path)])
+    md.main(
+        [
+            "--crystal",
+            "NaCl",
+            "--repeat",
+            "1",
+            "--nvt",
+            "2",
+            "--nve",
+            "2",
+            "--every",
+            "2",
+            "--out",
+            str(tmp_path),
+        ]
+    )
     last = ase.io.read(tmp_path / "md.extxyz", -1)
     energy, forces = last.get_potential_energy(), last.get_forces()
     last.calc = SevenNetCalculator("7net-0", device="cpu")

@@ -1,4 +1,5 @@
-"""The Monte Carlo demo in small: the potential's own numbers, detailed counts, resumption, nonsense refused."""
+"""The Monte Carlo demo in small: the potential's own numbers, detailed counts, resumption, nonsense
+refused."""
 
 import functools
 import json
@@ -11,8 +12,13 @@ import pytest
 
 from demos import alloy, mc, runs
 
-SMALL = "--repeat 2 --temperatures 400 900 --sweeps 4 --equilibrate 1 --chunk 2 --sizes 2 --out".split()
-PUBLISHED = {"Cu": (3.615, -3.544), "Au": (4.079, -3.779)}  # Angstrom, eV/atom: Cleri and Rosato, Phys. Rev. B 48, 22 (1993), table I
+SMALL = (
+    "--repeat 2 --temperatures 400 900 --sweeps 4 --equilibrate 1 --chunk 2 --sizes 2 --out".split()
+)
+PUBLISHED = {
+    "Cu": (3.615, -3.544),
+    "Au": (4.079, -3.779),
+}  # Angstrom, eV/atom: Cleri and Rosato, Phys. Rev. B 48, 22 (1993), table I
 NONSENSE = {
     "--sweeps 15": "argument --sweeps: expected a multiple of --chunk 10, got 15; change it",
     "--sweeps 20": "argument --sweeps: expected more than --equilibrate 60, got 20; change it",
@@ -30,7 +36,10 @@ def test_nonsense_is_refused_in_one_clear_line(args, refused_line):
 
 def by_the_formula(atoms):
     """eV, in plain NumPy: every image of every pair."""
-    images = np.stack(np.meshgrid(*[np.arange(-2, 3)] * 3, indexing="ij"), -1).reshape(-1, 3) @ atoms.cell.array
+    images = (
+        np.stack(np.meshgrid(*[np.arange(-2, 3)] * 3, indexing="ij"), -1).reshape(-1, 3)
+        @ atoms.cell.array
+    )
     total = 0.0
     for Zi, ri in zip(atoms.numbers, atoms.positions):
         repulsion = hopping = 0.0
@@ -80,7 +89,8 @@ def test_lattice_constant_and_cohesive_energy_x_publication(element):
 
 
 def test_the_ordered_alloy_is_bound_as_it_is_measured():
-    """Formation energy of Cu3Au: -74 meV an atom; the model's lattice is 2.5 % narrower than the measured one."""
+    """Formation energy of Cu3Au: -74 meV an atom; the model's lattice is 2.5 % narrower than the
+    measured one."""
     a, energy = relaxed([alloy.AU, *3 * [alloy.CU]], alloy.LATTICE)
     assert abs(a - alloy.LATTICE) < 1e-3
     assert abs(energy - 0.75 * PUBLISHED["Cu"][1] - 0.25 * PUBLISHED["Au"][1] + 0.074) < 2e-3
@@ -106,25 +116,39 @@ def test_a_small_run_and_its_continuation(tmp_path, capsys, monkeypatch):
     text = capsys.readouterr().out
     assert "within 1e-10" in text and "accepted: displacement, exchange, volume" in text
     assert (tmp_path / "mc.png").stat().st_size > 10_000
-    seen = {name: np.array([row[name] for row in map(json.loads, open(tmp_path / "mc.jsonl"))]) for name in ("energy", "long", "tried", "accepted")}
+    seen = {
+        name: np.array([row[name] for row in map(json.loads, open(tmp_path / "mc.jsonl"))])
+        for name in ("energy", "long", "tried", "accepted")
+    }
     assert seen["tried"].shape == (4, 4, 3) and (seen["tried"][..., 2] == 1).all()
-    assert (seen["tried"][..., :2].sum(-1) <= 64).all() and (seen["accepted"] <= seen["tried"]).all()
+    assert (seen["tried"][..., :2].sum(-1) <= 64).all() and (
+        seen["accepted"] <= seen["tried"]
+    ).all()
     assert seen["accepted"].sum((0, 1)).min() > 0 and seen["long"][0, 0] > seen["long"][0, 1]
     frames = ase.io.read(tmp_path / "mc-900K-random.extxyz", ":")
     assert len(frames) == 2 and all((f.numbers == alloy.AU).sum() == 8 for f in frames)
-    np.testing.assert_allclose(by_the_formula(frames[-1]) / 32, seen["energy"][-1, 3], atol=1e-6)  # eight digits in the file
+    np.testing.assert_allclose(
+        by_the_formula(frames[-1]) / 32, seen["energy"][-1, 3], atol=1e-6
+    )  # eight digits in the file
 
     with pytest.raises(ValueError, match="'seed': 1"):
         mc.main([*SMALL, str(tmp_path), "--resume", "--seed", "1"])
     before = (tmp_path / "mc.jsonl").read_bytes()
     monkeypatch.setattr(mc, "picture", lambda *args: None)  # seen above
     monkeypatch.setattr(mc, "speeds", lambda *args: [])
-    assert mc.main([*SMALL, str(tmp_path), "--resume"]) == 0  # nothing is left to do; that what is left repeats its bits, test_demo_runs holds
+    assert (
+        mc.main([*SMALL, str(tmp_path), "--resume"]) == 0
+    )  # nothing is left to do; that what is left repeats its bits, test_demo_runs holds
     again = capsys.readouterr().out
-    assert before == (tmp_path / "mc.jsonl").read_bytes() and [line for line in text.splitlines() if " random " in line][0] in again
+    assert (
+        before == (tmp_path / "mc.jsonl").read_bytes()
+        and [line for line in text.splitlines() if " random " in line][0] in again
+    )
 
 
-@pytest.mark.parametrize("worst, ended, word", [(1e-12, 0, "within"), (2e-10, 1, "BEYOND"), (np.nan, 1, "BEYOND")])
+@pytest.mark.parametrize(
+    "worst, ended, word", [(1e-12, 0, "within"), (2e-10, 1, "BEYOND"), (np.nan, 1, "BEYOND")]
+)
 def test_energies_that_part_fail_the_demo(worst, ended, word, capsys):
     assert mc.judged(worst) == ended and f"{word} 1e-10" in capsys.readouterr().out
 

@@ -1,4 +1,5 @@
-"""The NPT demo in small: one call into torch for a step at all temperatures, SevenNet's own numbers, resumption, nonsense refused."""
+"""The NPT demo in small: one call into torch for a step at all temperatures, SevenNet's own
+numbers, resumption, nonsense refused."""
 
 import ase.io
 import numpy as np
@@ -27,11 +28,23 @@ def test_a_small_run_and_its_continuation(tmp_path, capsys, monkeypatch):
     from sevenn.calculator import SevenNetCalculator
 
     calls, forward = [], npt.SevenNet.forward
-    monkeypatch.setattr(npt.SevenNet, "forward", lambda self, x, **k: calls.append(len(x["cell"])) or forward(self, x, **k))
+    monkeypatch.setattr(
+        npt.SevenNet,
+        "forward",
+        lambda self, x, **k: calls.append(len(x["cell"])) or forward(self, x, **k),
+    )
     assert npt.main([*SMALL, str(tmp_path)]) == 0
-    assert calls == [11, 1, *[2] * 6]  # the relaxation; the start, one for all; six steps, all temperatures in one call each
+    assert calls == [
+        11,
+        1,
+        *[2] * 6,
+    ]  # the relaxation; the start, one for all; six steps, all temperatures in one call each
     table = capsys.readouterr().out
-    assert "relaxed, no motion" in table and "1e-6/K" in table and (tmp_path / "npt.png").stat().st_size > 10_000
+    assert (
+        "relaxed, no motion" in table
+        and "1e-6/K" in table
+        and (tmp_path / "npt.png").stat().st_size > 10_000
+    )
 
     frames = ase.io.read(tmp_path / "npt-400K.extxyz", ":")
     assert len(frames) == 3 and len({f.get_volume() for f in frames}) == 3
@@ -43,7 +56,10 @@ def test_a_small_run_and_its_continuation(tmp_path, capsys, monkeypatch):
     pressure = -last.get_stress(voigt=False, include_ideal_gas=True).trace() / 3
     assert abs(frames[-1].info["pressure"] - pressure) < 1e-5
 
-    before = [(tmp_path / name).read_bytes() for name in ("npt-200K.extxyz", "npt-400K.extxyz", "npt.jsonl")]
+    before = [
+        (tmp_path / name).read_bytes()
+        for name in ("npt-200K.extxyz", "npt-400K.extxyz", "npt.jsonl")
+    ]
     with pytest.raises(ValueError, match="'seed': 1"):
         npt.main([*SMALL, str(tmp_path), "--resume", "--seed", "1"])
     checkpoint = (tmp_path / "npt.ckpt.npz").read_bytes()
@@ -51,9 +67,16 @@ def test_a_small_run_and_its_continuation(tmp_path, capsys, monkeypatch):
     shorter = [*SMALL, str(tmp_path / "parts")]
     shorter[shorter.index("6")] = "4"
     assert npt.main(shorter) == 0 == npt.main([*SMALL, str(tmp_path / "parts"), "--resume"])
-    assert before == [(tmp_path / "parts" / name).read_bytes() for name in ("npt-200K.extxyz", "npt-400K.extxyz", "npt.jsonl")]
+    assert before == [
+        (tmp_path / "parts" / name).read_bytes()
+        for name in ("npt-200K.extxyz", "npt-400K.extxyz", "npt.jsonl")
+    ]
     ours, theirs = (np.load(p / "npt.ckpt.npz") for p in (tmp_path, tmp_path / "parts"))
-    assert checkpoint and sorted(ours.files) == sorted(theirs.files) and all(np.array_equal(ours[k], theirs[k]) for k in ours.files)
+    assert (
+        checkpoint
+        and sorted(ours.files) == sorted(theirs.files)
+        and all(np.array_equal(ours[k], theirs[k]) for k in ours.files)
+    )
 
 
 def test_averages_and_the_line_through_them():
@@ -62,7 +85,13 @@ def test_averages_and_the_line_through_them():
     a = 5.7 * (1 + 4e-5 * (T - 300)) + 0.01 * rng.normal(size=(800, 3))
     a[:80] = 9.0  # what is left out
     flat = np.ones((800, 3))
-    seen = dict(volume=a**3, density=2.0 * flat, temperature=T * flat, pressure=0 * flat, conserved=-27 + 8e-3 * np.linspace(0, 3.2, 801)[1:, None] * flat)
+    seen = dict(
+        volume=a**3,
+        density=2.0 * flat,
+        temperature=T * flat,
+        pressure=0 * flat,
+        conserved=-27 + 8e-3 * np.linspace(0, 3.2, 801)[1:, None] * flat,
+    )
     found = npt.measured(seen, chosen, 1)
     alpha, error = found["alpha"]
     assert abs(alpha - 40) < 4 * error < 4 and abs(found["room"][0] - 5.7) < 0.002

@@ -1,4 +1,5 @@
-"""The demo of a relaxation: jitted JAX finds the lattice constants that the model's own calculator finds under ASE."""
+"""The demo of a relaxation: jitted JAX finds the lattice constants that the model's own calculator
+finds under ASE."""
 
 import ase.units
 import numpy as np
@@ -29,11 +30,18 @@ def test_all_relaxations_end_in_one_lattice(tmp_path, capsys):
     begun = relax.start(relax.options(CHOSEN))
     assert abs(begun.cell.cellpar() - own)[:3].max() > 0.05  # there was something to relax
     for name, row in rows.items():
-        assert row.converged and row.calls == len(row.energies) == len(row.volumes)  # one call of the model for each evaluation
+        assert row.converged and row.calls == len(row.energies) == len(
+            row.volumes
+        )  # one call of the model for each evaluation
         np.testing.assert_allclose(cells[name][:3], own[:3], atol=5e-3, err_msg=name)
         np.testing.assert_allclose(cells[name][3:], 90, atol=0.2, err_msg=name)
-        assert row.energies[0] - row.energies[-1] > 0.01 and abs(row.energies[-1] - row.energy) < 1e-4
-        assert abs(row.stress).max() / ase.units.GPa < 0.1 and np.linalg.norm(row.force, axis=1).max() < 0.007
+        assert (
+            row.energies[0] - row.energies[-1] > 0.01 and abs(row.energies[-1] - row.energy) < 1e-4
+        )
+        assert (
+            abs(row.stress).max() / ase.units.GPa < 0.1
+            and np.linalg.norm(row.force, axis=1).max() < 0.007
+        )
     text = capsys.readouterr().out
     assert text.count("lattice constants within") == 2 and "not converged" not in text
     assert (tmp_path / "relax.png").stat().st_size > 10_000

@@ -1,4 +1,5 @@
-"""The torch-sim demo's main claim (the same trajectory in both engines, the energy that was published) and its refusal of nonsense."""
+"""The torch-sim demo's main claim (the same trajectory in both engines, the energy that was
+published) and its refusal of nonsense."""
 
 import re
 
@@ -24,9 +25,14 @@ def test_nonsense_is_refused_in_one_clear_line(args, refused_line):
 def test_both_engines_give_one_trajectory(tmp_path, capsys):
     torch_sim.main(["--steps", "40", "--every", "10", "--out", str(tmp_path)])
     text = capsys.readouterr().out
-    rows = {name: re.search(rf"^{re.escape(name)} +(.*)$", text, re.M)[1].split() for name in ("torch-sim, JAX by bridge", "jax-md, jitted")}
+    rows = {
+        name: re.search(rf"^{re.escape(name)} +(.*)$", text, re.M)[1].split()
+        for name in ("torch-sim, JAX by bridge", "jax-md, jitted")
+    }
     ours, theirs = ([float(x) for x in row] for row in rows.values())
-    assert ours[0] == theirs[0] == 40 and ours[2:4] == theirs[2:4]  # potential energy at the start, total energy at the end
+    assert (
+        ours[0] == theirs[0] == 40 and ours[2:4] == theirs[2:4]
+    )  # potential energy at the start, total energy at the end
     assert abs(ours[2] + 3.544) < 1e-3  # the cohesive energy that the parameters were fitted to
     far = [float(x) for x in re.findall(r"([\d.e+-]+) after", text)]
     assert len(far) == 2 and max(far) < 1e-11

@@ -1,4 +1,5 @@
-"""ASE calculators of both banks: every output that is asked for reaches the results, under ASE's name where it has one."""
+"""ASE calculators of both banks: every output that is asked for reaches the results, under ASE's
+name where it has one."""
 
 import ase.db
 import jax.numpy as jnp
@@ -12,8 +13,8 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from bridge.card import Card
 from jax_side.engines import ase as in_jax
 from tests.graph_cases import CELL, NUMBERS, POS
-from torch_side.potentials.committee import Committee
 from torch_side.engines import ase as in_torch
+from torch_side.potentials.committee import Committee
 from torch_side.potentials.model import Wrapped
 
 N, F, M = len(NUMBERS), 2, 3
@@ -41,7 +42,10 @@ def outputs(xp, dtype):
     """Made-up numbers of each output in the contract's shapes, one system."""
     sizes = {"energy_std": (1,), "member_energies": (M, 1), "dipole": (1, 3)}
     shapes = {name: sizes.get(name, shape) for name, shape in SHAPES.items()}
-    return {name: xp.arange(1.0, 1 + int(np.prod(s)), dtype=dtype).reshape(s) for name, s in shapes.items()}
+    return {
+        name: xp.arange(1.0, 1 + int(np.prod(s)), dtype=dtype).reshape(s)
+        for name, s in shapes.items()
+    }
 
 
 def torch_model(x):
@@ -57,8 +61,12 @@ def jax_model(x):
 
 
 BANKS = {
-    "torch": lambda *asked, dtype=None: in_torch.calculator(Wrapped(torch_model, CARD, "model"), outputs=asked, dtype=dtype),
-    "jax": lambda *asked, dtype=None: in_jax.calculator(jax_model, outputs=asked, card=CARD, dtype=dtype),
+    "torch": lambda *asked, dtype=None: in_torch.calculator(
+        Wrapped(torch_model, CARD, "model"), outputs=asked, dtype=dtype
+    ),
+    "jax": lambda *asked, dtype=None: in_jax.calculator(
+        jax_model, outputs=asked, card=CARD, dtype=dtype
+    ),
 }
 banks = pytest.mark.parametrize("bank", BANKS)
 
@@ -95,8 +103,19 @@ def test_what_is_not_asked_for_is_not_there(bank):
     atoms = crystal()
     atoms.calc = BANKS[bank]("energy_std")
     atoms.get_potential_energy()
-    named = {"energies", "charges", "magmoms", "dipole"}  # ASE's own, which the model gives in any case
-    assert set(atoms.calc.results) - named == {"energy", "free_energy", "forces", "stress", "energy_std"}
+    named = {
+        "energies",
+        "charges",
+        "magmoms",
+        "dipole",
+    }  # ASE's own, which the model gives in any case
+    assert set(atoms.calc.results) - named == {
+        "energy",
+        "free_energy",
+        "forces",
+        "stress",
+        "energy_std",
+    }
     with pytest.raises(PropertyNotImplementedError):
         atoms.calc.get_property("hessian", atoms)
 
@@ -107,10 +126,23 @@ def test_ases_own_x_outputs_without_a_name_in_ase(bank):
     atoms = crystal()
     atoms.calc = BANKS[bank](*SHAPES)
     found = atoms.get_properties(["energy", "forces"])
-    named = {"energy", "free_energy", "forces", "stress", "energies", "charges", "magmoms", "dipole"}
+    named = {
+        "energy",
+        "free_energy",
+        "forces",
+        "stress",
+        "energies",
+        "charges",
+        "magmoms",
+        "dipole",
+    }
     assert set(found) - {"natoms"} == named and set(atoms.calc.export_properties()) == set(found)
-    assert set(atoms.calc.results) == named | {name for name in SHAPES if name not in ("node_energies",)}
-    frozen = SinglePointCalculator(atoms, **{name: x for name, x in atoms.calc.results.items() if name in all_properties})
+    assert set(atoms.calc.results) == named | {
+        name for name in SHAPES if name not in ("node_energies",)
+    }
+    frozen = SinglePointCalculator(
+        atoms, **{name: x for name, x in atoms.calc.results.items() if name in all_properties}
+    )
     assert frozen.get_property("energy", atoms) == atoms.get_potential_energy()
 
 
@@ -133,17 +165,30 @@ def test_a_committees_spread():
     """Real ones: the standard deviation, and each member's."""
 
     def member(k):
-        gradients = {"position_gradients": lambda x: 2 * k * x["pos"], "cell_gradients": lambda x: 0 * x["cell"]}
-        model = lambda x: {"energy": k * (x["pos"] ** 2).sum().reshape(1)} | {n: g(x) for n, g in gradients.items()}  # noqa: E731
+        gradients = {
+            "position_gradients": lambda x: 2 * k * x["pos"],
+            "cell_gradients": lambda x: 0 * x["cell"],
+        }
+        model = lambda x: (
+            {"energy": k * (x["pos"] ** 2).sum().reshape(1)}
+            | {n: g(x) for n, g in gradients.items()}
+        )
         return Wrapped(model, Card(batches=True), "model")
 
     atoms, ks = crystal(), np.array([1.0, 2.0, 4.0])
-    atoms.calc = in_torch.calculator(Committee([member(k) for k in ks], vmap=False), outputs=("member_energies", "member_position_gradients"))
+    atoms.calc = in_torch.calculator(
+        Committee([member(k) for k in ks], vmap=False),
+        outputs=("member_energies", "member_position_gradients"),
+    )
     total = (atoms.positions**2).sum()
     assert atoms.get_potential_energy() == pytest.approx(ks.mean() * total)
     results = atoms.calc.results
     assert results["energy_std"] == pytest.approx(ks.std() * total)
-    np.testing.assert_allclose(results["position_gradients_std"], 2 * ks.std() * abs(atoms.positions))
+    np.testing.assert_allclose(
+        results["position_gradients_std"], 2 * ks.std() * abs(atoms.positions)
+    )
     np.testing.assert_allclose(results["member_energies"], ks * total)
-    np.testing.assert_allclose(results["member_position_gradients"], 2 * ks[:, None, None] * atoms.positions)
+    np.testing.assert_allclose(
+        results["member_position_gradients"], 2 * ks[:, None, None] * atoms.positions
+    )
     np.testing.assert_allclose(atoms.get_forces(), -2 * ks.mean() * atoms.positions)

@@ -1,4 +1,5 @@
-"""jax-md runs a contract model as it runs its own energies: trajectories, stress, and one evaluation for a step."""
+"""jax-md runs a contract model as it runs its own energies: trajectories, stress, and one
+evaluation for a step."""
 
 import sys
 from functools import partial
@@ -10,8 +11,8 @@ import pytest
 from jax_md import energy as jax_md_energy
 from jax_md import quantity, simulate, space
 
-from jax_side.potentials import strain
 from jax_side.engines import jax_md as engine
+from jax_side.potentials import strain
 from jax_side.potentials.potential import potential
 
 N, SIGMA = 12, 1.625  # exact in float32, which jax-md rounds it to
@@ -51,7 +52,12 @@ def systems():
     free, shift_free = space.free()
     return {
         "fractional": (native(frac), engine.energy(CRYSTAL, BOX), shift_frac, FRACTIONAL),
-        "real": (native(real), engine.energy(CRYSTAL, BOX, fractional=False), shift_real, FRACTIONAL @ BOX.T),
+        "real": (
+            native(real),
+            engine.energy(CRYSTAL, BOX, fractional=False),
+            shift_real,
+            FRACTIONAL @ BOX.T,
+        ),
         "free": (native(free), engine.energy(CLUSTER), shift_free, REAL),
     }
 
@@ -77,12 +83,15 @@ def test_energy_and_gradient_are_jax_mds(name):
 
 
 def test_same_trajectory_in_real_coordinates():
-    """In fractional ones, for each ensemble: tests/engines/test_jax_md_ensembles.py; in free space: tests/engines/test_jax_md_torch.py."""
+    """In fractional ones, for each ensemble: tests/engines/test_jax_md_ensembles.py; in free space:
+    tests/engines/test_jax_md_torch.py."""
     reference, ours, shift, R = SYSTEMS["real"]
 
     def run(energy_fn):
         init, step = simulate.nve(energy_fn, shift, 2e-2)
-        return jax.jit(lambda s: jax.lax.fori_loop(0, 100, lambda i, s: step(s), s))(init(KEY, R, 0.1))
+        return jax.jit(lambda s: jax.lax.fori_loop(0, 100, lambda i, s: step(s), s))(
+            init(KEY, R, 0.1)
+        )
 
     a, b = run(ours), run(reference)
     assert float(abs(a.position - R).max()) > 0.05
@@ -93,8 +102,12 @@ def test_same_trajectory_in_real_coordinates():
 def test_stress_and_perturbation_are_the_virial(name):
     reference, ours, _, R = SYSTEMS[name]
     box = None if name == "free" else BOX
-    virial = lambda f: jax.grad(lambda P: f(R, perturbation=P))(jnp.eye(3))  # noqa: E731
-    of = [virial] if box is None else [virial, lambda f: quantity.stress(f, R, box), lambda f: quantity.pressure(f, R, box)]
+    virial = lambda f: jax.grad(lambda P: f(R, perturbation=P))(jnp.eye(3))
+    of = (
+        [virial]
+        if box is None
+        else [virial, lambda f: quantity.stress(f, R, box), lambda f: quantity.pressure(f, R, box)]
+    )
     mine, theirs = (jax.jit(lambda f=f: [g(f) for g in of])() for f in (ours, reference))
     close(mine, theirs)
     if box is not None:
@@ -102,7 +115,10 @@ def test_stress_and_perturbation_are_the_virial(name):
         close(-CRYSTAL.stress(r, BOX.T), mine[1])
 
 
-@pytest.mark.parametrize("box", [4.0, np.float64(4.0), jnp.full(1, 4.0), jnp.array([4.0, 4.2, 3.9]), BOX, np.asarray(BOX)])
+@pytest.mark.parametrize(
+    "box",
+    [4.0, np.float64(4.0), jnp.full(1, 4.0), jnp.array([4.0, 4.2, 3.9]), BOX, np.asarray(BOX)],
+)
 def test_every_kind_of_box(box):
     displacement, _ = space.periodic_general(box)
     close(engine.energy(CRYSTAL, box)(FRACTIONAL), native(displacement)(FRACTIONAL))
@@ -110,18 +126,25 @@ def test_every_kind_of_box(box):
 
 def test_gradient_in_the_box():
     reference, ours, _, R = SYSTEMS["fractional"]
-    close(*(jax.jit(jax.grad(lambda box: f(R, box=box)))(1.02 * BOX) for f in (ours, reference)))  # noqa: B023
+    close(*(jax.jit(jax.grad(lambda box: f(R, box=box)))(1.02 * BOX) for f in (ours, reference)))
 
 
 def mixed(r, cell):
     """No physics, but a dependence on all there is, and no symmetry."""
-    return jnp.sin(r @ jnp.array([0.3, -0.5, 0.9])).sum() * jnp.cos(cell @ jnp.array([0.2, 0.1, -0.3])).sum() + jnp.einsum("ni,nj,ij->", r, r, cell) / 40
+    return (
+        jnp.sin(r @ jnp.array([0.3, -0.5, 0.9])).sum()
+        * jnp.cos(cell @ jnp.array([0.2, 0.1, -0.3])).sum()
+        + jnp.einsum("ni,nj,ij->", r, r, cell) / 40
+    )
 
 
 def second_derivatives(energy_fn, forward):
     """How dE/dR and dE/dbox change along DR, and along DBOX."""
     first, second = jax.grad(energy_fn, (0, 1)), jax.jvp if forward else pushed_by_reverse
-    moves = lambda R, box: (second(lambda R: first(R, box), (R,), (DR,))[1], second(lambda box: first(R, box), (box,), (DBOX,))[1])  # noqa: E731
+    moves = lambda R, box: (
+        second(lambda R: first(R, box), (R,), (DR,))[1],
+        second(lambda box: first(R, box), (box,), (DBOX,))[1],
+    )
     return jax.jit(moves)(FRACTIONAL, BOX)
 
 
@@ -136,21 +159,32 @@ DR, DBOX = jax.random.normal(KEY, (N, 3)), jax.random.normal(KEY, (3, 3))
 
 def test_second_derivatives_are_those_of_finite_differences():
     """Where R moves by real displacements; the trap is jax-md's space.transform."""
-    right = lambda R, box: engine.energy(mixed, box)(R)  # noqa: E731
-    wrong = lambda R, box: mixed(space.transform(box, R), box.T)  # noqa: E731
+    right = lambda R, box: engine.energy(mixed, box)(R)
+    wrong = lambda R, box: mixed(space.transform(box, R), box.T)
     first, h = jax.jit(jax.grad(right, (0, 1))), 1e-5
     close(first(FRACTIONAL, BOX), jax.jit(jax.grad(wrong, (0, 1)))(FRACTIONAL, BOX))
-    slope = lambda f: jax.tree.map(lambda a, b: (a - b) / (2 * h), f(h), f(-h))  # noqa: E731
-    moves = slope(lambda x: first(FRACTIONAL + x * DR @ jnp.linalg.inv(BOX).T, BOX)), slope(lambda x: first(FRACTIONAL, BOX + x * DBOX))
+    slope = lambda f: jax.tree.map(lambda a, b: (a - b) / (2 * h), f(h), f(-h))
+    moves = (
+        slope(lambda x: first(FRACTIONAL + x * DR @ jnp.linalg.inv(BOX).T, BOX)),
+        slope(lambda x: first(FRACTIONAL, BOX + x * DBOX)),
+    )
     for forward in (True, False):
         close(second_derivatives(right, forward), moves, 1e-8)
-    assert abs(second_derivatives(wrong, True)[0][1] - moves[0][1]).max() > 0.05 * abs(moves[0][1]).max()
+    assert (
+        abs(second_derivatives(wrong, True)[0][1] - moves[0][1]).max()
+        > 0.05 * abs(moves[0][1]).max()
+    )
 
 
 def test_forward_over_forward():
-    ours, twice = engine.energy(mixed, BOX), lambda f: lambda R: jax.jvp(lambda R: jax.jvp(f, (R,), (DR,))[1], (R,), (DR,))[1]
+    ours, twice = (
+        engine.energy(mixed, BOX),
+        lambda f: lambda R: jax.jvp(lambda R: jax.jvp(f, (R,), (DR,))[1], (R,), (DR,))[1],
+    )
     found = jax.jit(twice(ours))(FRACTIONAL)
-    close(found, jax.jit(lambda R: (jax.jvp(jax.grad(ours), (R,), (DR,))[1] * DR).sum())(FRACTIONAL))
+    close(
+        found, jax.jit(lambda R: (jax.jvp(jax.grad(ours), (R,), (DR,))[1] * DR).sum())(FRACTIONAL)
+    )
     close(found, jax.jit(twice(lambda r: mixed(r, BOX.T)))(FRACTIONAL @ BOX.T))
 
 
@@ -164,7 +198,8 @@ def test_general_box_and_keywords_that_are_not_for_the_energy():
 
 
 class Counted:
-    """The model beside a pure_callback that counts its evaluations; XLA never merges two of those."""
+    """The model beside a pure_callback that counts its evaluations; XLA never merges two of
+    those."""
 
     def __init__(self):
         self.calls = 0
@@ -175,7 +210,9 @@ class Counted:
 
     def __call__(self, inputs):
         args = inputs["pos"], inputs["cell"]
-        zero = jax.pure_callback(self._count, jax.ShapeDtypeStruct((), jnp.float64), *args, vmap_method="sequential")
+        zero = jax.pure_callback(
+            self._count, jax.ShapeDtypeStruct((), jnp.float64), *args, vmap_method="sequential"
+        )
         return jax.tree.map(lambda x: x + zero, MODEL(inputs))
 
 
@@ -217,7 +254,8 @@ def test_observed_energy_costs_no_evaluation(integrator):
 
 
 def test_logging_beside_the_step_would_evaluate_twice():
-    """The control of the test above: pure_callback calls are not merged, so `observed` is what saves the second."""
+    """The control of the test above: pure_callback calls are not merged, so `observed` is what
+    saves the second."""
     model, energy_fn = counting()
     init, step = simulate.nve(energy_fn, SYSTEMS["fractional"][2], 2e-2)
 
@@ -235,7 +273,9 @@ def test_observed_trajectory_is_the_plain_one():
     make, start = INTEGRATORS["nvt_nose_hoover"]
     init, step = make(ours, shift)
     init_observed, step_observed = engine.observed(make, ours, shift)
-    plain, energies = scan(lambda s: ((s := step(s)), ours(s.position)), 20)(jax.jit(init)(KEY, R, **start))
+    plain, energies = scan(lambda s: ((s := step(s)), ours(s.position)), 20)(
+        jax.jit(init)(KEY, R, **start)
+    )
     state, observed = scan(step_observed, 20)(jax.jit(init_observed)(KEY, R, **start)[0])
     close(observed, energies)
     close([state.position, state.momentum], [plain.position, plain.momentum])
@@ -253,9 +293,14 @@ def test_nve_conserves_energy():
 
 
 def test_observed_refuses_an_integrator_that_moves_on():
-    init, step = engine.observed(simulate.brownian, SYSTEMS["fractional"][1], SYSTEMS["fractional"][2], 1e-3, 0.1)
+    init, step = engine.observed(
+        simulate.brownian, SYSTEMS["fractional"][1], SYSTEMS["fractional"][2], 1e-3, 0.1
+    )
     state = simulate.BrownianState(FRACTIONAL, 1.0, KEY)
-    with pytest.raises(NotImplementedError, match="expected a step that ends where its forces were evaluated, got positions"):
+    with pytest.raises(
+        NotImplementedError,
+        match="expected a step that ends where its forces were evaluated, got positions",
+    ):
         step(state)
     with pytest.raises(NotImplementedError, match="call energy_fn beside jax-md's own step"):
         init(KEY, FRACTIONAL)
@@ -265,9 +310,13 @@ def test_errors_say_what_came():
     ours = SYSTEMS["fractional"][1]
     with pytest.raises(ValueError, match="one dtype for R and box, got R float32 and box float64"):
         ours(FRACTIONAL.astype(jnp.float32))
-    with pytest.raises(ValueError, match=r"expected box as a number, \(3,\) or \(3,3\), got \(2, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"expected box as a number, \(3,\) or \(3,3\), got \(2, 2\)"
+    ):
         ours(FRACTIONAL, box=jnp.eye(2))
-    with pytest.raises(NotImplementedError, match="expected box=... for a box that changes, got new_box"):
+    with pytest.raises(
+        NotImplementedError, match="expected box=... for a box that changes, got new_box"
+    ):
         ours(FRACTIONAL, new_box=BOX)
 
 

@@ -1,4 +1,5 @@
-"""1,000 steps of each of jax-md's ensembles with a torch potential: the trajectory of jax-md's own, one torch call for a step."""
+"""1,000 steps of each of jax-md's ensembles with a torch potential: the trajectory of jax-md's own,
+one torch call for a step."""
 
 import pickle
 from functools import cache, partial
@@ -10,7 +11,20 @@ from jax_md import minimize, partition, quantity, simulate, space
 
 from jax_side.engines import jax_md as engine
 from jax_side.engines.carrying import Carrying
-from tests.jax_md_cases import BOX, KEY, LJ, SHIFT, R, apart, close, counted, native, ours, potential, scan
+from tests.jax_md_cases import (
+    BOX,
+    KEY,
+    LJ,
+    SHIFT,
+    R,
+    apart,
+    close,
+    counted,
+    native,
+    ours,
+    potential,
+    scan,
+)
 
 DT, KT, PRESSURE, STEPS = 2**-8, 0.125, 0.25, 1000  # exact in float32
 CHAIN = dict(chain_length=2, chain_steps=1, sy_steps=1)
@@ -66,7 +80,7 @@ def test_same_trajectory_and_one_torch_call_for_each_step(name):
 def test_npt_conserves_what_jax_mds_own_conserves():
     mine, theirs = (trajectory("npt_nose_hoover", x)[0][1][1] for x in (True, False))
     close(mine, theirs, 1e-9)
-    drift = lambda x: float(abs(x - x[0]).max())  # noqa: E731
+    drift = lambda x: float(abs(x - x[0]).max())
     assert drift(mine) < drift(theirs) + 1e-9 and drift(theirs) < 0.005 * abs(theirs[0])
 
 
@@ -75,23 +89,32 @@ def test_npt_in_real_coordinates_conserves_it_well():
     energy_fn = engine.energy(potential(), fractional=False)
     init, step = engine.npt_nose_hoover(energy_fn, space.free()[1], **NPT)
     start = jax.block_until_ready(init(KEY, R @ BOX.T, BOX))
-    (_, (_, invariant)), calls = counted(scan(step, STEPS // 2, partial(seen, None, "npt_nose_hoover")), start)
+    (_, (_, invariant)), calls = counted(
+        scan(step, STEPS // 2, partial(seen, None, "npt_nose_hoover")), start
+    )
     assert calls == STEPS // 2 * [1]
     assert 1e-6 < abs(invariant - invariant[0]).max() < 0.01
 
 
 def test_fire_with_box_relaxes_both():
     state = trajectory("fire_descent_box", True)[0][0]
-    assert abs(state.force).max() < 1e-4 and abs(quantity.stress(ours(), state.position, state.box)).max() < 1e-4
+    assert (
+        abs(state.force).max() < 1e-4
+        and abs(quantity.stress(ours(), state.position, state.box)).max() < 1e-4
+    )
 
 
 @pytest.mark.parametrize("name", ONCE)
 def test_energy_and_virial_of_the_state_are_those_of_its_positions_and_box(name):
     state = trajectory(name, True)[0][0]
     energy = jax.value_and_grad(lambda P, R, box: native()(R, box=box, perturbation=P))
-    close([state.energy, state.virial], jax.jit(energy)(jnp.eye(3), state.position, state.box), 1e-9)
+    close(
+        [state.energy, state.virial], jax.jit(energy)(jnp.eye(3), state.position, state.box), 1e-9
+    )
     again = pickle.loads(pickle.dumps(state))
-    assert type(again) is type(state) and isinstance(state, {"n": simulate.NPTNoseHooverState, "f": minimize.FireBoxDescentState}[name[0]])
+    assert type(again) is type(state) and isinstance(
+        state, {"n": simulate.NPTNoseHooverState, "f": minimize.FireBoxDescentState}[name[0]]
+    )
     close(again, state, 0)
 
 
@@ -111,7 +134,9 @@ def test_jax_mds_own_calls_twice(name):
     init, step = make(name, ours("host"), plain=True)
     (state, _), calls = counted(scan(step, 6), jax.block_until_ready(init(*ENSEMBLES[name][3])))
     assert calls == 12 * [1]
-    assert apart(state.position, trajectory(name, True)[0][1][0][5]) < 1e-12 < apart(state.position, R)
+    assert (
+        apart(state.position, trajectory(name, True)[0][1][0][5]) < 1e-12 < apart(state.position, R)
+    )
 
 
 @pytest.mark.parametrize("name, lane", [("nve", "host"), ("npt_nose_hoover", "ffi")])
@@ -119,7 +144,7 @@ def test_replicas_are_one_torch_call_and_equal_single_runs(name, lane):
     init, step = make(name, ours(lane))
     options = ENSEMBLES[name][3]
     starts = R + 0.005 * jax.random.normal(KEY, (4, *R.shape))
-    one = lambda r: init(*(r if x is R else x for x in options))  # noqa: E731
+    one = lambda r: init(*(r if x is R else x for x in options))
     states, calls = counted(jax.jit(jax.vmap(one)), starts)
     assert calls == [4]
     many, calls = counted(scan(jax.vmap(step), 10), states)
@@ -132,13 +157,21 @@ def test_replicas_are_one_torch_call_and_equal_single_runs(name, lane):
 def test_npt_with_keywords_of_the_step():
     """Another pressure and temperature, and jax-md's neighbour list."""
     find = partition.neighbor_list(
-        space.periodic_general(BOX)[0], jnp.diag(BOX), LJ["r_cutoff"], 0.04, fractional_coordinates=True, disable_cell_list=True, format=partition.Sparse
+        space.periodic_general(BOX)[0],
+        jnp.diag(BOX),
+        LJ["r_cutoff"],
+        0.04,
+        fractional_coordinates=True,
+        disable_cell_list=True,
+        format=partition.Sparse,
     )
     listed, keywords = find.allocate(R), dict(pressure=2.0, kT=0.5)
     run = {}
     for name, energy_fn, more in (("mine", ours(), {"neighbor": listed}), ("theirs", native(), {})):
         init, step = make("npt_nose_hoover", energy_fn)
-        run[name], calls = counted(scan(partial(step, **keywords, **more), 20), init(KEY, R, BOX, **more))
+        run[name], calls = counted(
+            scan(partial(step, **keywords, **more), 20), init(KEY, R, BOX, **more)
+        )
         assert calls in ([], 20 * [1], 21 * [1])
     a, b = run["mine"][0], run["theirs"][0]
     close([a.position, a.box, a.momentum], [b.position, b.box, b.momentum], 1e-9)
@@ -148,7 +181,9 @@ def test_observed_takes_the_torch_potential(lane):
     init, step = engine.observed(simulate.nve, ours(lane), SHIFT, DT)
     (state, energy), calls = counted(init, KEY, R, KT)
     assert calls == [1]
-    (state, energies), calls = counted(jax.jit(lambda s: jax.lax.scan(lambda s, _: step(s), s, None, length=6)), state)
+    (state, energies), calls = counted(
+        jax.jit(lambda s: jax.lax.scan(lambda s, _: step(s), s, None, length=6)), state
+    )
     assert calls == 6 * [1]
     close([energy, energies[-1]], [jax.jit(native())(r) for r in (R, state.position)])
 
@@ -156,14 +191,28 @@ def test_observed_takes_the_torch_potential(lane):
 def test_npt_takes_jax_mds_own_energies():
     init, step = engine.npt_nose_hoover(native(), SHIFT, **NPT)
     state, _ = scan(step, 6)(init(KEY, R, BOX))
-    assert apart(state.position, trajectory("npt_nose_hoover", False)[0][1][0][5]) < 1e-12 < apart(state.position, R)
+    assert (
+        apart(state.position, trajectory("npt_nose_hoover", False)[0][1][0][5])
+        < 1e-12
+        < apart(state.position, R)
+    )
 
 
 @pytest.mark.parametrize("at_start, got", [(True, "end, end"), (False, "nowhere")])
 def test_another_order_of_evaluations_is_refused(at_start, got):
     def simulator(energy_fn):
-        return None, lambda state: (energy_fn(state.position + 0), energy_fn(state.position + 1)) if at_start else state
+        return (
+            None,
+            lambda state: (
+                (energy_fn(state.position + 0), energy_fn(state.position + 1))
+                if at_start
+                else state
+            ),
+        )
 
     state = engine.npt_nose_hoover(native(), SHIFT, **NPT)[0](KEY, R, BOX)
-    with pytest.raises(NotImplementedError, match=f"expected a step that asks for its energy .*where it ends, got {got}; call jax-md's own"):
+    with pytest.raises(
+        NotImplementedError,
+        match=f"expected a step that asks for its energy .*where it ends, got {got}; call jax-md's own",
+    ):
         Carrying(simulator, native(), at_start).step(state)

@@ -70,16 +70,16 @@ def case(name):
     wide, narrow = (jnp.asarray(box, dtype) for box in (wide, narrow))
     R = jnp.asarray(SITES if fractional else SITES @ SKEWED.T, dtype)
     energy_fn = engine.energy(ENERGY, wide, fractional)
-    call = lambda R, box, neighbor: energy_fn(R, box=box, neighbor=neighbor)  # noqa: E731
+    call = lambda R, box, neighbor: energy_fn(R, box=box, neighbor=neighbor)
     return call, R, wide, narrow, lists(wide, CUTOFF, fractional).allocate(R)
 
 
 def all_of(f):
     """Energy, gradients and second derivatives of f(R, box, list)."""
-    grad = lambda R, box, n: jax.value_and_grad(f, (0, 1))(R, box, n)  # noqa: E731
+    grad = lambda R, box, n: jax.value_and_grad(f, (0, 1))(R, box, n)
     along = lambda R, box, n: jax.jvp(lambda R: jax.grad(f)(R, box, n), (R,), (jnp.ones_like(R),))[
         1
-    ]  # noqa: E731
+    ]
     return lambda R, box, n: (grad(R, box, n), along(R, box, n))
 
 
@@ -134,7 +134,7 @@ def test_vmap_gives_nan_for_what_is_wrong_alone(name):
     both = jax.value_and_grad(f, (0, 1))
     found = jax.jit(jax.vmap(both, (None, 0, 0)))(R, boxes, lists)
     want = jax.jit(both)(R, wide, n)
-    rows = [jax.tree.map(lambda x: x[k], found) for k in range(4)]  # noqa: B023
+    rows = [jax.tree.map(lambda x: x[k], found) for k in range(4)]
     assert nan(rows[1]) and nan(rows[2])
     tolerance = 1e-4 if R.dtype == jnp.float32 else 1e-10
     close(rows[0], want, tolerance)
@@ -166,7 +166,7 @@ def test_flags_of_jax_md(code, got):
 def test_perturbation_counts():
     f = engine.energy(ENERGY, SKEWED)
     R, n = case("matrix")[1], case("matrix")[-1]
-    call = lambda P: f(R, neighbor=n, perturbation=P)  # noqa: E731
+    call = lambda P: f(R, neighbor=n, perturbation=P)
     close(jax.jit(jax.grad(call))(jnp.eye(3)), jax.grad(lambda P: f(R, perturbation=P))(jnp.eye(3)))
     thin = jnp.diag(jnp.array([1.0, 1, 0.9]))
     for P in (0.9, jnp.asarray(0.9), thin):
@@ -224,7 +224,7 @@ def test_the_skin_counts_in_a_skewed_box():
     """An atom comes closer than the cutoff, in a box of 60 degrees; the list saw another image."""
     box = 8.0 * np.array([[1, 0.5, 0], [0, 0.75**0.5, 0], [0, 0, 1]])
     cutoff, skin = 3.46, 1.2
-    pair = lambda y: jnp.array([[4, 1, 1], [4, 1 + y, 1]]) @ jnp.linalg.inv(box).T  # noqa: E731
+    pair = lambda y: jnp.array([[4, 1, 1], [4, 1 + y, 1]]) @ jnp.linalg.inv(box).T
     n = (
         lists(box, cutoff, skin=skin)
         .allocate(pair(cutoff + 0.1), extra_capacity=4)
@@ -255,7 +255,7 @@ def test_a_list_in_cells_needs_them_wide_enough():
     )
     for box, fine in ((lower, False), (lower.T, True)):
         n = lists(jnp.asarray(box), 2.0).allocate(R)
-        call = lambda box: energy_fn(R, box=box, neighbor=n)  # noqa: B023, E731
+        call = lambda box: energy_fn(R, box=box, neighbor=n)
         apart = R[:, None] - R
         pairs = (np.linalg.norm((apart - np.round(apart)) @ box.T, axis=-1) < 2).sum() - len(R)
         assert (pairs == (n.idx[0] < len(R)).sum()) == fine
@@ -287,7 +287,7 @@ def test_a_list_that_is_too_short():
 
 def test_whose_cutoff_counts(monkeypatch):
     _, R, wide, narrow, n = case("matrix")
-    plain = lambda r, cell, **edges: (r**2).sum()  # noqa: E731
+    plain = lambda r, cell, **edges: (r**2).sum()
     with pytest.raises(
         ValueError, match="expected one cutoff, got 4.0, and 3.0 on the card; leave cutoff out"
     ):
@@ -361,7 +361,7 @@ def contract(box):
 @pytest.mark.parametrize("kind", ["box", "perturbation"])
 def test_a_jax_md_energy_in_a_narrow_box(kind):
     model = pairs(kind)
-    energy = lambda inputs: model(inputs)["energy"][0]  # noqa: E731
+    energy = lambda inputs: model(inputs)["energy"][0]
     narrow = r"at least 6 Angstrom .* the cutoff of 3, got 4.97\d*, where jax-md has one image"
     for way in (energy, jax.grad(energy), lambda inputs: jax.jit(lambda: energy(inputs))()):
         with pytest.raises(ValueError, match=narrow + ".*; repeat the structure"):

@@ -1,4 +1,5 @@
-"""What jax-md computes from an energy, of a torch Lennard-Jones and of its own: force, pressure, stress, elastic moduli, free space."""
+"""What jax-md computes from an energy, of a torch Lennard-Jones and of its own: force, pressure,
+stress, elastic moduli, free space."""
 
 from functools import partial
 
@@ -8,7 +9,20 @@ from jax_md import elasticity, energy, minimize, quantity, simulate, space
 
 from jax_side.engines import jax_md as engine
 from jax_side.potentials.second import FIRST, SECOND, elastic_constants
-from tests.jax_md_cases import BOX, KEY, LJ, SHIFT, R, apart, close, counted, native, ours, potential, scan
+from tests.jax_md_cases import (
+    BOX,
+    KEY,
+    LJ,
+    SHIFT,
+    R,
+    apart,
+    close,
+    counted,
+    native,
+    ours,
+    potential,
+    scan,
+)
 
 DROPLET = R @ BOX.T
 CLUSTER = energy.lennard_jones_pair(space.free()[0], **LJ)
@@ -24,7 +38,7 @@ def test_force_pressure_and_stress(lane):
     for of in quantities.values():
         found, calls = counted(jax.jit(lambda: of(ours(lane))))
         assert calls == [1]
-        close(found, jax.jit(lambda: of(native()))(), 1e-10)  # noqa: B023
+        close(found, jax.jit(lambda: of(native()))(), 1e-10)
     static = jax.jit(partial(quantity.stress, native()))(R, BOX)
     assert abs(static[0, 1]) > 1e-2 and np.ptp(np.diag(static)) > 1e-2
     close(-potential(lane=lane).stress(R @ BOX.T, BOX.T), static)
@@ -35,13 +49,23 @@ def test_athermal_moduli():
     init, step = minimize.fire_descent(native(), SHIFT, 2**-6, 2**-4)
     state, _ = scan(step, 1500)(init(R[1:]))
     at_rest = state.position
-    assert abs(state.force).max() < 1e-9 < abs(jax.jit(partial(quantity.stress, native()))(at_rest, BOX)).max()
-    moduli, own = (elasticity.athermal_moduli(f, cg_tol=1e-11) for f in (ours(n=len(R) - 1), native()))
+    assert (
+        abs(state.force).max()
+        < 1e-9
+        < abs(jax.jit(partial(quantity.stress, native()))(at_rest, BOX)).max()
+    )
+    moduli, own = (
+        elasticity.athermal_moduli(f, cg_tol=1e-11) for f in (ours(n=len(R) - 1), native())
+    )
     mine, theirs = (jax.jit(f)(at_rest, BOX) for f in (moduli, own))
     close(mine, theirs, 1e-7)
-    close(moduli(at_rest, BOX), theirs, 1e-7)  # without jit the constants of jax-md's own loops reach the primitive as they are
+    close(
+        moduli(at_rest, BOX), theirs, 1e-7
+    )  # without jit the constants of jax-md's own loops reach the primitive as they are
     constants_of = partial(elastic_constants, potential(len(R) - 1))
-    constants, clamped = jax.jit(lambda r, cell: [constants_of(r, cell, relaxed) for relaxed in (True, False)])(at_rest @ BOX.T, BOX.T)
+    constants, clamped = jax.jit(
+        lambda r, cell: [constants_of(r, cell, relaxed) for relaxed in (True, False)]
+    )(at_rest @ BOX.T, BOX.T)
     voigt = np.asarray(mine)[FIRST, SECOND][:, FIRST, SECOND]
     close(voigt, constants, 1e-7)
     assert abs(voigt - clamped).max() > 0.1
@@ -66,4 +90,7 @@ def test_relaxing_several_structures_at_once():
     state = jax.block_until_ready(jax.jit(jax.vmap(init))(starts))
     (state, _), calls = counted(scan(jax.vmap(step), 100), state)
     assert calls == 100 * [4]
-    assert apart(state.position, starts) > 0.05 and abs(jax.jit(jax.vmap(quantity.force(native())))(state.position)).max() < 0.05
+    assert (
+        apart(state.position, starts) > 0.05
+        and abs(jax.jit(jax.vmap(quantity.force(native())))(state.position)).max() < 0.05
+    )

@@ -1,4 +1,5 @@
-"""torch.compile, torch.fx, torch.export and TorchScript beneath the bridge: every way, cold and warm (`make test-all`)."""
+"""torch.compile, torch.fx, torch.export and TorchScript beneath the bridge: every way, cold and
+warm (`make test-all`)."""
 
 import pytest
 

@@ -1,4 +1,5 @@
-"""CHGNet against chgnet's own calculator and converter: all its outputs and weights; its graph; what it refuses."""
+"""CHGNet against chgnet's own calculator and converter: all its outputs and weights; its graph;
+what it refuses."""
 
 import functools
 import sys
@@ -14,7 +15,9 @@ from torch_side.potentials.neighbors import neighbor_list
 
 F64 = torch.float64
 SYSTEMS = {
-    "fe": bulk("Fe"),  # one atom, 6 Angstrom over several cells: its bonds are all between its own images
+    "fe": bulk(
+        "Fe"
+    ),  # one atom, 6 Angstrom over several cells: its bonds are all between its own images
     "iron oxide": skewed(bulk("FeO", "rocksalt", 4.3, cubic=True), rattle=0.05),
     "skewed": CRYSTALS["skewed"],
     "sparse": bulk("NaCl", "rocksalt", 7.0),  # bonds, but none short enough for an angle
@@ -65,8 +68,13 @@ def test_embeddings_x_own():
 
     atoms = SYSTEMS["iron oxide"]
     found = model()(inputs(atoms))["embeddings"]
-    wanted = own("0.3.0").predict_structure(AseAtomsAdaptor.get_structure(atoms), task="e", return_atom_feas=True)["atom_fea"]
-    assert found.shape == (len(atoms), dict(model().card.sizes)["F"]) and abs(found.numpy() - wanted).max() < 1e-4
+    wanted = own("0.3.0").predict_structure(
+        AseAtomsAdaptor.get_structure(atoms), task="e", return_atom_feas=True
+    )["atom_fea"]
+    assert (
+        found.shape == (len(atoms), dict(model().card.sizes)["F"])
+        and abs(found.numpy() - wanted).max() < 1e-4
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Converting a tensor")
@@ -82,7 +90,10 @@ def test_isolated_atoms_x_calculator(capsys):
 
 
 def test_open_systems_need_no_cell():
-    with_cell, without = (model("0.3.0", F64)(inputs(a, dtype=F64)) for a in (SYSTEMS["ethanol"], MOLECULES["ethanol"]))
+    with_cell, without = (
+        model("0.3.0", F64)(inputs(a, dtype=F64))
+        for a in (SYSTEMS["ethanol"], MOLECULES["ethanol"])
+    )
     assert not without["cell_gradients"].any()
     torch.testing.assert_close(with_cell, without, rtol=1e-12, atol=1e-12)
 
@@ -92,22 +103,38 @@ def test_supercell_is_extensive():
         atoms = SYSTEMS[system]
         one, many = (model("0.3.0", F64)(inputs(a, dtype=F64)) for a in (atoms, atoms * (3, 2, 1)))
         torch.testing.assert_close(many["energy"], 6 * one["energy"], rtol=1e-10, atol=0)
-        torch.testing.assert_close(many["magmoms"][: len(atoms)], one["magmoms"], rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(
+            many["magmoms"][: len(atoms)], one["magmoms"], rtol=1e-8, atol=1e-10
+        )
 
 
 def edges_of(x, cutoff):
-    return dict(zip(("edge_index", "cell_offsets"), neighbor_list(x["pos"], x["cell"], x["pbc"], cutoff, x["batch"])))
+    return dict(
+        zip(
+            ("edge_index", "cell_offsets"),
+            neighbor_list(x["pos"], x["cell"], x["pbc"], cutoff, x["batch"]),
+        )
+    )
 
 
 def test_given_edges_x_skin_and_order():
     x = inputs(SYSTEMS["fe"], SYSTEMS["skewed"], dtype=F64)
     edges = edges_of(x, 7.0)
     order = torch.randperm(len(edges["cell_offsets"]), generator=torch.Generator().manual_seed(0))
-    shuffled = {"edge_index": edges["edge_index"][:, order], "cell_offsets": edges["cell_offsets"][order]}
-    torch.testing.assert_close(model("0.3.0", F64)(x | shuffled), model("0.3.0", F64)(x), rtol=1e-9, atol=1e-10)
+    shuffled = {
+        "edge_index": edges["edge_index"][:, order],
+        "cell_offsets": edges["cell_offsets"][order],
+    }
+    torch.testing.assert_close(
+        model("0.3.0", F64)(x | shuffled), model("0.3.0", F64)(x), rtol=1e-9, atol=1e-10
+    )
 
 
-WRONG = {"0 and 1": lambda k: k[1:], "1 and 2": lambda k: torch.cat([k, k[:1]]), "0 and 2": lambda k: torch.cat([k[1:], k[-1:]])}
+WRONG = {
+    "0 and 1": lambda k: k[1:],
+    "1 and 2": lambda k: torch.cat([k, k[:1]]),
+    "0 and 2": lambda k: torch.cat([k[1:], k[-1:]]),
+}
 
 
 @pytest.mark.parametrize("got", WRONG)
@@ -119,21 +146,29 @@ def test_given_edges_x_one_direction(got):
     back = int((n == -n[i]).all(1).nonzero()[0])
     order = torch.tensor([i, *(k for k in range(len(n)) if k not in (i, back)), back])
     keep = WRONG[got](order)
-    with pytest.raises(ValueError, match=f"expected each edge once in both directions, got {got} of the one between atoms 0 and 0 with offset"):
+    with pytest.raises(
+        ValueError,
+        match=f"expected each edge once in both directions, got {got} of the one between atoms 0 and 0 with offset",
+    ):
         model()(x | {"edge_index": edges["edge_index"][:, keep], "cell_offsets": n[keep]})
 
 
 def test_several_systems_are_one_forward():
     calls, x = [], inputs(*SYSTEMS.values())
-    handle = model().network.atom_embedding.register_forward_hook(lambda *args: calls.append(len(args[2])))
+    handle = model().network.atom_embedding.register_forward_hook(
+        lambda *args: calls.append(len(args[2]))
+    )
     model()(x)
     handle.remove()
     assert calls == [len(x["pos"])]
 
 
 def test_weights_of_020_x_systems_without_angles():
-    """There a bond that takes part in no angle is treated differently beside others: refused, not answered otherwise."""
-    with pytest.raises(ValueError, match="angles in each system .*, got none in system 1; pass it alone"):
+    """There a bond that takes part in no angle is treated differently beside others: refused, not
+    answered otherwise."""
+    with pytest.raises(
+        ValueError, match="angles in each system .*, got none in system 1; pass it alone"
+    ):
         model("0.2.0")(inputs(SYSTEMS["fe"], SYSTEMS["sparse"]))
     both = model("0.2.0")(inputs(SYSTEMS["sparse"], SYSTEMS["sparse"]))["energy"]
     assert both[0] == both[1]
@@ -143,8 +178,18 @@ def random_network(**options):
     from chgnet.model.model import CHGNet as Network
 
     torch.manual_seed(0)
-    return Network(atom_fea_dim=8, bond_fea_dim=8, angle_fea_dim=8, num_radial=5, num_angular=5, atom_conv_hidden_dim=8,
-                   bond_conv_hidden_dim=8, mlp_hidden_dims=(8,), n_conv=3, **options)
+    return Network(
+        atom_fea_dim=8,
+        bond_fea_dim=8,
+        angle_fea_dim=8,
+        num_radial=5,
+        num_angular=5,
+        atom_conv_hidden_dim=8,
+        bond_conv_hidden_dim=8,
+        mlp_hidden_dims=(8,),
+        n_conv=3,
+        **options,
+    )
 
 
 @pytest.mark.parametrize(
@@ -163,13 +208,21 @@ def test_own_network_x_options(options):
 
     network, atoms = random_network(**options), SYSTEMS["iron oxide"]
     mine = CHGNet(network, dtype=F64)
-    assert ("node_energies" in mine.card.outputs) == network.mlp_first and mine.card.receptive_field == 18
-    assert next(network.parameters()).dtype == torch.float32 and network.mlp.layers[0].weight.requires_grad  # a copy was taken
+    assert (
+        "node_energies" in mine.card.outputs
+    ) == network.mlp_first and mine.card.receptive_field == 18
+    assert (
+        next(network.parameters()).dtype == torch.float32
+        and network.mlp.layers[0].weight.requires_grad
+    )  # a copy was taken
     wanted = network.predict_structure(AseAtomsAdaptor.get_structure(atoms), task="ef")
     out = mine(inputs(atoms, SYSTEMS["skewed"], dtype=F64))
     energy = wanted["e"] * (len(atoms) if network.is_intensive else 1)
     assert out["energy"][0].item() == pytest.approx(float(energy), rel=1e-5)
-    assert abs(-out["position_gradients"][: len(atoms)].numpy() - wanted["f"]).max() < 1e-4 * abs(wanted["f"]).max()
+    assert (
+        abs(-out["position_gradients"][: len(atoms)].numpy() - wanted["f"]).max()
+        < 1e-4 * abs(wanted["f"]).max()
+    )
 
 
 def test_checkpoint_x_file(tmp_path):
@@ -190,25 +243,41 @@ def test_weights_are_frozen_and_can_be_trained(capsys):
 def test_card():
     card = CHGNet().card
     assert card.active_outputs == {"energy", "position_gradients", "cell_gradients"}
-    assert (card.cutoff, card.receptive_field, len(card.elements), card.dtype, card.device) == (6.0, 24.0, 94, "float32", "cpu")
+    assert (card.cutoff, card.receptive_field, len(card.elements), card.dtype, card.device) == (
+        6.0,
+        24.0,
+        94,
+        "float32",
+        "cpu",
+    )
     assert CHGNet("0.2.0").card.cutoff == 5.0
 
 
 def test_receptive_field_x_chain():
-    """Of a chain with a link shorter than the cutoff, an atom feels as many links as there are layers."""
+    """Of a chain with a link shorter than the cutoff, an atom feels as many links as there are
+    layers."""
     x = inputs(Atoms("Fe7", positions=[[0, 0, 4.5 * k] for k in range(7)]), dtype=F64)
     x["pos"].requires_grad_()
     felt = torch.autograd.grad(model("0.3.0", F64)(x)["node_energies"][0], x["pos"])[0].any(1)
-    assert felt.tolist() == [True] * 5 + [False] * 2 and 4 * 4.5 < model().card.receptive_field == 4 * 6
+    assert (
+        felt.tolist() == [True] * 5 + [False] * 2
+        and 4 * 4.5 < model().card.receptive_field == 4 * 6
+    )
 
 
 def test_errors():
     x = inputs(MOLECULES["water"], SYSTEMS["fe"])
-    with pytest.raises(ValueError, match=r"one of the 94 elements of CHGNet, got Am \(Z = 95\) for atom 3 of system 1; take"):
+    with pytest.raises(
+        ValueError,
+        match=r"one of the 94 elements of CHGNet, got Am \(Z = 95\) for atom 3 of system 1; take",
+    ):
         model()(x | {"atomic_numbers": torch.tensor([8, 1, 1, 95])})
     with pytest.raises(ValueError, match="pos as float32, the model's dtype, got float64"):
         model()(inputs(SYSTEMS["fe"], dtype=F64))
-    with pytest.raises(ValueError, match="one of the versions 0.3.0, r2scan, 0.2.0 or the path of a checkpoint, got '9.9.9'; pass"):
+    with pytest.raises(
+        ValueError,
+        match="one of the versions 0.3.0, r2scan, 0.2.0 or the path of a checkpoint, got '9.9.9'; pass",
+    ):
         CHGNet("9.9.9")
 
 

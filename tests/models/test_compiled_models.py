@@ -1,4 +1,5 @@
-"""Compiled models beneath the bridge, each in a process of its own: a fault would end it. The whole table is in tests/full."""
+"""Compiled models beneath the bridge, each in a process of its own: a fault would end it. The whole
+table is in tests/full."""
 
 import pytest
 

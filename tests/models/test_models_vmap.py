@@ -1,4 +1,5 @@
-"""Every adapter under jit and vmap of several triclinic, perturbed systems: one torch call, the calculator's own numbers."""
+"""Every adapter under jit and vmap of several triclinic, perturbed systems: one torch call, the
+calculator's own numbers."""
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +21,17 @@ def test_vmap_of_several_systems_as_the_calculator(name, monkeypatch):
     case = MODELS[name]
     systems, model = replicas(case.systems[case.triclinic]), case.build(case.dtype)
     calls, energies = [], type(model).energies
-    monkeypatch.setattr(type(model), "energies", lambda self, x: (calls.append(x["cell"].shape[0]), energies(self, x))[1])
+    monkeypatch.setattr(
+        type(model),
+        "energies",
+        lambda self, x: (calls.append(x["cell"].shape[0]), energies(self, x))[1],
+    )
     energy = bridge.potential(model, atomic_numbers=systems[0].numbers, pbc=True)
     dtype = str(case.dtype).removeprefix("torch.")
-    R, H = (jnp.asarray(np.stack([np.asarray(x) for x in xs]), dtype) for xs in zip(*((a.positions, a.cell.array) for a in systems)))
+    R, H = (
+        jnp.asarray(np.stack([np.asarray(x) for x in xs]), dtype)
+        for xs in zip(*((a.positions, a.cell.array) for a in systems))
+    )
     e, (g, G) = jax.block_until_ready(jax.jit(jax.vmap(jax.value_and_grad(energy, (0, 1))))(R, H))
     assert calls == [3]
     stress = jax.block_until_ready(jax.jit(jax.vmap(energy.stress))(R, H))

@@ -1,4 +1,5 @@
-"""SevenNet against sevenn's own ASE calculator, against itself in batches, and its second derivatives."""
+"""SevenNet against sevenn's own ASE calculator, against itself in batches, and its second
+derivatives."""
 
 import functools
 import sys
@@ -10,10 +11,10 @@ import torch
 from ase import Atoms
 from ase.build import bulk, fcc111, molecule
 
-from torch_side.potentials import strain
 from tests.model_cases import inputs
 from tests.model_cases import sevennet_calculator as calculator
 from torch_side.models.sevennet import SevenNet
+from torch_side.potentials import strain
 
 
 def skewed():
@@ -44,7 +45,9 @@ def model(dtype=torch.float32):
 
 
 def stress(out, x):
-    virial = strain.virial(out["position_gradients"], out["cell_gradients"], x["pos"], x["batch"], x["cell"])
+    virial = strain.virial(
+        out["position_gradients"], out["cell_gradients"], x["pos"], x["batch"], x["cell"]
+    )
     return strain.stress(virial, x["cell"], x["pbc"])
 
 
@@ -68,9 +71,15 @@ def test_batch_equals_single_systems():
     for s, name in enumerate(names):
         one, mine = model()(inputs(SYSTEMS[name])), x["batch"] == s
         torch.testing.assert_close(out["energy"][s], one["energy"][0], rtol=0, atol=1e-5)
-        torch.testing.assert_close(out["cell_gradients"][s], one["cell_gradients"][0], rtol=0, atol=1e-4)
-        torch.testing.assert_close(out["position_gradients"][mine], one["position_gradients"], rtol=0, atol=1e-5)
-        torch.testing.assert_close(out["node_energies"][mine], one["node_energies"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            out["cell_gradients"][s], one["cell_gradients"][0], rtol=0, atol=1e-4
+        )
+        torch.testing.assert_close(
+            out["position_gradients"][mine], one["position_gradients"], rtol=0, atol=1e-5
+        )
+        torch.testing.assert_close(
+            out["node_energies"][mine], one["node_energies"], rtol=0, atol=1e-5
+        )
 
 
 def test_shapes_and_an_empty_system():
@@ -78,7 +87,11 @@ def test_shapes_and_an_empty_system():
     x |= {"cell": torch.cat([x["cell"], x["cell"][1:]]), "pbc": torch.cat([x["pbc"], x["pbc"][1:]])}
     out = model()(x)
     assert {k: tuple(v.shape) for k, v in out.items()} == {
-        "energy": (3,), "position_gradients": (5, 3), "cell_gradients": (3, 3, 3), "node_energies": (5,)}
+        "energy": (3,),
+        "position_gradients": (5, 3),
+        "cell_gradients": (3, 3, 3),
+        "node_energies": (5,),
+    }
     assert out["energy"][2] == 0 and not out["cell_gradients"][2].any()
 
 
@@ -93,8 +106,13 @@ def test_gradients_in_float64_against_finite_differences():
     x, step = inputs(SYSTEMS["skewed"], dtype=torch.float64), 1e-4
     out = model(torch.float64)(x)
     for name, gradient in (("pos", "position_gradients"), ("cell", "cell_gradients")):
-        direction = torch.randn(x[name].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        up, down = (model(torch.float64)(x | {name: x[name] + s * direction})["energy"] for s in (step, -step))
+        direction = torch.randn(
+            x[name].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+        )
+        up, down = (
+            model(torch.float64)(x | {name: x[name] + s * direction})["energy"]
+            for s in (step, -step)
+        )
         found = ((up - down) / (2 * step)).item()
         assert found == pytest.approx((out[gradient] * direction).sum().item(), rel=1e-6, abs=1e-7)
 
@@ -102,10 +120,14 @@ def test_gradients_in_float64_against_finite_differences():
 def test_virial_is_symmetric_though_its_terms_are_not():
     x = inputs(SYSTEMS["skewed"], dtype=torch.float64)
     out = model(torch.float64)(x)
-    W = strain.virial(out["position_gradients"], out["cell_gradients"], x["pos"], x["batch"], x["cell"])[0]
+    W = strain.virial(
+        out["position_gradients"], out["cell_gradients"], x["pos"], x["batch"], x["cell"]
+    )[0]
     moment = x["pos"].T @ out["position_gradients"]
     assert (W - W.T).abs().max() < 1e-9 * W.abs().max() and (moment - moment.T).abs().max() > 1e-3
-    G = strain.lattice_gradient_from_virial(-out["position_gradients"], x["pos"], x["batch"], x["cell"], W[None])
+    G = strain.lattice_gradient_from_virial(
+        -out["position_gradients"], x["pos"], x["batch"], x["cell"], W[None]
+    )
     torch.testing.assert_close(G, out["cell_gradients"], rtol=1e-9, atol=1e-9)
 
 
@@ -113,11 +135,19 @@ def test_hessian_by_double_backward():
     x, step = inputs(SYSTEMS["water"], dtype=torch.float64), 1e-4
     x["pos"].requires_grad_()
     g = model(torch.float64)(x)["position_gradients"].flatten()
-    hessian = torch.stack([torch.autograd.grad(v, x["pos"], retain_graph=True)[0].flatten() for v in g])
+    hessian = torch.stack(
+        [torch.autograd.grad(v, x["pos"], retain_graph=True)[0].flatten() for v in g]
+    )
     assert (hessian - hessian.T).abs().max() < 1e-8
-    moved = [model(torch.float64)(x | {"pos": x["pos"].detach() + s * torch.eye(9, dtype=torch.float64)[0].view(3, 3)})
-             ["position_gradients"].flatten() for s in (step, -step)]
-    torch.testing.assert_close(hessian[0].detach(), (moved[0] - moved[1]) / (2 * step), rtol=1e-5, atol=1e-5)
+    moved = [
+        model(torch.float64)(
+            x | {"pos": x["pos"].detach() + s * torch.eye(9, dtype=torch.float64)[0].view(3, 3)}
+        )["position_gradients"].flatten()
+        for s in (step, -step)
+    ]
+    torch.testing.assert_close(
+        hessian[0].detach(), (moved[0] - moved[1]) / (2 * step), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_mixed_second_derivatives_in_the_cell():
@@ -179,18 +209,23 @@ def test_modal_model_as_the_ase_calculator():
 
 NAN = torch.tensor([[0.0, 0, 0], [1, float("nan"), 0], [0, 1, 0]])
 BAD = {
-    r"one of the 89 elements of SevenNet, got Po \(Z = 84\) for atom 1 of system 0; take another":
-        dict(atomic_numbers=torch.tensor([8, 84, 1])),
+    r"one of the 89 elements of SevenNet, got Po \(Z = 84\) for atom 1 of system 0; take another": dict(
+        atomic_numbers=torch.tensor([8, 84, 1])
+    ),
     r"got no element \(Z = 300\) for atom 0": dict(atomic_numbers=torch.tensor([300, 1, 1])),
     r"got no element \(Z = -5\) for atom 0": dict(atomic_numbers=torch.tensor([-5, 1, 1])),
-    r"pos as float32, the model's dtype, got float64; .*load the model with dtype=float64":
-        dict(pos=NAN.double(), cell=torch.zeros(1, 3, 3).double()),
-    r"expected one dtype for pos and cell, got pos float64 and cell float32": dict(pos=NAN.double()),
+    r"pos as float32, the model's dtype, got float64; .*load the model with dtype=float64": dict(
+        pos=NAN.double(), cell=torch.zeros(1, 3, 3).double()
+    ),
+    r"expected one dtype for pos and cell, got pos float64 and cell float32": dict(
+        pos=NAN.double()
+    ),
     r"expected finite positions, got \[.*nan.*\] for atom 1 of system 0": dict(pos=NAN),
     r"expected cell as float\[B,3,3\], got float32\[3,3\]": dict(cell=torch.zeros(3, 3)),
     r"expected batch as int\[3\], got int64\[2\]": dict(batch=torch.zeros(2, dtype=torch.long)),
-    r"expected pos on cpu, the model's device, got meta; .*device='meta'":
-        dict(pos=torch.zeros(3, 3, device="meta")),
+    r"expected pos on cpu, the model's device, got meta; .*device='meta'": dict(
+        pos=torch.zeros(3, 3, device="meta")
+    ),
 }
 
 
@@ -201,12 +236,17 @@ def test_errors_say_what_came(text):
 
 
 def test_missing_inputs_are_named():
-    with pytest.raises(ValueError, match="expected the inputs pos, atomic_numbers, cell, pbc, batch, got no pbc; add"):
+    with pytest.raises(
+        ValueError,
+        match="expected the inputs pos, atomic_numbers, cell, pbc, batch, got no pbc; add",
+    ):
         model()({k: v for k, v in inputs(SYSTEMS["water"]).items() if k != "pbc"})
 
 
 def test_errors_in_loading():
-    with pytest.raises(ValueError, match="expected modal to be one of R2SCAN, PBE, got None; pass modal"):
+    with pytest.raises(
+        ValueError, match="expected modal to be one of R2SCAN, PBE, got None; pass modal"
+    ):
         SevenNet("7net-mf-0")
     with pytest.raises(ValueError, match="expected no modal for a model without modals, got 'PBE'"):
         SevenNet("7net-0", modal="PBE")

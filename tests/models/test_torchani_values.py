@@ -1,4 +1,5 @@
-"""TorchANI models of random weights against torchani's own entry points: atoms, charges, ensembles, potentials; what it refuses."""
+"""TorchANI models of random weights against torchani's own entry points: atoms, charges, ensembles,
+potentials; what it refuses."""
 
 import functools
 import sys
@@ -15,7 +16,12 @@ from torch_side.potentials.neighbors import neighbor_list
 
 F64 = torch.float64
 pytestmark = pytest.mark.filterwarnings("ignore:The extensions")  # torchani's CUDA parts
-SYSTEMS = [MOLECULES["water"], Atoms("O"), MOLECULES["ethanol"], Atoms("HH", positions=[[0, 0, 0], [0, 0, 20]])]
+SYSTEMS = [
+    MOLECULES["water"],
+    Atoms("O"),
+    MOLECULES["ethanol"],
+    Atoms("HH", positions=[[0, 0, 0], [0, 0, 20]]),
+]
 
 
 @functools.cache
@@ -26,7 +32,9 @@ def model(kind="simple_ani", **options):
 def own(network, atoms, **options):
     """torchani's answer for one molecule or crystal, by its own neighbour list."""
     numbers, pos = torch.tensor(atoms.numbers)[None], torch.tensor(atoms.positions)[None]
-    box = (torch.tensor(atoms.cell[:]), torch.tensor(atoms.pbc)) if atoms.pbc.any() else (None, None)
+    box = (
+        (torch.tensor(atoms.cell[:]), torch.tensor(atoms.pbc)) if atoms.pbc.any() else (None, None)
+    )
     return network((numbers, pos), *box, **options)
 
 
@@ -39,10 +47,21 @@ def test_unit_is_that_of_ase():
 def test_node_energies_x_own():
     out = model()(inputs(*SYSTEMS, dtype=F64))
     wanted = torch.cat([own(ani(), a, atomic=True).energies[0] for a in SYSTEMS])
-    torch.testing.assert_close(out["node_energies"], wanted * ase.units.Hartree, rtol=1e-12, atol=1e-8)
+    torch.testing.assert_close(
+        out["node_energies"], wanted * ase.units.Hartree, rtol=1e-12, atol=1e-8
+    )
 
 
-@pytest.mark.parametrize("options", [dict(dispersion=True), dict(repulsion=False), dict(cutoff_fn="cosine"), dict(neighborlist="adaptive")], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(dispersion=True),
+        dict(repulsion=False),
+        dict(cutoff_fn="cosine"),
+        dict(neighborlist="adaptive"),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", ["skewed", "ethanol"])
 def test_calculator_x_potentials(options, name):
     atoms = (CRYSTALS | MOLECULES)[name].copy()
@@ -51,7 +70,9 @@ def test_calculator_x_potentials(options, name):
     out = mine(inputs(atoms, dtype=F64))
     assert abs(out["energy"].item() - atoms.get_potential_energy()) < 1e-6
     assert abs(-out["position_gradients"].numpy() - atoms.get_forces()).max() < 1e-8
-    assert (mine.card.cutoff, mine.card.receptive_field) == ((8.0, None) if "dispersion" in options else (5.2, 5.2))
+    assert (mine.card.cutoff, mine.card.receptive_field) == (
+        (8.0, None) if "dispersion" in options else (5.2, 5.2)
+    )
 
 
 def test_calculator_x_float32():
@@ -71,8 +92,15 @@ def test_charges_x_own(merged):
     x = inputs(*systems, dtype=F64)
     out = mine(x)
     wanted = [own(network, a) for a in systems]
-    torch.testing.assert_close(out["charges"], torch.cat([w.atomic_charges[0] for w in wanted]), rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(out["energy"], torch.cat([w.energies for w in wanted]) * ase.units.Hartree, rtol=1e-12, atol=1e-8)
+    torch.testing.assert_close(
+        out["charges"], torch.cat([w.atomic_charges[0] for w in wanted]), rtol=1e-9, atol=1e-10
+    )
+    torch.testing.assert_close(
+        out["energy"],
+        torch.cat([w.energies for w in wanted]) * ase.units.Hartree,
+        rtol=1e-12,
+        atol=1e-8,
+    )
     assert out["charges"].abs().max() > 1e-3
     total = torch.zeros(len(systems), dtype=F64).index_add(0, x["batch"], out["charges"])
     assert merged or total.abs().max() < 1e-9
@@ -82,7 +110,10 @@ def test_members_x_own():
     mine = model(ensemble_size=3)
     x = inputs(*SYSTEMS, dtype=F64)
     out, plain = mine.asking("member_energies")(x), mine(x)
-    wanted = torch.cat([own(ani(ensemble_size=3), a, ensemble_values=True).energies for a in SYSTEMS], 1) * ase.units.Hartree
+    wanted = (
+        torch.cat([own(ani(ensemble_size=3), a, ensemble_values=True).energies for a in SYSTEMS], 1)
+        * ase.units.Hartree
+    )
     torch.testing.assert_close(out.pop("member_energies"), wanted, rtol=1e-12, atol=1e-8)
     assert (wanted.std(0) > 1e-3).all() and dict(mine.card.sizes) == {"M": 3}
     torch.testing.assert_close(out, plain, rtol=1e-10, atol=1e-9)
@@ -91,7 +122,9 @@ def test_members_x_own():
 
 def test_several_systems_are_one_forward():
     calls, x = [], inputs(*SYSTEMS, dtype=F64)
-    handle = model().network.neural_networks.register_forward_hook(lambda *args: calls.append(args[1][0].shape))
+    handle = model().network.neural_networks.register_forward_hook(
+        lambda *args: calls.append(args[1][0].shape)
+    )
     model()(x)
     handle.remove()
     assert calls == [(1, len(x["pos"]))]
@@ -101,17 +134,28 @@ def test_given_edges_x_skin_and_order():
     x = inputs(CRYSTALS["si"], CRYSTALS["skewed"], dtype=F64)
     edges, offsets = neighbor_list(x["pos"], x["cell"], x["pbc"], 7.0, x["batch"])
     order = torch.randperm(len(offsets), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(model()(x | {"edge_index": edges[:, order], "cell_offsets": offsets[order]}), model()(x), rtol=1e-11, atol=1e-9)
+    torch.testing.assert_close(
+        model()(x | {"edge_index": edges[:, order], "cell_offsets": offsets[order]}),
+        model()(x),
+        rtol=1e-11,
+        atol=1e-9,
+    )
     half = (edges[0] < edges[1]).nonzero()[:, 0]
-    with pytest.raises(ValueError, match=r"each edge once in both directions, got \d+ of \d+ in one of them; look"):
+    with pytest.raises(
+        ValueError, match=r"each edge once in both directions, got \d+ of \d+ in one of them; look"
+    ):
         model()(x | {"edge_index": edges[:, half], "cell_offsets": offsets[half]})
 
 
 def test_the_model_given_is_left_alone():
     network = ani()
     mine = TorchANI(network)
-    assert next(network.parameters()).dtype == F64 and next(mine.parameters()).dtype == torch.float32
-    assert not any(p.requires_grad for p in mine.parameters()) and all(p.requires_grad for p in network.parameters())
+    assert (
+        next(network.parameters()).dtype == F64 and next(mine.parameters()).dtype == torch.float32
+    )
+    assert not any(p.requires_grad for p in mine.parameters()) and all(
+        p.requires_grad for p in network.parameters()
+    )
     mine.requires_grad_(True)
     mine(inputs(MOLECULES["water"]))["position_gradients"].square().sum().backward()
     assert any(p.grad is not None and p.grad.any() for p in mine.parameters())
@@ -123,9 +167,14 @@ def test_names_x_torchani_models(monkeypatch):
     monkeypatch.setattr(torchani.models, "ANI2x", ani)  # its weights can only be downloaded
     x = inputs(MOLECULES["water"])
     assert torch.equal(TorchANI("ANI2x")(x)["energy"], TorchANI(ani())(x)["energy"])
-    with pytest.raises(ValueError, match="the name of a model of torchani.models, as ANI2x, got 'nonsense'; pass one"):
+    with pytest.raises(
+        ValueError,
+        match="the name of a model of torchani.models, as ANI2x, got 'nonsense'; pass one",
+    ):
         TorchANI("nonsense")
-    with pytest.raises(TypeError, match="a torchani.arch.ANI or ANIq, or a name, got a Linear; build one"):
+    with pytest.raises(
+        TypeError, match="a torchani.arch.ANI or ANIq, or a name, got a Linear; build one"
+    ):
         TorchANI(torch.nn.Linear(1, 1))
 
 
@@ -138,12 +187,22 @@ def test_receptive_field_x_chain():
 
 def test_errors():
     x = inputs(MOLECULES["water"], skewed(Atoms("CO", positions=np.eye(3)[:2])), dtype=F64)
-    with pytest.raises(ValueError, match=r"one of the 6 elements of TorchANI, got N \(Z = 7\) for atom 4 of system 1; take"):
+    with pytest.raises(
+        ValueError,
+        match=r"one of the 6 elements of TorchANI, got N \(Z = 7\) for atom 4 of system 1; take",
+    ):
         model()(x | {"atomic_numbers": torch.tensor([8, 1, 1, 6, 7])})
-    with pytest.raises(ValueError, match="neutral systems, which is all that torchani has, got charge -1.0 in system 1; pass none"):
+    with pytest.raises(
+        ValueError,
+        match="neutral systems, which is all that torchani has, got charge -1.0 in system 1; pass none",
+    ):
         model()(x | {"charge": torch.tensor([0.0, -1.0], dtype=F64)})
-    assert torch.equal(model()(x | {"charge": torch.zeros(2, dtype=F64)})["energy"], model()(x)["energy"])
-    with pytest.raises(ValueError, match="potentials that all have a cutoff, got none for repulsion_xtb; build"):
+    assert torch.equal(
+        model()(x | {"charge": torch.zeros(2, dtype=F64)})["energy"], model()(x)["energy"]
+    )
+    with pytest.raises(
+        ValueError, match="potentials that all have a cutoff, got none for repulsion_xtb; build"
+    ):
         TorchANI(ani(repulsion_cutoff=False))
 
 

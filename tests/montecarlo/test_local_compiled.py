@@ -1,4 +1,5 @@
-"""The compiled loop of a Monte Carlo run: no array of as many rows as there are atoms is copied, or written anew."""
+"""The compiled loop of a Monte Carlo run: no array of as many rows as there are atoms is copied, or
+written anew."""
 
 import re
 
@@ -13,13 +14,33 @@ from jax_side.montecarlo.local import Change, Layout, LocalPotential
 
 ATOMS, KEYS = 20_000, jax.ShapeDtypeStruct((5,), jax.random.key(0).dtype)
 LAYOUT = Layout(ATOMS, 4, 6, (True,) * 3, (20, 20, 20), (1, 1, 1), 1.0)
-IN_PLACE = ("parameter", "get-tuple-element", "tuple", "while", "fusion", "scatter", "dynamic-update-slice", "bitcast", "call", "conditional")
+IN_PLACE = (
+    "parameter",
+    "get-tuple-element",
+    "tuple",
+    "while",
+    "fusion",
+    "scatter",
+    "dynamic-update-slice",
+    "bitcast",
+    "call",
+    "conditional",
+)
 
 
 def spring(of_torch=False):
-    edge = lambda a, b, r: (1 - (r**2).sum(-1)[:, None]) * b  # noqa: E731
-    edge = bridge.to_jax(lambda a, b, r: torch.tanh(r.square().sum(-1, keepdim=True)) * b) if of_torch else edge
-    return LocalPotential(lambda Z: jnp.ones((len(Z), 2), "float32") * Z[:, None], edge, lambda a, s: (s**2).sum(-1), 1.0)
+    edge = lambda a, b, r: (1 - (r**2).sum(-1)[:, None]) * b
+    edge = (
+        bridge.to_jax(lambda a, b, r: torch.tanh(r.square().sum(-1, keepdim=True)) * b)
+        if of_torch
+        else edge
+    )
+    return LocalPotential(
+        lambda Z: jnp.ones((len(Z), 2), "float32") * Z[:, None],
+        edge,
+        lambda a, s: (s**2).sum(-1),
+        1.0,
+    )
 
 
 def move(k, cache, i, shift, key):
@@ -30,16 +51,22 @@ def move(k, cache, i, shift, key):
 KINDS = {
     "move one": lambda *x: move(1, *x),
     "move three": lambda *x: move(3, *x),
-    "exchange": lambda cache, i, shift, key: Change(i[None], shift[None], jnp.where(cache.atomic_numbers[i] > 0, 0, 18)[None]),
+    "exchange": lambda cache, i, shift, key: Change(
+        i[None], shift[None], jnp.where(cache.atomic_numbers[i] > 0, 0, 18)[None]
+    ),
     "swap": lambda cache, i, shift, key: moves.swapped(cache, moves.pick(cache, key), i),
-    "insert": lambda cache, i, shift, key: moves.inserted(moves.vacant(cache, key), shift, jnp.array([18])),
+    "insert": lambda cache, i, shift, key: moves.inserted(
+        moves.vacant(cache, key), shift, jnp.array([18])
+    ),
 }
 
 
 def step(local, kind, commit=None):
     def one(cache, key):
         i = jax.random.randint(key, (), 0, ATOMS, jnp.int32)
-        energy, change, proposal = local.update(cache, KINDS[kind](cache, i, jax.random.normal(key, (3,), "float32"), key))
+        energy, change, proposal = local.update(
+            cache, KINDS[kind](cache, i, jax.random.normal(key, (3,), "float32"), key)
+        )
         accept = jnp.log(jax.random.uniform(key)) < -change
         return (commit or local.commit)(cache, proposal, accept), energy
 
@@ -49,12 +76,19 @@ def step(local, kind, commit=None):
 def compiled(local, one, chains=0):
     """Its text, with the donated cache as carry."""
     x = jax.ShapeDtypeStruct
-    full = lambda pos, numbers: local.full({"pos": pos, "atomic_numbers": numbers, "cell": 20.0 * jnp.eye(3, dtype="float32")}, LAYOUT)  # noqa: E731
-    run = lambda cache, keys: jax.lax.scan(one, cache, keys)  # noqa: E731
+    full = lambda pos, numbers: local.full(
+        {"pos": pos, "atomic_numbers": numbers, "cell": 20.0 * jnp.eye(3, dtype="float32")}, LAYOUT
+    )
+    run = lambda cache, keys: jax.lax.scan(one, cache, keys)
     lead = (chains,) if chains else ()
     full, run = (jax.vmap(full), jax.vmap(run)) if chains else (full, run)
     cache = jax.eval_shape(full, x((*lead, ATOMS, 3), "float32"), x((*lead, ATOMS), "int32"))
-    return jax.jit(run, donate_argnums=0).lower(cache, x((*lead, *KEYS.shape), KEYS.dtype)).compile().as_text()
+    return (
+        jax.jit(run, donate_argnums=0)
+        .lower(cache, x((*lead, *KEYS.shape), KEYS.dtype))
+        .compile()
+        .as_text()
+    )
 
 
 def computations(text):
@@ -82,7 +116,8 @@ def size(shape):
 
 
 def written(text, rows=ATOMS):
-    """Instructions in the bodies of loops, and in what these call, that make an array of at least so many elements, but in place."""
+    """Instructions in the bodies of loops, and in what these call, that make an array of at least
+    so many elements, but in place."""
     all_, seen = computations(text), set()
     todo = re.findall(r"body=%?([\w.\-]+)", text)
     assert todo
@@ -99,7 +134,11 @@ def written(text, rows=ATOMS):
     return found
 
 
-CASES = [(kind, False, 0) for kind in ("move one", "exchange", "swap", "insert")] + [("move three", True, 0), ("move three", False, 2), ("exchange", True, 2)]
+CASES = [(kind, False, 0) for kind in ("move one", "exchange", "swap", "insert")] + [
+    ("move three", True, 0),
+    ("move three", False, 2),
+    ("exchange", True, 2),
+]
 
 
 @pytest.mark.parametrize("kind, of_torch, chains", CASES)

@@ -1,4 +1,5 @@
-"""A model that does not keep the systems of one call apart is an error at its first call with several of them."""
+"""A model that does not keep the systems of one call apart is an error at its first call with
+several of them."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,9 @@ WAYS = {
     "vmap of grad": lambda e: jax.vmap(jax.grad(e))(MANY),
     "vmap of hessian": lambda e: jax.vmap(jax.hessian(e))(MANY),
     "jit": lambda e: jax.jit(jax.vmap(e))(MANY),
-    "scan of chains": lambda e: jax.lax.scan(lambda r, _: (r, jax.vmap(e)(r)), MANY, None, length=2)[1],
+    "scan of chains": lambda e: jax.lax.scan(
+        lambda r, _: (r, jax.vmap(e)(r)), MANY, None, length=2
+    )[1],
 }
 TEXT = r"expected systems of one call that don't see one another in .*, got .* eV for system 1 in the call, .* eV alone; .*batched=\"sequential\""
 
@@ -65,7 +68,13 @@ def test_error_x_dtypes_and_lanes(dtype, lane):
 @pytest.mark.parametrize("model", WRONG)
 def test_error_x_systems_of_one_call(model):
     """The second of three systems has no atoms; the caller's number is named."""
-    energy = bridge.potential(WRONG[model], atomic_numbers=np.array([1, 1, 6, 8]), batch=np.array([0, 2, 2, 2]), n_systems=3, gradients="autograd")
+    energy = bridge.potential(
+        WRONG[model],
+        atomic_numbers=np.array([1, 1, 6, 8]),
+        batch=np.array([0, 2, 2, 2]),
+        n_systems=3,
+        gradients="autograd",
+    )
     with pytest.raises(ValueError, match="for system 2 in the call"):
         energy(jnp.concatenate([R[1:2], R + 0.1]))
 
@@ -83,24 +92,30 @@ def test_error_x_given_edges():
 @pytest.mark.parametrize("own", [False, True], ids=["autograd", "own gradients"])
 def test_error_x_committees(own):
     def member(k):
-        energies = lambda x: k * WRONG["one sum for all"](x)  # noqa: E731
+        energies = lambda x: k * WRONG["one sum for all"](x)
         if not own:
             return Wrapped(energies, Card(), "autograd")
-        zeros = lambda x: {"position_gradients": 0 * x["pos"], "cell_gradients": 0 * x["cell"]}  # noqa: E731
+        zeros = lambda x: {"position_gradients": 0 * x["pos"], "cell_gradients": 0 * x["cell"]}
         return Wrapped(lambda x: {"energy": energies(x)} | zeros(x), Card(), "model")
 
-    energy = bridge.potential(Committee([member(1.0), member(2.0)], vmap=False), atomic_numbers=NUMBERS)
+    energy = bridge.potential(
+        Committee([member(1.0), member(2.0)], vmap=False), atomic_numbers=NUMBERS
+    )
     with pytest.raises(ValueError, match=TEXT):
         jax.vmap(energy)(MANY)
 
 
 def test_error_x_jax_models_in_torch():
-    model = bridge.torch_potential(lambda x: jnp.full(len(x["cell"]), (x["pos"] ** 2).sum()), gradients="autodiff")
+    model = bridge.torch_potential(
+        lambda x: jnp.full(len(x["cell"]), (x["pos"] ** 2).sum()), gradients="autodiff"
+    )
     inputs = {
         "pos": torch.arange(12.0, dtype=torch.float64).reshape(4, 3), "cell": torch.zeros(2, 3, 3, dtype=torch.float64), "pbc": torch.zeros(2, 3, dtype=torch.bool),
         "batch": torch.tensor([0, 0, 1, 1]), "atomic_numbers": torch.ones(4, dtype=torch.int64),
     }  # fmt: skip
-    with pytest.raises(ValueError, match=r"in a JAX potential, got 506 eV for system 1 in the call, .* alone"):
+    with pytest.raises(
+        ValueError, match=r"in a JAX potential, got 506 eV for system 1 in the call, .* alone"
+    ):
         model(inputs)
 
 
@@ -109,7 +124,11 @@ def test_evaluations_x_jax_models_with_unused_slots():
 
     def bonds(x):
         (i, j), n = x["edge_index"], len(x["pos"])
-        each = jnp.where(i < n, ((x["pos"][jnp.minimum(j, n - 1)] - x["pos"][jnp.minimum(i, n - 1)]) ** 2).sum(-1), 0)
+        each = jnp.where(
+            i < n,
+            ((x["pos"][jnp.minimum(j, n - 1)] - x["pos"][jnp.minimum(i, n - 1)]) ** 2).sum(-1),
+            0,
+        )
         nodes = jax.ops.segment_sum(each, jnp.minimum(i, n - 1), num_segments=n)
         return jax.ops.segment_sum(nodes, x["batch"], num_segments=len(x["cell"]))
 
@@ -126,7 +145,7 @@ def test_evaluations_x_jax_models_with_unused_slots():
 def test_sequential_x_a_model_that_ignores_batch(way):
     """What the error advises is right."""
     got = WAYS[way](bound(WRONG["one sum for all"], batched="sequential"))
-    pure = lambda r: ((r[:, None] - r[None]) ** 2).sum()  # noqa: E731
+    pure = lambda r: ((r[:, None] - r[None]) ** 2).sum()
     np.testing.assert_allclose(got, WAYS[way](pure), rtol=1e-12)
 
 
@@ -151,7 +170,9 @@ def test_evaluations_x_right_models():
 
 
 def test_a_sum_vouches_where_all_terms_do():
-    assert (Card(batches=True) + Card(batches=True)).batches and not (Card(batches=True) + Card()).batches
+    assert (Card(batches=True) + Card(batches=True)).batches and not (
+        Card(batches=True) + Card()
+    ).batches
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -1,4 +1,5 @@
-"""A charge or spin that a potential has no use for is an error, unless it is zero; never passed over."""
+"""A charge or spin that a potential has no use for is an error, unless it is zero; never passed
+over."""
 
 from types import SimpleNamespace
 
@@ -11,18 +12,18 @@ from ase import Atoms
 
 import bridge
 from bridge.card import Card, shared_out
-from jax_side.potentials import potential as jax_side_potential
-from jax_side.potentials.direct import direct
 from jax_side.engines import ase as in_jax
 from jax_side.engines import kups
 from jax_side.montecarlo.local import LocalPotential
+from jax_side.potentials import potential as jax_side_potential
+from jax_side.potentials.direct import direct
 from jax_side.potentials.strain import with_gradients
 from tests.adapters import MODELS
-from tests.model_cases import inputs
 from tests.engines.test_kups_engine import shuffled
-from torch_side.potentials.committee import Committee
+from tests.model_cases import inputs
 from torch_side.engines import ase as in_torch
 from torch_side.engines import torch_sim
+from torch_side.potentials.committee import Committee
 from torch_side.potentials.model import Wrapped
 
 R = jnp.array([[0.0, 0, 0], [1, 0, 0]])
@@ -99,13 +100,23 @@ def springs(x):
 PURE = carded(springs, PLAIN)
 CHARGED = carded(lambda x: springs(x) * (1 + x["charge"]), ION)
 IN_TORCH = bridge.torch_potential(PURE, card=PLAIN)
-LOCAL = LocalPotential(lambda z: jnp.ones((len(z), 1)), lambda a, b, r: (r**2).sum(-1, keepdims=True), lambda a, s: s[:, 0], 6.0)
-EDGES = {"edge_index": jnp.array([[0, 1, 2, 3], [1, 0, 3, 2]]), "cell_offsets": jnp.zeros((4, 3), int)}
+LOCAL = LocalPotential(
+    lambda z: jnp.ones((len(z), 1)),
+    lambda a, b, r: (r**2).sum(-1, keepdims=True),
+    lambda a, s: s[:, 0],
+    6.0,
+)
+EDGES = {
+    "edge_index": jnp.array([[0, 1, 2, 3], [1, 0, 3, 2]]),
+    "cell_offsets": jnp.zeros((4, 3), int),
+}
 
 
 def arrays(charge):
     """As many systems of two atoms as there are charges."""
-    return {name: jnp.asarray(x.numpy()) for name, x in structure(len(charge)).items()} | {"charge": charge}
+    return {name: jnp.asarray(x.numpy()) for name, x in structure(len(charge)).items()} | {
+        "charge": charge
+    }
 
 
 def tensors(charge):
@@ -113,11 +124,17 @@ def tensors(charge):
 
 
 def in_kups(charge, graph):
-    return kups.evaluate(PURE, SimpleNamespace(graph=graph, parameters=charge), extras=lambda inp: {"charge": inp.parameters})
+    return kups.evaluate(
+        PURE,
+        SimpleNamespace(graph=graph, parameters=charge),
+        extras=lambda inp: {"charge": inp.parameters},
+    )
 
 
 WAYS |= {
-    "jax, in the call": lambda model, value: jax_side_potential.potential(PURE, atomic_numbers=NUMBERS)(R, charge=value),
+    "jax, in the call": lambda model, value: jax_side_potential.potential(
+        PURE, atomic_numbers=NUMBERS
+    )(R, charge=value),
     "direct": lambda model, value: direct(PURE)(arrays(value)),
     "direct, in a sum": lambda model, value: (2 * direct(PURE) + direct(PURE))(arrays(value)),
     "local": lambda model, value: LOCAL(arrays(value) | EDGES),
@@ -137,11 +154,13 @@ def test_error_x_ways(way):
 
 
 def energy_of_two(**options):
-    return jax_side_potential.potential(PURE, atomic_numbers=np.ones(4, int), batch=np.arange(4) // 2, n_systems=2, **options)
+    return jax_side_potential.potential(
+        PURE, atomic_numbers=np.ones(4, int), batch=np.arange(4) // 2, n_systems=2, **options
+    )
 
 
 def in_call(charge):
-    energy = lambda r: energy_of_two()(r, charge=charge)  # noqa: E731
+    energy = lambda r: energy_of_two()(r, charge=charge)
     r = jnp.asarray(structure(2)["pos"].numpy())
     return energy(r), jax.grad(lambda r: energy(r).sum())(r)
 
@@ -167,13 +186,20 @@ def in_engine(charge):
 
 
 GRAPH = shuffled()  # of two systems, the first of four atoms
-TRACED = {"in the call": in_call, "bound": in_bound, "direct": in_direct, "local": in_local, "kups": in_engine}
+TRACED = {
+    "in the call": in_call,
+    "bound": in_bound,
+    "direct": in_direct,
+    "local": in_local,
+    "kups": in_engine,
+}
 CHARGED_ATOMS = {"kups": np.asarray(GRAPH.particles.data.system.indices) == 1}
 
 
 @pytest.mark.parametrize("way", TRACED)
 def test_traced_x_ways(way):
-    """Nobody sees the value while it is traced: energy and gradients are NaN in those systems, and in no other."""
+    """Nobody sees the value while it is traced: energy and gradients are NaN in those systems, and
+    in no other."""
     run = jax.jit(TRACED[way])
     energy, g = run(jnp.zeros(2))
     assert jnp.isfinite(energy).all() and jnp.isfinite(g).all()
@@ -185,7 +211,9 @@ def test_traced_x_ways(way):
 
 def test_no_charge_in_direct():
     """None is no charge."""
-    run = jax.jit(lambda pos: direct(PURE)(arrays(jnp.zeros(1)) | {"pos": pos, "charge": None}).total_energies)
+    run = jax.jit(
+        lambda pos: direct(PURE)(arrays(jnp.zeros(1)) | {"pos": pos, "charge": None}).total_energies
+    )
     assert run(R) == 1
 
 
@@ -196,11 +224,14 @@ def test_traced_in_torch():
     charges = torch.tensor([[0.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
     plain = IN_TORCH(structure(2))["energy"]
     want = torch.stack([plain, torch.where(charges[1] == 0, plain, torch.nan)])
-    torch.testing.assert_close(torch.func.vmap(energy)(charges), want, equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(
+        torch.func.vmap(energy)(charges), want, equal_nan=True, rtol=0, atol=0
+    )
 
 
 def test_info_x_banks():
-    """ASE: atoms.info is read where the model has a use for it, or nobody has said; elsewhere it is a note of someone else's."""
+    """ASE: atoms.info is read where the model has a use for it, or nobody has said; elsewhere it is
+    a note of someone else's."""
     atoms = Atoms("H2", np.asarray(R), info={"charge": 2})
     told = [in_torch.calculator(Wrapped(spring, ION, "autograd")), in_jax.calculator(CHARGED)]
     untold = in_jax.calculator(with_gradients(lambda x: springs(x) * (1 + x["charge"])))
@@ -210,40 +241,69 @@ def test_info_x_banks():
             assert atoms.get_potential_energy() == want
     atoms.info["charge"] = "a cation"
     for atoms.calc in [*told, untold]:
-        with pytest.raises(ValueError, match=r"expected a number as atoms.info\['charge'\], got 'a cation'; set one, or take it out"):
+        with pytest.raises(
+            ValueError,
+            match=r"expected a number as atoms.info\['charge'\], got 'a cation'; set one, or take it out",
+        ):
             atoms.get_potential_energy()
 
 
 def test_direct_x_sums():
     """The term that uses a charge gets it, the other is not asked to."""
     want = 4 * springs(arrays(jnp.zeros(1)))
-    for total in (direct(CHARGED) + direct(PURE), direct(PURE) + 1.0 * direct(CHARGED), direct(PURE) + (direct(CHARGED) + direct(PURE).scaled(0.0))):
+    for total in (
+        direct(CHARGED) + direct(PURE),
+        direct(PURE) + 1.0 * direct(CHARGED),
+        direct(PURE) + (direct(CHARGED) + direct(PURE).scaled(0.0)),
+    ):
         np.testing.assert_array_equal(total(arrays(jnp.array([2.0]))).total_energies, want)
 
 
 def test_a_model_that_nobody_described_gets_what_is_given():
     """Without a card it may use a charge, and here it does."""
-    energy = bridge.potential(spring, atomic_numbers=NUMBERS, charge=jnp.array([2.0]), gradients="autograd")
-    assert energy(R) == 3 * bridge.potential(spring, atomic_numbers=NUMBERS, gradients="autograd")(R) == 3
-    pure = lambda x: (x["pos"] ** 2).sum()[None] * (1 + x["charge"])  # noqa: E731
-    assert jax_side_potential.potential(with_gradients(pure), atomic_numbers=NUMBERS, charge=jnp.array([2.0]))(R) == 3
+    energy = bridge.potential(
+        spring, atomic_numbers=NUMBERS, charge=jnp.array([2.0]), gradients="autograd"
+    )
+    assert (
+        energy(R)
+        == 3 * bridge.potential(spring, atomic_numbers=NUMBERS, gradients="autograd")(R)
+        == 3
+    )
+    pure = lambda x: (x["pos"] ** 2).sum()[None] * (1 + x["charge"])
+    assert (
+        jax_side_potential.potential(
+            with_gradients(pure), atomic_numbers=NUMBERS, charge=jnp.array([2.0])
+        )(R)
+        == 3
+    )
 
 
 def test_values_x_sums():
     """The term that uses a charge gets it, the other is not asked to."""
-    one, other = Wrapped(spring, ION, "autograd"), Wrapped(lambda x: spring({k: v for k, v in x.items() if k != "charge"}), PLAIN, "autograd")
+    one, other = (
+        Wrapped(spring, ION, "autograd"),
+        Wrapped(lambda x: spring({k: v for k, v in x.items() if k != "charge"}), PLAIN, "autograd"),
+    )
     given = structure() | {"charge": torch.tensor([2.0], dtype=torch.float64)}
     want = 4 * spring(structure())
     torch.testing.assert_close((one + other)(given)["energy"], want)
-    bound = [bridge.potential(m, atomic_numbers=NUMBERS, charge=jnp.array([2.0])) for m in (one, one + other)]
+    bound = [
+        bridge.potential(m, atomic_numbers=NUMBERS, charge=jnp.array([2.0]))
+        for m in (one, one + other)
+    ]
     assert bound[0](R) == 3 and bound[1](R) == 4
-    separate = bridge.potential(one, atomic_numbers=NUMBERS) + bridge.potential(other, atomic_numbers=NUMBERS)
+    separate = bridge.potential(one, atomic_numbers=NUMBERS) + bridge.potential(
+        other, atomic_numbers=NUMBERS
+    )
     assert separate(R, charge=jnp.array([2.0])) == 4
 
 
 def test_what_each_term_is_given():
     given = {"pos": 1, "charge": 2, "spin": 3}
     both = Card(optional_inputs={"charge", "spin"})
-    assert shared_out(given, [ION, PLAIN]) == [{"pos": 1, "charge": 2, "spin": 3}, {"pos": 1, "spin": 3}]
+    assert shared_out(given, [ION, PLAIN]) == [
+        {"pos": 1, "charge": 2, "spin": 3},
+        {"pos": 1, "spin": 3},
+    ]
     assert shared_out(given, [both, PLAIN]) == [given, {"pos": 1}]
     assert shared_out(given, [PLAIN, PLAIN]) == [given, given]

@@ -1,4 +1,5 @@
-"""Committees against loops over their members: values, derivatives, one call of torch for all, through JAX too; errors."""
+"""Committees against loops over their members: values, derivatives, one call of torch for all,
+through JAX too; errors."""
 
 import functools
 
@@ -12,22 +13,36 @@ from torch import nn
 import bridge
 from bridge.card import Card
 from tests.model_cases import CRYSTALS, MODELS, MOLECULES, inputs, mace_network
+from torch_side.models.mace import MACE
 from torch_side.potentials import geometry, graph
 from torch_side.potentials.committee import Committee
 from torch_side.potentials.model import Wrapped
-from torch_side.models.mace import MACE
 
 F64 = torch.float64
 CUTOFF = 4.0
 CARD = Card(
-    outputs={"energy", "position_gradients", "cell_gradients", "node_energies", "embeddings", "hessian"}, batches=True,
-    cutoff=CUTOFF, neighbor_list="own", elements={1, 6, 8, 11, 14, 17}, dtype="float64", device="cpu", sizes=(("F", 6),),
+    outputs={
+        "energy",
+        "position_gradients",
+        "cell_gradients",
+        "node_energies",
+        "embeddings",
+        "hessian",
+    },
+    batches=True,
+    cutoff=CUTOFF,
+    neighbor_list="own",
+    elements={1, 6, 8, 11, 14, 17},
+    dtype="float64",
+    device="cpu",
+    sizes=(("F", 6),),
 )
 SOME = [CRYSTALS["skewed"], MOLECULES["water"], CRYSTALS["slab"]]
 
 
 class Pairs(nn.Module):
-    """A neural network of distances and species with its own scale for energies: a potential of a user."""
+    """A neural network of distances and species with its own scale for energies: a potential of a
+    user."""
 
     def __init__(self, seed, width=6, act=torch.tanh):
         super().__init__()
@@ -43,9 +58,16 @@ class Pairs(nn.Module):
         i, j = x["edge_index"]
         r = geometry.edge_vectors(x).norm(dim=-1)
         cut = (torch.cos(r * torch.pi / CUTOFF) + 1) / 2
-        radial = self.act(torch.exp(-((r[:, None] - self.centres) ** 2)) @ self.first) * cut[:, None]
+        radial = (
+            self.act(torch.exp(-((r[:, None] - self.centres) ** 2)) @ self.first) * cut[:, None]
+        )
         numbers = x["atomic_numbers"]
-        features = torch.zeros_like(self.species[numbers]).index_add(0, i, radial * self.species[numbers[j]]) + self.species[numbers]
+        features = (
+            torch.zeros_like(self.species[numbers]).index_add(
+                0, i, radial * self.species[numbers[j]]
+            )
+            + self.species[numbers]
+        )
         nodes = self.scale * features.tanh() @ self.last
         energy = nodes.new_zeros(len(x["cell"])).index_add(0, x["batch"], nodes)
         return {"energy": energy, "node_energies": nodes, "embeddings": features}
@@ -87,14 +109,22 @@ def test_values_x_loop(build):
     out, each = asked(x), [m(x) for m in alone]
     for name in ("energy", "position_gradients", "cell_gradients", "node_energies"):
         close(out[name], sum(e[name] for e in each) / len(each))
-    for name, spread, every in (("energy", "energy_std", "member_energies"), ("position_gradients", "position_gradients_std", "member_position_gradients")):
+    for name, spread, every in (
+        ("energy", "energy_std", "member_energies"),
+        ("position_gradients", "position_gradients_std", "member_position_gradients"),
+    ):
         of_each = np.stack([e[name] for e in each])
         close(out[every], torch.tensor(of_each))
         close(out[spread], torch.tensor(of_each.std(0)))
         assert len(each) == 1 or out[spread].max() > 1e-2
     shapes = asked.card.shapes(len(x["pos"]), 3)
-    assert shapes["member_position_gradients"] == (len(each), len(x["pos"]), 3) and "embeddings" not in asked.card.outputs
-    assert {n: tuple(out[n].shape) for n in shapes} == shapes and not any(v.requires_grad for v in out.values())
+    assert (
+        shapes["member_position_gradients"] == (len(each), len(x["pos"]), 3)
+        and "embeddings" not in asked.card.outputs
+    )
+    assert {n: tuple(out[n].shape) for n in shapes} == shapes and not any(
+        v.requires_grad for v in out.values()
+    )
     assert "member_energies" not in committee(x)
 
 
@@ -118,9 +148,13 @@ def test_spread_x_derivatives(build):
     out = committee(x | moving)
     (slope,) = torch.autograd.grad(out["energy_std"].sum(), moving["pos"], retain_graph=True)
     ends = [committee(x | {"pos": x["pos"] + s * d})["energy_std"].item() for s in (step, -step)]
-    assert (slope * d).sum().item() == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-5, abs=1e-9)
+    assert (slope * d).sum().item() == pytest.approx(
+        (ends[0] - ends[1]) / (2 * step), rel=1e-5, abs=1e-9
+    )
     assert len(alone) == 1 or slope.abs().max() > 1e-3
-    a = torch.autograd.grad(out["cell_gradients"][0, 0, 1], moving["pos"], retain_graph=True)[0][1, 2]
+    a = torch.autograd.grad(out["cell_gradients"][0, 0, 1], moving["pos"], retain_graph=True)[0][
+        1, 2
+    ]
     b = torch.autograd.grad(out["position_gradients"][1, 2], moving["cell"])[0][0, 0, 1]
     assert a.item() == pytest.approx(b.item(), rel=1e-9) and abs(a) > 1e-6
 
@@ -143,8 +177,14 @@ def test_members_of_own_gradients_x_loop():
             self.k = nn.Parameter(torch.tensor(k, dtype=F64))
 
         def forward(self, x):
-            energy = torch.zeros_like(x["cell"][:, 0, 0]).index_add(0, x["batch"], self.k * x["pos"].square().sum(-1))
-            return {"energy": energy, "position_gradients": 2 * self.k * x["pos"], "cell_gradients": torch.zeros_like(x["cell"])}
+            energy = torch.zeros_like(x["cell"][:, 0, 0]).index_add(
+                0, x["batch"], self.k * x["pos"].square().sum(-1)
+            )
+            return {
+                "energy": energy,
+                "position_gradients": 2 * self.k * x["pos"],
+                "cell_gradients": torch.zeros_like(x["cell"]),
+            }
 
     x = inputs(MOLECULES["water"], dtype=F64)
     out = Committee([Wrapped(Springs(k), Card(), "model") for k in (1.0, 2.0, 6.0)])(x)
@@ -171,7 +211,11 @@ def test_weights_x_trained(vmap):
     committee(x)["position_gradients"].square().sum().backward()
     (sum(m(x)["position_gradients"] for m in alone) / 3).square().sum().backward()
     wanted = torch.stack([m.model.species.grad for m in alone])
-    found = committee.members.model.model.species.grad if vmap else torch.stack([m.model.species.grad for m in committee.members])
+    found = (
+        committee.members.model.model.species.grad
+        if vmap
+        else torch.stack([m.model.species.grad for m in committee.members])
+    )
     close(found, wanted)
     assert wanted.abs().max() > 1e-3
 
@@ -199,7 +243,10 @@ def test_equal_buffers_x_not_batched():
             return super().forward(x) if self.scale.item() else {}
 
     x = inputs(*SOME, dtype=F64)
-    close(Committee([Wrapped(Reads(s), CARD, "autograd") for s in range(3)])(x)["energy"], Committee(members())(x)["energy"])
+    close(
+        Committee([Wrapped(Reads(s), CARD, "autograd") for s in range(3)])(x)["energy"],
+        Committee(members())(x)["energy"],
+    )
     with pytest.raises(NotImplementedError, match="got Wrapped, which it can't .*item"):
         Committee([Wrapped(ReadsOwn(s), CARD, "autograd") for s in range(3)])(x)
 
@@ -213,7 +260,10 @@ def test_tied_weights_x_loop():
 
         def forward(self, x):
             out = super().forward(x)
-            return out | {"energy": out["energy"] + (self.again.weight * self.last_matrix).sum() * x["pos"].square().sum()}
+            return out | {
+                "energy": out["energy"]
+                + (self.again.weight * self.last_matrix).sum() * x["pos"].square().sum()
+            }
 
     alone = [Wrapped(Tied(seed), CARD, "autograd").requires_grad_(False) for seed in range(2)]
     x = inputs(MOLECULES["water"], dtype=F64)
@@ -224,7 +274,11 @@ def test_dtype_x_moved():
     committee = Committee(members()).to(torch.float32)
     x = inputs(*SOME)
     assert committee.card.dtype == "float32" and committee(x)["energy_std"].dtype == torch.float32
-    close(committee(x)["energy"].double(), Committee(members())(inputs(*SOME, dtype=F64))["energy"], atol=1e-4)
+    close(
+        committee(x)["energy"].double(),
+        Committee(members())(inputs(*SOME, dtype=F64))["energy"],
+        atol=1e-4,
+    )
 
 
 def test_sum_x_spread():
@@ -272,18 +326,30 @@ class Energy(Pairs):
 
 
 def test_functional_x_vmap_of_parameters():
-    """jax.vmap over the weights of an energy-only module: one call of torch for all members, with gradients too."""
+    """jax.vmap over the weights of an energy-only module: one call of torch for all members, with
+    gradients too."""
     nets, x = [Energy(seed) for seed in range(4)], graph_of(CRYSTALS["skewed"])
     apply, _ = bridge.functional(nets[0])
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[dict(bridge.functional(net)[1]) for net in nets])
+    stacked = jax.tree.map(
+        lambda *leaves: jnp.stack(leaves), *[dict(bridge.functional(net)[1]) for net in nets]
+    )
     fixed = {k: jnp.asarray(v.numpy()) for k, v in x.items()}
     energy = lambda params, pos: apply(params, fixed | {"pos": pos})
 
     energies = jax.vmap(apply, (0, None))
     each = jax.jit(jax.vmap(jax.value_and_grad(energy, (0, 1)), (0, None)))
-    total = jax.jit(jax.grad(lambda params, pos: (jnp.arange(4.0) * energies(params, fixed | {"pos": pos})).sum(), (0, 1)))
+    total = jax.jit(
+        jax.grad(
+            lambda params, pos: (jnp.arange(4.0) * energies(params, fixed | {"pos": pos})).sum(),
+            (0, 1),
+        )
+    )
     results = []
-    for call in (lambda: jax.jit(energies)(stacked, fixed), lambda: each(stacked, fixed["pos"]), lambda: total(stacked, fixed["pos"])):
+    for call in (
+        lambda: jax.jit(energies)(stacked, fixed),
+        lambda: each(stacked, fixed["pos"]),
+        lambda: total(stacked, fixed["pos"]),
+    ):
         jax.block_until_ready(call())
         before = len(nets[0].calls)
         results.append(jax.block_until_ready(call()))
@@ -293,30 +359,53 @@ def test_functional_x_vmap_of_parameters():
         energy = net(x | {"pos": pos})
         named = dict(net.named_parameters()) | {"pos": pos}
         wanted = dict(zip(named, torch.autograd.grad(energy, list(named.values()))))
-        assert results[0][k] == pytest.approx(energy.item(), rel=1e-10) and results[1][0][k] == pytest.approx(energy.item(), rel=1e-10)
+        assert results[0][k] == pytest.approx(energy.item(), rel=1e-10) and results[1][0][
+            k
+        ] == pytest.approx(energy.item(), rel=1e-10)
         for name in set(named) - {"pos"}:
-            np.testing.assert_allclose(results[1][1][0][name][k], wanted[name], rtol=1e-9, atol=1e-10)
-            np.testing.assert_allclose(results[2][0][name][k], k * wanted[name], rtol=1e-9, atol=1e-10)
+            np.testing.assert_allclose(
+                results[1][1][0][name][k], wanted[name], rtol=1e-9, atol=1e-10
+            )
+            np.testing.assert_allclose(
+                results[2][0][name][k], k * wanted[name], rtol=1e-9, atol=1e-10
+            )
         np.testing.assert_allclose(results[1][1][1][k], wanted["pos"], rtol=1e-9, atol=1e-10)
-    np.testing.assert_allclose(results[2][1], jnp.einsum("m,mia->ia", jnp.arange(4.0), results[1][1][1]), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(
+        results[2][1],
+        jnp.einsum("m,mia->ia", jnp.arange(4.0), results[1][1][1]),
+        rtol=1e-9,
+        atol=1e-9,
+    )
 
 
 def graph_of(atoms):
     """The contract's dict with edges."""
     x = inputs(atoms, dtype=F64)
     kept = {}
-    graph.evaluate(lambda inner: kept.update(inner) or {"energy": inner["pos"].sum().reshape(1)}, x, CARD, "nothing")
+    graph.evaluate(
+        lambda inner: kept.update(inner) or {"energy": inner["pos"].sum().reshape(1)},
+        x,
+        CARD,
+        "nothing",
+    )
     return kept
 
 
 # Errors
 
 
-@pytest.mark.parametrize("refused", [maces, lambda: [MODELS["sevennet"].build(torch.float32)] * 2], ids=["mace", "sevennet"])
+@pytest.mark.parametrize(
+    "refused",
+    [maces, lambda: [MODELS["sevennet"].build(torch.float32)] * 2],
+    ids=["mace", "sevennet"],
+)
 def test_vmap_x_refused(refused):
     models = refused()
     x = inputs(CRYSTALS["skewed"], dtype=getattr(torch, models[0].card.dtype))
-    with pytest.raises(NotImplementedError, match=rf"torch.func.vmap can run over, got {type(models[0]).__name__}.*vmap=False") as caught:
+    with pytest.raises(
+        NotImplementedError,
+        match=rf"torch.func.vmap can run over, got {type(models[0]).__name__}.*vmap=False",
+    ) as caught:
         Committee(models)(x)
     assert isinstance(caught.value.__cause__, RuntimeError)
 
@@ -329,7 +418,9 @@ def test_errors_of_the_model_x_own():
             return {"energy": self.last @ self.first}
 
     with pytest.raises(RuntimeError, match="size|shape"):
-        Committee([Wrapped(Broken(s), CARD, "autograd") for s in range(2)])(inputs(*SOME, dtype=F64))
+        Committee([Wrapped(Broken(s), CARD, "autograd") for s in range(2)])(
+            inputs(*SOME, dtype=F64)
+        )
 
 
 def wrapped(**options):
@@ -338,15 +429,34 @@ def wrapped(**options):
 
 UNLIKE = {
     "expected at least one model, got none; pass a list": (ValueError, list),
-    "expected models of the contract as members, got a Pairs; wrap it": (TypeError, lambda: [Pairs(0), Pairs(1)]),
+    "expected models of the contract as members, got a Pairs; wrap it": (
+        TypeError,
+        lambda: [Pairs(0), Pairs(1)],
+    ),
     "expected members of one card, got cutoff 4.0 and 5.0; take models": (
-        ValueError, lambda: [*members(1), Wrapped(Pairs(1), Card(**vars(CARD) | {"cutoff": 5.0}), "autograd")]),
-    r"differ in their weights alone, got the shape of model.species \(18, 6\) and \(18, 7\); build": (ValueError, lambda: [wrapped(), wrapped(width=7)]),
-    "differ in their weights alone, got model.act tanh and sigmoid; build": (ValueError, lambda: [wrapped(), wrapped(act=torch.sigmoid)]),
-    "differ in their weights alone, got model.training True and False; build": (ValueError, lambda: [wrapped(), Wrapped(Pairs(1).eval(), CARD, "autograd")]),
+        ValueError,
+        lambda: [*members(1), Wrapped(Pairs(1), Card(**vars(CARD) | {"cutoff": 5.0}), "autograd")],
+    ),
+    r"differ in their weights alone, got the shape of model.species \(18, 6\) and \(18, 7\); build": (
+        ValueError,
+        lambda: [wrapped(), wrapped(width=7)],
+    ),
+    "differ in their weights alone, got model.act tanh and sigmoid; build": (
+        ValueError,
+        lambda: [wrapped(), wrapped(act=torch.sigmoid)],
+    ),
+    "differ in their weights alone, got model.training True and False; build": (
+        ValueError,
+        lambda: [wrapped(), Wrapped(Pairs(1).eval(), CARD, "autograd")],
+    ),
     r"parameters or buffers that differ, got Wrapped without any; .*vmap=False": (
-        TypeError, lambda: [Wrapped(lambda x: x["pos"].sum().reshape(1), Card(), "autograd")] * 2),
-    r"energies\(inputs\) alone, got a Sum; .*vmap=False": (NotImplementedError, lambda: [m + m for m in members(2)]),
+        TypeError,
+        lambda: [Wrapped(lambda x: x["pos"].sum().reshape(1), Card(), "autograd")] * 2,
+    ),
+    r"energies\(inputs\) alone, got a Sum; .*vmap=False": (
+        NotImplementedError,
+        lambda: [m + m for m in members(2)],
+    ),
 }
 
 

@@ -1,4 +1,5 @@
-"""What a potential returns outside of the contract: errors speak of the contract, whichever framework it is written in."""
+"""What a potential returns outside of the contract: errors speak of the contract, whichever
+framework it is written in."""
 
 import jax
 import jax.numpy as jnp
@@ -59,8 +60,13 @@ def test_energies_x_with_gradients_in_torch(name):
 
 
 def test_a_wider_energy():
-    energy = bridge.potential(lambda x: (x["pos"].double() ** 2).sum()[None], atomic_numbers=NUMBERS, gradients="autograd")
-    with pytest.raises(ValueError, match=r"expected energy as float32\[1\], in the dtype of pos, got float64\[1\]; compute it in the dtype of pos, or cast"):
+    energy = bridge.potential(
+        lambda x: (x["pos"].double() ** 2).sum()[None], atomic_numbers=NUMBERS, gradients="autograd"
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"expected energy as float32\[1\], in the dtype of pos, got float64\[1\]; compute it in the dtype of pos, or cast",
+    ):
         energy(R)
 
 
@@ -76,7 +82,8 @@ GIVEN = {
     ),
     "no energy": (
         lambda x: {"position_gradients": x["pos"], "cell_gradients": 0 * x["cell"]},
-        "expected the outputs energy, got only cell_gradients, position_gradients; let the model return energy",
+        "expected the outputs energy, got only cell_gradients, position_gradients; let the model "
+        "return energy",
     ),
     "wider gradients": (
         lambda x: {"energy": x["pos"].sum()[None], "position_gradients": x["pos"].double(), "cell_gradients": 0 * x["cell"]},
@@ -101,6 +108,13 @@ def test_gradients_that_the_model_gives(name):
 
 
 def test_an_output_that_is_missing():
-    energy = bridge.potential(lambda x: x["pos"].sum()[None], atomic_numbers=NUMBERS, gradients="autograd", outputs=("charges",))
-    with pytest.raises(ValueError, match="charges from .*, got no charges; let the model return charges"):
+    energy = bridge.potential(
+        lambda x: x["pos"].sum()[None],
+        atomic_numbers=NUMBERS,
+        gradients="autograd",
+        outputs=("charges",),
+    )
+    with pytest.raises(
+        ValueError, match="charges from .*, got no charges; let the model return charges"
+    ):
         energy(R)

@@ -1,4 +1,5 @@
-"""jax_side.potentials.direct: potentials that carry their own gradients, in JAX and in torch, against JAX's derivatives of the energy alone."""
+"""jax_side.potentials.direct: potentials that carry their own gradients, in JAX and in torch,
+against JAX's derivatives of the energy alone."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,15 @@ import torch
 
 import bridge
 from bridge.card import Card
-from jax_side.potentials.direct import EMPTY, Positions, PositionsAndCell, PotentialOut, cached, direct, sum_potentials
+from jax_side.potentials.direct import (
+    EMPTY,
+    Positions,
+    PositionsAndCell,
+    PotentialOut,
+    cached,
+    direct,
+    sum_potentials,
+)
 from jax_side.potentials.potential_out import KINDS
 from jax_side.potentials.strain import with_gradients
 from tests.cases import close
@@ -31,7 +40,9 @@ def energy(x):
     pos, batch = x["pos"], x["batch"]
     r2 = ((pos[:, None] - pos) ** 2).sum(-1)
     wave = x["charge"][batch] * jnp.sin(jnp.einsum("ni,nij,j->n", pos, x["cell"][batch], C))
-    return jax.ops.segment_sum((jnp.exp(-r2) * (batch[:, None] == batch)).sum(-1) + wave, batch, num_segments=2)
+    return jax.ops.segment_sum(
+        (jnp.exp(-r2) * (batch[:, None] == batch)).sum(-1) + wave, batch, num_segments=2
+    )
 
 
 def analytical(x):
@@ -49,7 +60,9 @@ def analytical(x):
 def as_out(x):
     """The same as a PotentialOut."""
     out = analytical(x)
-    return PotentialOut(out["energy"], PositionsAndCell(out["position_gradients"], out["cell_gradients"]))
+    return PotentialOut(
+        out["energy"], PositionsAndCell(out["position_gradients"], out["cell_gradients"])
+    )
 
 
 class Torch(torch.nn.Module):
@@ -65,7 +78,7 @@ class Torch(torch.nn.Module):
         along = torch.einsum("nij,j->ni", x["cell"][batch], c)
         phase = (pos * along).sum(-1)
         slope = x["charge"][batch] * torch.cos(phase)
-        sums = lambda a: a.new_zeros(2, *a.shape[1:]).index_add(0, batch, a)  # noqa: E731
+        sums = lambda a: a.new_zeros(2, *a.shape[1:]).index_add(0, batch, a)
         return {
             "energy": sums(pairs.sum(-1) + x["charge"][batch] * torch.sin(phase)),
             "position_gradients": -4 * (pairs[..., None] * r).sum(1) + slope[:, None] * along,
@@ -73,7 +86,11 @@ class Torch(torch.nn.Module):
         }
 
 
-MODELS = {"JAX": analytical, "JAX PotentialOut": as_out, "torch": bridge.to_jax(Torch(), batched="sequential")}
+MODELS = {
+    "JAX": analytical,
+    "JAX PotentialOut": as_out,
+    "torch": bridge.to_jax(Torch(), batched="sequential"),
+}
 
 
 def counted(outputs=("energy", *KINDS["positions and cell"])):
@@ -94,10 +111,12 @@ def counted(outputs=("energy", *KINDS["positions and cell"])):
 
 def total(potential, inputs=INPUTS):
     """Energy as a function of positions and cells, weighted so that no system is like another."""
-    return lambda pos, cell: (jnp.array([1.0, -2.5]) * potential(inputs | {"pos": pos, "cell": cell}).total_energies).sum()
+    return lambda pos, cell: (
+        jnp.array([1.0, -2.5]) * potential(inputs | {"pos": pos, "cell": cell}).total_energies
+    ).sum()
 
 
-PURE = lambda x: PotentialOut(energy(x))  # noqa: E731
+PURE = lambda x: PotentialOut(energy(x))
 WANT = jax.jit(with_gradients(energy))(INPUTS)
 HESSIAN = jax.jit(jax.hessian(lambda pos: energy(INPUTS | {"pos": pos}).sum()))(INPUTS["pos"])
 AT = INPUTS["pos"], INPUTS["cell"]
@@ -107,7 +126,10 @@ AT = INPUTS["pos"], INPUTS["cell"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs_x_kinds_of_gradients(name, kind, maybe_jit):
     out = maybe_jit(direct(MODELS[name], kind))(INPUTS)
-    want = {"positions and cell": PositionsAndCell(WANT["position_gradients"], WANT["cell_gradients"]), "positions": Positions(WANT["position_gradients"])}
+    want = {
+        "positions and cell": PositionsAndCell(WANT["position_gradients"], WANT["cell_gradients"]),
+        "positions": Positions(WANT["position_gradients"]),
+    }
     close(out, PotentialOut(WANT["energy"], want.get(kind, EMPTY), EMPTY))
     assert isinstance(out.gradients, type(want.get(kind, EMPTY)))
     assert min(abs(WANT[n]).max() for n in WANT) > 0.1
@@ -117,7 +139,17 @@ def test_cell_gradients_x_finite_differences():
     """At fixed Cartesian positions."""
     p, h = direct(analytical), 1e-5
     steps = h * jnp.eye(9).reshape(9, 3, 3)
-    found = jax.jit(jax.vmap(lambda d: (p(INPUTS | {"cell": AT[1] + d}).total_energies - p(INPUTS | {"cell": AT[1] - d}).total_energies) / (2 * h)))(steps)
+    found = jax.jit(
+        jax.vmap(
+            lambda d: (
+                (
+                    p(INPUTS | {"cell": AT[1] + d}).total_energies
+                    - p(INPUTS | {"cell": AT[1] - d}).total_energies
+                )
+                / (2 * h)
+            )
+        )
+    )(steps)
     np.testing.assert_allclose(found.T.reshape(2, 3, 3), p(INPUTS).gradients.cell, atol=1e-8)
 
 
@@ -132,10 +164,18 @@ TRANSFORMS = {
     "value_and_grad": lambda f: jax.value_and_grad(f, (0, 1)),
     "jvp": lambda f: lambda *at: jax.jvp(f, at, jax.tree.map(jnp.cos, at)),
     "hessian": lambda f: jax.hessian(f, (0, 1)),
-    "vmap": lambda f: lambda r, h: jax.vmap(jax.value_and_grad(f), (0, None))(jnp.stack([r, 1.1 * r]), h),
+    "vmap": lambda f: (
+        lambda r, h: jax.vmap(jax.value_and_grad(f), (0, None))(jnp.stack([r, 1.1 * r]), h)
+    ),
     "virial": lambda f: lambda r, h: jax.grad(lambda s: f(r @ s, h @ s))(jnp.eye(3)),
-    "scan": lambda f: lambda r, h: jax.lax.scan(lambda r, _: (r - 0.1 * jax.grad(f)(r, h), f(r, h)), r, length=3),
-    "grad of scan": lambda f: jax.grad(lambda r, h: jax.lax.scan(lambda r, _: (r - 0.1 * jax.grad(f)(r, h), f(r, h)), r, length=2)[1].sum()),
+    "scan": lambda f: (
+        lambda r, h: jax.lax.scan(lambda r, _: (r - 0.1 * jax.grad(f)(r, h), f(r, h)), r, length=3)
+    ),
+    "grad of scan": lambda f: jax.grad(
+        lambda r, h: jax.lax.scan(lambda r, _: (r - 0.1 * jax.grad(f)(r, h), f(r, h)), r, length=2)[
+            1
+        ].sum()
+    ),
 }
 
 
@@ -155,24 +195,38 @@ def test_the_energy_differentiates_by_the_gradients_returned(kind):
         out = as_out(x)
         return PotentialOut(out.total_energies, jax.tree.map(lambda g: 3 * g + 1, out.gradients))
 
-    g, G = jax.jit(jax.grad(lambda *at: direct(wrong, kind)(INPUTS | dict(zip(("pos", "cell"), at))).total_energies.sum(), (0, 1)))(*AT)
+    g, G = jax.jit(
+        jax.grad(
+            lambda *at: direct(wrong, kind)(
+                INPUTS | dict(zip(("pos", "cell"), at))
+            ).total_energies.sum(),
+            (0, 1),
+        )
+    )(*AT)
     close((g, G), (3 * WANT["position_gradients"] + 1, 3 * WANT["cell_gradients"] + 1))
 
 
 def test_gradients_returned_differentiate():
-    loss = lambda out: (out.gradients.positions**2).sum() + out.total_energies[0]  # noqa: E731
-    slope = jax.jit(jax.grad(lambda pos, potential: loss(potential(INPUTS | {"pos": pos}))), static_argnums=1)
+    loss = lambda out: (out.gradients.positions**2).sum() + out.total_energies[0]
+    slope = jax.jit(
+        jax.grad(lambda pos, potential: loss(potential(INPUTS | {"pos": pos}))), static_argnums=1
+    )
     close(slope(AT[0], direct(MODELS["torch"])), slope(AT[0], direct(with_gradients(energy))))
 
 
 def test_other_inputs_and_parameters_are_differentiated_by_jax():
-    scaled = lambda x: {n: x["params"]["w"] * a for n, a in MODELS["torch"]({k: v for k, v in x.items() if k != "params"}).items()}  # noqa: E731
+    scaled = lambda x: {
+        n: x["params"]["w"] * a
+        for n, a in MODELS["torch"]({k: v for k, v in x.items() if k != "params"}).items()
+    }
     inputs = INPUTS | {"params": {"w": jnp.array(2.0), "n": jnp.array(3)}, "spin": None}
 
     def f(potential):
-        return lambda w, charge, pos: potential(inputs | {"params": {"w": w, "n": 3}, "charge": charge, "pos": pos}).total_energies.sum()
+        return lambda w, charge, pos: potential(
+            inputs | {"params": {"w": w, "n": 3}, "charge": charge, "pos": pos}
+        ).total_energies.sum()
 
-    pure = lambda x: PotentialOut(x["params"]["w"] * energy(x))  # noqa: E731
+    pure = lambda x: PotentialOut(x["params"]["w"] * energy(x))
     at = jnp.array(2.0), INPUTS["charge"], AT[0]
     for which in ((0, 1, 2), (0, 1), (2,)):
         close(*(jax.jit(jax.grad(f(p), which))(*at) for p in (direct(scaled), pure)))
@@ -206,7 +260,11 @@ def test_models_that_cannot_be_differentiated():
     found = jax.jit(jax.grad(total(potential), (0, 1)))(*AT)
     assert len(runs) == 1
     close(found, jax.jit(jax.grad(total(PURE), (0, 1)))(*AT))
-    assert jnp.isnan(jax.jit(jax.grad(lambda pos: potential(INPUTS | {"pos": pos}).gradients.positions.sum()))(AT[0])).all()
+    assert jnp.isnan(
+        jax.jit(jax.grad(lambda pos: potential(INPUTS | {"pos": pos}).gradients.positions.sum()))(
+            AT[0]
+        )
+    ).all()
     assert jnp.isnan(jax.jit(jax.hessian(total(potential)))(*AT)).all()
     text = "expected a gradient of the energy in charge to differentiate with, got outputs cell_gradients, .* of model; hold charge fixed"
     with pytest.raises(NotImplementedError, match=text):
@@ -217,11 +275,23 @@ def test_models_that_cannot_be_differentiated():
 
 def test_the_card_of_a_bridged_model():
     card = Card(outputs={"energy", "position_gradients", "hessian"}, derivative_order=1)
-    model = bridge.to_jax(Wrapped(Torch(), card, "model"), outputs=lambda x: {"energy": jax.ShapeDtypeStruct((2,), "float64")})
-    assert direct(model, "positions").derivative_order == 1 and direct(model, "positions", derivative_order=2).derivative_order == 2
-    with pytest.raises(ValueError, match=r"outputs that Wrapped has \(energy, hessian, position_gradients\), got cell_gradients; ask for these"):
+    model = bridge.to_jax(
+        Wrapped(Torch(), card, "model"),
+        outputs=lambda x: {"energy": jax.ShapeDtypeStruct((2,), "float64")},
+    )
+    assert (
+        direct(model, "positions").derivative_order == 1
+        and direct(model, "positions", derivative_order=2).derivative_order == 2
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"outputs that Wrapped has \(energy, hessian, position_gradients\), got cell_gradients; ask for these",
+    ):
         direct(model)
-    with pytest.raises(ValueError, match=r"expected hessian among the active outputs of Wrapped, got a card without; pass model.asking\('hessian'\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"expected hessian among the active outputs of Wrapped, got a card without; pass model.asking\('hessian'\)",
+    ):
         direct(model, "positions", "positions")
 
 
@@ -241,33 +311,92 @@ def test_what_a_model_does_not_give_is_refused_before_it_runs():
 @pytest.mark.parametrize(
     "error, text, f",
     [
-        (TypeError, r"expected a callable model\(inputs\), got 3; pass the model's function", lambda: direct(3)),
-        (ValueError, "expected gradients as one of 'positions and cell', 'positions', None, got 'cell'", lambda: direct(analytical, "cell")),
-        (ValueError, "expected hessians as one of 'positions', None, got 'cell'", lambda: direct(analytical, hessians="cell")),
-        (TypeError, "expected a dict of the contract or a PotentialOut from energy, got a .*; wrap an energy", lambda: direct(energy, None)(INPUTS)),
-        (ValueError, "got only other outputs; ask for what it gives", lambda: direct(lambda x: {"forces": x["pos"]}, None)(INPUTS)),
-        (ValueError, r"expected energy as float\[2\], got float64\[2,1\]", lambda: direct(lambda x: {"energy": energy(x)[:, None]}, None)(INPUTS)),
-        (ValueError, "expected the inputs pos, .*, got no batch", lambda: direct(analytical)({k: v for k, v in INPUTS.items() if k != "batch"})),
-        (ValueError, "expected at least one potential, got none; pass those to add", lambda: sum_potentials()),
-        (TypeError, "expected potentials to add, got a function; wrap it by jax_side.potentials.direct.direct", lambda: sum_potentials(analytical)),
-        (ValueError, r"expected a scalar weight, got shape \(2,\); use jax.vmap over the weights", lambda: direct(analytical) * jnp.ones(2)),
+        (
+            TypeError,
+            r"expected a callable model\(inputs\), got 3; pass the model's function",
+            lambda: direct(3),
+        ),
+        (
+            ValueError,
+            "expected gradients as one of 'positions and cell', 'positions', None, got 'cell'",
+            lambda: direct(analytical, "cell"),
+        ),
+        (
+            ValueError,
+            "expected hessians as one of 'positions', None, got 'cell'",
+            lambda: direct(analytical, hessians="cell"),
+        ),
+        (
+            TypeError,
+            "expected a dict of the contract or a PotentialOut from energy, got a .*; wrap an "
+            "energy",
+            lambda: direct(energy, None)(INPUTS),
+        ),
+        (
+            ValueError,
+            "got only other outputs; ask for what it gives",
+            lambda: direct(lambda x: {"forces": x["pos"]}, None)(INPUTS),
+        ),
+        (
+            ValueError,
+            r"expected energy as float\[2\], got float64\[2,1\]",
+            lambda: direct(lambda x: {"energy": energy(x)[:, None]}, None)(INPUTS),
+        ),
+        (
+            ValueError,
+            "expected the inputs pos, .*, got no batch",
+            lambda: direct(analytical)({k: v for k, v in INPUTS.items() if k != "batch"}),
+        ),
+        (
+            ValueError,
+            "expected at least one potential, got none; pass those to add",
+            lambda: sum_potentials(),
+        ),
+        (
+            TypeError,
+            "expected potentials to add, got a function; wrap it by "
+            "jax_side.potentials.direct.direct",
+            lambda: sum_potentials(analytical),
+        ),
+        (
+            ValueError,
+            r"expected a scalar weight, got shape \(2,\); use jax.vmap over the weights",
+            lambda: direct(analytical) * jnp.ones(2),
+        ),
         (
             ValueError,
             r"the same gradients and hessians of all terms \(gradients='positions and cell', hessians=None\), got gradients='positions', hess.*; narrow one",
             lambda: direct(analytical) + 2 * direct(analytical, "positions"),
         ),
-        (ValueError, "expected gradients as one of 'positions', None, got 'pos.*ll'", lambda: direct(analytical, "positions").narrowed("positions and cell")),
-        (ValueError, "expected hessians as one of None, got 'positions'", lambda: (2 * direct(analytical)).narrowed("positions", "positions")),
+        (
+            ValueError,
+            "expected gradients as one of 'positions', None, got 'pos.*ll'",
+            lambda: direct(analytical, "positions").narrowed("positions and cell"),
+        ),
+        (
+            ValueError,
+            "expected hessians as one of None, got 'positions'",
+            lambda: (2 * direct(analytical)).narrowed("positions", "positions"),
+        ),
         (
             ValueError,
             r"expected outputs alike \(energy float64\[2\], position_gradients float64\[5,3\]\), got energy float64\[2\]; narrow the gradients",
             lambda: direct(analytical, "positions")(INPUTS) + PURE(INPUTS),
         ),
-        (ValueError, r"expected outputs alike \(energy float64\[2\]\), got energy float32\[1\]; ", lambda: PURE(INPUTS) - PotentialOut(jnp.ones(1, "float32"))),
+        (
+            ValueError,
+            r"expected outputs alike \(energy float64\[2\]\), got energy float32\[1\]; ",
+            lambda: PURE(INPUTS) - PotentialOut(jnp.ones(1, "float32")),
+        ),
         (TypeError, "unsupported operand", lambda: direct(analytical) * None),
         (TypeError, "unsupported operand", lambda: direct(analytical) + analytical),
         (TypeError, "unsupported operand", lambda: PURE(INPUTS) + 1),
-        (TypeError, "expected a potential, or another callable of inputs, got 3; make one by jax_side.potentials.direct.direct", lambda: cached(3)),
+        (
+            TypeError,
+            "expected a potential, or another callable of inputs, got 3; make one by "
+            "jax_side.potentials.direct.direct",
+            lambda: cached(3),
+        ),
     ],
 )
 def test_errors(error, text, f):

@@ -7,15 +7,27 @@ import numpy as np
 from jax_side.potentials.direct import EMPTY, Positions, PotentialOut, direct, sum_potentials
 from jax_side.potentials.strain import with_gradients
 from tests.cases import close
-from tests.potentials.test_direct_potentials import AT, HESSIAN, INPUTS, MODELS, PURE, WANT, analytical, counted, total
+from tests.potentials.test_direct_potentials import (
+    AT,
+    HESSIAN,
+    INPUTS,
+    MODELS,
+    PURE,
+    WANT,
+    analytical,
+    counted,
+    total,
+)
 
-spring = with_gradients(lambda x: jax.ops.segment_sum((x["pos"] ** 2).sum(-1), x["batch"], 2) + x["cell"].sum((1, 2)))
+spring = with_gradients(
+    lambda x: jax.ops.segment_sum((x["pos"] ** 2).sum(-1), x["batch"], 2) + x["cell"].sum((1, 2))
+)
 A, B = direct(MODELS["torch"]), direct(spring)
 
 
 def test_outputs_add_and_scale(maybe_jit):
     a, b = A(INPUTS), B(INPUTS)
-    want = lambda f: jax.tree.map(f, a, b)  # noqa: E731
+    want = lambda f: jax.tree.map(f, a, b)
     close(maybe_jit(lambda a, b: a + b)(a, b), want(lambda a, b: a + b))
     close(maybe_jit(lambda a, b: a - b)(a, b), want(lambda a, b: a - b))
     for two in (2, 2.0, np.float64(2), np.float32(2), jnp.array(2), jnp.array(2.0, "float32")):
@@ -29,7 +41,12 @@ def test_potentials_add_and_scale():
     mixed = 0.5 * A + B * 2 + sum_potentials(A, np.float64(-1) * B)
     close(mixed(INPUTS), 1.5 * A(INPUTS) + B(INPUTS))
     f, g = total(mixed), total(lambda x: 1.5 * PURE(x) + PotentialOut(spring(x)["energy"]))
-    close(*(jax.jit(lambda *at, f=f: (jax.grad(f, (0, 1))(*at), jax.hessian(f)(*at)))(*AT) for f in (f, g)))
+    close(
+        *(
+            jax.jit(lambda *at, f=f: (jax.grad(f, (0, 1))(*at), jax.hessian(f)(*at)))(*AT)
+            for f in (f, g)
+        )
+    )
 
 
 def test_each_term_is_evaluated_once():
@@ -42,7 +59,8 @@ def test_each_term_is_evaluated_once():
 
 
 def test_traced_weights_x_thermodynamic_integration():
-    """dE/dw of (1-w) A + w B is E_B - E_A; one trace for all weights; a potential passes through jit, grad and vmap by its weights."""
+    """dE/dw of (1-w) A + w B is E_B - E_A; one trace for all weights; a potential passes through
+    jit, grad and vmap by its weights."""
     traces = []
 
     def interpolated(w):
@@ -71,11 +89,26 @@ def test_forces_differentiate_in_weights():
 
 
 def test_narrowed():
-    model = lambda x: analytical(x) | {"hessian": HESSIAN}  # noqa: E731
+    model = lambda x: analytical(x) | {"hessian": HESSIAN}
     full = direct(model, hessians="positions")
-    close(full.narrowed("positions", "positions")(INPUTS), PotentialOut(WANT["energy"], Positions(WANT["position_gradients"]), Positions(HESSIAN)))
+    close(
+        full.narrowed("positions", "positions")(INPUTS),
+        PotentialOut(WANT["energy"], Positions(WANT["position_gradients"]), Positions(HESSIAN)),
+    )
     less = (2 * (full + full)).narrowed("positions")
     assert (less.gradients, less.hessians) == ("positions", None)
-    close((less + direct(spring, "positions"))(INPUTS).gradients.positions, 4 * WANT["position_gradients"] + B(INPUTS).gradients.positions)
-    close(*(jax.jit(jax.grad(total(p), (0, 1)))(*AT) for p in (less.narrowed(None), 4 * full.narrowed("positions"))))
-    assert direct(analytical) == direct(analytical) and hash(direct(analytical)) == hash(direct(analytical)) and less.narrowed(None)(INPUTS).gradients == EMPTY
+    close(
+        (less + direct(spring, "positions"))(INPUTS).gradients.positions,
+        4 * WANT["position_gradients"] + B(INPUTS).gradients.positions,
+    )
+    close(
+        *(
+            jax.jit(jax.grad(total(p), (0, 1)))(*AT)
+            for p in (less.narrowed(None), 4 * full.narrowed("positions"))
+        )
+    )
+    assert (
+        direct(analytical) == direct(analytical)
+        and hash(direct(analytical)) == hash(direct(analytical))
+        and less.narrowed(None)(INPUTS).gradients == EMPTY
+    )

@@ -1,11 +1,12 @@
-"""Vectors along edges: right, made once in a call, handed on only where they are of what is asked for."""
+"""Vectors along edges: right, made once in a call, handed on only where they are of what is asked
+for."""
 
 import numpy as np
 import pytest
 import torch
 
-from tests.graph_cases import CUTOFF, Embedded, joined, system
 from tests.adapters import MODELS
+from tests.graph_cases import CUTOFF, Embedded, joined, system
 from tests.model_cases import inputs
 from torch_side.potentials import geometry, layout, padding
 from torch_side.potentials.geometry import edge_vectors
@@ -27,7 +28,11 @@ def formula(x):
     """r_j - r_i + offsets @ cell, edge by edge."""
     i, j = x["edge_index"].long()
     cells = x["cell"][x["batch"].long()[i]]
-    return x["pos"][j] - x["pos"][i] + torch.einsum("ea,eab->eb", x["cell_offsets"].to(x["cell"].dtype), cells)
+    return (
+        x["pos"][j]
+        - x["pos"][i]
+        + torch.einsum("ea,eab->eb", x["cell_offsets"].to(x["cell"].dtype), cells)
+    )
 
 
 def cast(x, dtype):
@@ -40,9 +45,13 @@ def cast(x, dtype):
 def test_formula_x_dtypes(name, dtype, index):
     x = cast(with_edges(SYSTEMS[name], dtype=index), dtype)
     x["batch"] = x["batch"].to(index)
-    torch.testing.assert_close(edge_vectors(x), formula(x), rtol=0, atol=4 * torch.finfo(dtype).eps * 8)
+    torch.testing.assert_close(
+        edge_vectors(x), formula(x), rtol=0, atol=4 * torch.finfo(dtype).eps * 8
+    )
     shifts = formula(x | {"pos": torch.zeros_like(x["pos"])})
-    torch.testing.assert_close(geometry.edge_shifts(x), shifts, rtol=0, atol=4 * torch.finfo(dtype).eps * 8)
+    torch.testing.assert_close(
+        geometry.edge_shifts(x), shifts, rtol=0, atol=4 * torch.finfo(dtype).eps * 8
+    )
 
 
 def derivatives(x):
@@ -98,7 +107,13 @@ CHANGES = {
     "another pos": lambda x: x | {"pos": 1.01 * x["pos"]},
     "a copy of pos": lambda x: x | {"pos": x["pos"].clone()},
     "another cell": lambda x: x | {"cell": 1.01 * x["cell"]},
-    "half of the edges": lambda x: x | {key: x[key][..., ::2] if key == "edge_index" else x[key][::2] for key in ("edge_index", "cell_offsets")},
+    "half of the edges": lambda x: (
+        x
+        | {
+            key: x[key][..., ::2] if key == "edge_index" else x[key][::2]
+            for key in ("edge_index", "cell_offsets")
+        }
+    ),
     "a transposed cell": lambda x: x | {"cell": x["cell"].mT},
     "pos in place": lambda x: x["pos"].mul_(1.01) is None or x,
     "edges in place": lambda x: x["edge_index"].copy_(x["edge_index"].flip(0)) is None or x,
@@ -128,7 +143,10 @@ def test_transforms_of_torch():
         torch.testing.assert_close(torch.func.grad(f, (0, 1))(*args), want)
         torch.testing.assert_close(torch.func.hessian(f)(*args), hessian)
         torch.testing.assert_close(torch.func.jvp(f, args, args)[1], tangent)
-        torch.testing.assert_close(torch.func.vmap(f)(torch.stack([args[0], 2 * args[0]]), torch.stack([args[1]] * 2)), many)
+        torch.testing.assert_close(
+            torch.func.vmap(f)(torch.stack([args[0], 2 * args[0]]), torch.stack([args[1]] * 2)),
+            many,
+        )
 
 
 def test_nothing_is_left_behind():
@@ -140,7 +158,11 @@ def test_nothing_is_left_behind():
     assert len(times) == 1
 
 
-GIVEN = {"none": lambda x: x, "as long as the cutoff": with_edges, "with a skin": lambda x: with_edges(x, CUTOFF + SKIN)}
+GIVEN = {
+    "none": lambda x: x,
+    "as long as the cutoff": with_edges,
+    "with a skin": lambda x: with_edges(x, CUTOFF + SKIN),
+}
 
 
 @pytest.mark.parametrize("given", GIVEN)
@@ -171,7 +193,11 @@ def slots(x, where):
     """Given edges, among a fifth of unused slots."""
     edges, offsets = x["edge_index"].int(), x["cell_offsets"].int()
     n = edges.shape[1]
-    place = {"behind": np.arange(n), "in front": np.arange(n) + n // 4, "among": np.sort(np.random.default_rng(0).permutation(n + n // 4)[:n])}[where]
+    place = {
+        "behind": np.arange(n),
+        "in front": np.arange(n) + n // 4,
+        "among": np.sort(np.random.default_rng(0).permutation(n + n // 4)[:n]),
+    }[where]
     index = edges.new_full((2, n + n // 4), len(x["pos"]))
     index[:, place] = edges
     more = offsets.new_zeros(n + n // 4, 3)
@@ -184,7 +210,8 @@ def slots(x, where):
 @pytest.mark.parametrize("where", ["behind", "in front", "among"])
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_unused_slots(name, where, skin, padded):
-    """Wherever they lie, and where atoms are padding as well: what a model sees and gives is the same."""
+    """Wherever they lie, and where atoms are padding as well: what a model sees and gives is the
+    same."""
     x = with_edges(SYSTEMS[name], CUTOFF + skin)
     if padded:
         last = len(x["pos"]) - 1
@@ -198,19 +225,27 @@ def test_unused_slots(name, where, skin, padded):
 
     out = Wrapped(energy, Embedded().card, "autograd")(slots(x, where))
     (inner,) = seen
-    assert inner["edge_index"].dtype == inner["batch"].dtype == torch.int64 and inner["edge_index"].is_contiguous()
+    assert (
+        inner["edge_index"].dtype == inner["batch"].dtype == torch.int64
+        and inner["edge_index"].is_contiguous()
+    )
     real = x["atomic_numbers"] > 0
     fewer = {key: x[key][real] for key in ("pos", "atomic_numbers", "batch")}
     want = with_gradients(Embedded().energies)(with_edges({**x, **fewer}))
     torch.testing.assert_close(out["energy"], want["energy"], rtol=1e-13, atol=1e-13)
-    torch.testing.assert_close(out["cell_gradients"], want["cell_gradients"], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(out["position_gradients"][real], want["position_gradients"], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        out["cell_gradients"], want["cell_gradients"], rtol=1e-12, atol=1e-12
+    )
+    torch.testing.assert_close(
+        out["position_gradients"][real], want["position_gradients"], rtol=1e-12, atol=1e-12
+    )
     assert not out["position_gradients"][~real].any()
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_used_slots_x_masks(seed):
-    """Unused slots and edges of padding atoms, each first, last, among the others or absent: what a mask leaves."""
+    """Unused slots and edges of padding atoms, each first, last, among the others or absent: what a
+    mask leaves."""
     rng = np.random.default_rng(seed)
     numbers = np.array([29, 29, 29, *[0] * (seed % 3 > 0)])
     edges = rng.integers(0, len(numbers) + seed % 2, (2, 6))
@@ -225,7 +260,9 @@ def test_used_slots_x_masks(seed):
 
 @pytest.mark.parametrize("padding_edges_last", [True, False])
 def test_unused_slots_in_front_x_padding_atoms(padding_edges_last):
-    edges = torch.tensor([[3, 0, 1, 2, 0], [3, 1, 0, 0, 2]])[:, [0, 1, 2, 3, 4] if padding_edges_last else [3, 0, 1, 4, 2]]
+    edges = torch.tensor([[3, 0, 1, 2, 0], [3, 1, 0, 0, 2]])[
+        :, [0, 1, 2, 3, 4] if padding_edges_last else [3, 0, 1, 4, 2]
+    ]
     kept = layout.used(edges, np.array([29, 29, 0]), np.zeros(3, int), 1)
     assert padding.rows("edge_index", edges, {"E": kept}).tolist() == [[0, 1], [1, 0]]
 
@@ -233,15 +270,26 @@ def test_unused_slots_in_front_x_padding_atoms(padding_edges_last):
 def test_unused_slots_only():
     x = with_edges(ONE)
     n = len(x["pos"])
-    none = {"edge_index": torch.full((2, 7), n), "cell_offsets": torch.zeros(7, 3, dtype=torch.int64)}
+    none = {
+        "edge_index": torch.full((2, 7), n),
+        "cell_offsets": torch.zeros(7, 3, dtype=torch.int64),
+    }
     alone = Embedded()(x | none)
-    torch.testing.assert_close(alone["energy"], Embedded()(x | {key: e[..., :0] if key == "edge_index" else e[:0] for key, e in none.items()})["energy"])
+    torch.testing.assert_close(
+        alone["energy"],
+        Embedded()(
+            x | {key: e[..., :0] if key == "edge_index" else e[:0] for key, e in none.items()}
+        )["energy"],
+    )
     assert not alone["position_gradients"].any()
 
 
 WRONG = {
     "behind": (lambda edges: edges[0].__setitem__(2, -1), r"got \[-1, \d+\] in slot \d+"),
-    "to another system": (lambda edges: edges[1].__setitem__(3, 7), r"edges within one system, got atoms \d of system 0 and 7 of system 1 in slot \d+"),
+    "to another system": (
+        lambda edges: edges[1].__setitem__(3, 7),
+        r"edges within one system, got atoms \d of system 0 and 7 of system 1 in slot \d+",
+    ),
 }
 
 

@@ -1,4 +1,5 @@
-"""vmap over systems is one batched graph call; Hessians evaluate the forward once; against brute force in JAX."""
+"""vmap over systems is one batched graph call; Hessians evaluate the forward once; against brute
+force in JAX."""
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +8,24 @@ import pytest
 import torch
 
 import bridge
-from tests.graph_cases import CARD, CELL, CUTOFF, H, MODEL, NUMBERS, R, Embedded, brute, close, embedded, seen
+from tests.graph_cases import (
+    CARD,
+    CELL,
+    CUTOFF,
+    MODEL,
+    NUMBERS,
+    Embedded,
+    H,
+    R,
+    brute,
+    close,
+    embedded,
+    seen,
+)
 from torch_side.potentials.model import Wrapped
 
 ENERGY = bridge.potential(MODEL, atomic_numbers=NUMBERS)
-PURE = lambda r, h: brute(r, h, NUMBERS)  # noqa: E731
+PURE = lambda r, h: brute(r, h, NUMBERS)
 RS, HS = jnp.stack([R, 1.01 * R, R + 0.05 * jnp.sin(R)]), jnp.stack([H, 1.02 * H, H.T])
 AXES = {"both": (0, 0), "positions": (0, None), "cells": (None, 0), "cells last": (0, 2)}
 
@@ -37,7 +51,9 @@ def test_one_call_for_all_systems(axes, derived):
     axes, transform = AXES[axes], DERIVED[derived]
     seen.clear()
     got = jax.block_until_ready(jax.jit(jax.vmap(transform(ENERGY), axes))(*args(axes)))
-    assert [s["pos"] for s in seen] == [(12, 3)] * (2 if derived == "hvp" else 1) and seen[0]["cell"] == (3, 3, 3)
+    assert [s["pos"] for s in seen] == [(12, 3)] * (2 if derived == "hvp" else 1) and seen[0][
+        "cell"
+    ] == (3, 3, 3)
     close(got, jax.jit(jax.vmap(transform(PURE), axes))(*args(axes)), 1e-9)
 
 
@@ -51,9 +67,11 @@ def test_a_hessian_evaluates_the_forward_once(transform, lane):
 
 
 def test_grad_of_vmap_and_nested_vmaps():
-    total = lambda f: lambda r, h: (jax.vmap(f, (0, None))(r, h) ** 2).sum()  # noqa: E731
+    total = lambda f: lambda r, h: (jax.vmap(f, (0, None))(r, h) ** 2).sum()
     close(jax.grad(total(ENERGY), (0, 1))(RS, H), jax.grad(total(PURE), (0, 1))(RS, H))
-    twice = lambda f: jax.jit(jax.vmap(jax.vmap(jax.value_and_grad(f, (0, 1)), (0, None)), (None, 0)))  # noqa: E731
+    twice = lambda f: jax.jit(
+        jax.vmap(jax.vmap(jax.value_and_grad(f, (0, 1)), (0, None)), (None, 0))
+    )
     seen.clear()
     got = jax.block_until_ready(twice(ENERGY)(RS, HS))
     assert [s["cell"] for s in seen] == [(9, 3, 3)]
@@ -66,8 +84,12 @@ def test_vmap_over_batches_of_unequal_systems():
     many = jnp.stack([HS, 1.1 * HS])
     got = jax.vmap(energy, (None, 0))(R, many)
     seen.clear()
-    assert got.shape == (2, 3) and jax.vmap(jax.vmap(energy, (None, 0)), (0, None))(RS, many).shape == (3, 2, 3)
-    assert [s["cell"] for s in seen] == [(12, 3, 3)]  # six times two systems; the empty ones are not shown
+    assert got.shape == (2, 3) and jax.vmap(jax.vmap(energy, (None, 0)), (0, None))(
+        RS, many
+    ).shape == (3, 2, 3)
+    assert [s["cell"] for s in seen] == [
+        (12, 3, 3)
+    ]  # six times two systems; the empty ones are not shown
     for row, cells in zip(got, many):
         close(row, energy(R, cells))
 
@@ -77,7 +99,11 @@ def test_vmap_with_given_edges():
     energy = bridge.potential(Wrapped(embedded, CARD, "autograd"), atomic_numbers=NUMBERS)
     edges = jax.vmap(find)(RS, HS)
     seen.clear()
-    got = jax.block_until_ready(jax.jit(jax.vmap(jax.value_and_grad(lambda r, h, e: energy(r, h, **e), (0, 1))))(RS, HS, edges))
+    got = jax.block_until_ready(
+        jax.jit(jax.vmap(jax.value_and_grad(lambda r, h, e: energy(r, h, **e), (0, 1))))(
+            RS, HS, edges
+        )
+    )
     assert len(seen) == 1
     close(got, jax.vmap(jax.value_and_grad(PURE, (0, 1)))(RS, HS))
 
@@ -103,33 +129,57 @@ def test_sequential_calls_one_after_another():
 
 def test_a_batch_index_of_another_call_is_refused():
     """Shifted by the systems before it, it would be a valid index of the wrong system."""
-    energy = lambda b, r: bridge.potential(MODEL, atomic_numbers=NUMBERS, batch=b, n_systems=2)(r, HS[:2])  # noqa: E731
+    energy = lambda b, r: bridge.potential(MODEL, atomic_numbers=NUMBERS, batch=b, n_systems=2)(
+        r, HS[:2]
+    )
     with pytest.raises(ValueError, match=r"expected batch within 0..1, got 2 in call 0"):
         jax.vmap(energy, (None, 0))(np.array([0, 0, 1, 2]), RS)
 
 
 def test_graph_batching_of_other_callables_is_refused():
     f = bridge.to_jax(lambda x: x.sum(), batched="graph")
-    with pytest.raises(TypeError, match='expected one dict of the contract as argument of .*batched="graph", got 0; use these keys, or batched="sequential"'):
+    with pytest.raises(
+        TypeError,
+        match='expected one dict of the contract as argument of .*batched="graph", got 0; use these keys, or batched="sequential"',
+    ):
         f(R)
-    g = bridge.to_jax(lambda x: {"energy": x["pos"].sum()[None], "gap": x["pos"].sum()[None]}, batched="graph")
+    g = bridge.to_jax(
+        lambda x: {"energy": x["pos"].sum()[None], "gap": x["pos"].sum()[None]}, batched="graph"
+    )
     with pytest.raises(TypeError, match="as result of .*got energy, gap"):
         g({"pos": R, "cell": H[None]})
 
 
 def test_parameters_travel_beside_the_graph():
-    """functional(model) is a JAX function of weights and dict; weights are differentiated, and vmapped one after another."""
-    apply, params = bridge.functional(Embedded(), derivatives="autograd", batched="sequential", outputs=_like)
-    inputs = {"pos": R, "cell": H[None], "pbc": jnp.ones((1, 3), bool), "batch": jnp.zeros(4, int), "atomic_numbers": jnp.asarray(NUMBERS)}
-    loss = lambda p, x: (apply(p, x)["position_gradients"] ** 2).sum()  # noqa: E731
+    """functional(model) is a JAX function of weights and dict; weights are differentiated, and
+    vmapped one after another."""
+    apply, params = bridge.functional(
+        Embedded(), derivatives="autograd", batched="sequential", outputs=_like
+    )
+    inputs = {
+        "pos": R,
+        "cell": H[None],
+        "pbc": jnp.ones((1, 3), bool),
+        "batch": jnp.zeros(4, int),
+        "atomic_numbers": jnp.asarray(NUMBERS),
+    }
+    loss = lambda p, x: (apply(p, x)["position_gradients"] ** 2).sum()
     close(jax.grad(loss)(params, inputs)["weight"], 2 * loss(params, inputs))
     stacked = {"weight": jnp.array([1.0, 2.0])}
-    close(jax.vmap(apply, (0, None))(stacked, inputs)["energy"], jnp.outer(stacked["weight"], apply(params, inputs)["energy"]))
+    close(
+        jax.vmap(apply, (0, None))(stacked, inputs)["energy"],
+        jnp.outer(stacked["weight"], apply(params, inputs)["energy"]),
+    )
 
 
 def _like(params, inputs):
     n, b = len(inputs["pos"].shape) and inputs["pos"].shape[0], inputs["cell"].shape[0]
-    shapes = {"energy": (b,), "node_energies": (n,), "position_gradients": (n, 3), "cell_gradients": (b, 3, 3)}
+    shapes = {
+        "energy": (b,),
+        "node_energies": (n,),
+        "position_gradients": (n, 3),
+        "cell_gradients": (b, 3, 3),
+    }
     return {k: jax.ShapeDtypeStruct(s, inputs["pos"].dtype) for k, s in shapes.items()}
 
 

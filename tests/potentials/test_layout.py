@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 
 import bridge
-from tests.graph_cases import CARD, CELL, CUTOFF, POS, H, R, Embedded, joined, system
+from tests.graph_cases import CARD, CELL, CUTOFF, POS, Embedded, H, R, joined, system
 from torch_side.potentials import layout
 from torch_side.potentials.model import Wrapped
 from torch_side.potentials.neighbors import neighbor_list
@@ -63,7 +63,9 @@ CALLS = {
     "padding": padded(with_list(ONE)),
     "open": with_list(ONE) | {"pbc": torch.tensor([[True, False, True]])},
     "two systems": with_list(TWO),
-    "another share of the atoms": with_list(TWO | {"batch": torch.tensor([0, 0, 0, 1, 1, 1, 1, 1])}),
+    "another share of the atoms": with_list(
+        TWO | {"batch": torch.tensor([0, 0, 0, 1, 1, 1, 1, 1])}
+    ),
     "int64": with_list(ONE, dtype=torch.int64),
     "a longer list": with_list(ONE, skin=1.0),
     "another order": flipped(with_list(ONE)),
@@ -108,7 +110,9 @@ def test_a_model_that_changes_them_in_place(key):
             x[key].logical_not_() if key == "pbc" else x[key].add_(1)
         return found
 
-    model = Wrapped(changing, bridge.Card(cutoff=CUTOFF, neighbor_list="given", batches=True), "model")
+    model = Wrapped(
+        changing, bridge.Card(cutoff=CUTOFF, neighbor_list="given", batches=True), "model"
+    )
     for _ in range(3):
         same(results(model, CALLS["one"]), WANTED["one"])
 
@@ -127,7 +131,7 @@ def test_once_for_all_steps(monkeypatch):
 
     @jax.jit
     def relax(r, h):
-        step = lambda _, r: r - 1e-3 * jax.grad(lambda r: energy(r, h, **edges))(r)  # noqa: E731
+        step = lambda _, r: r - 1e-3 * jax.grad(lambda r: energy(r, h, **edges))(r)
         return jax.lax.fori_loop(0, 10, step, r)
 
     times = counted(monkeypatch)
@@ -163,7 +167,10 @@ def test_threads():
             except BaseException as e:
                 wrong.append(e)
 
-    threads = [threading.Thread(target=run, args=[name]) for name in ("one", "other elements", "two systems", "padding")]
+    threads = [
+        threading.Thread(target=run, args=[name])
+        for name in ("one", "other elements", "two systems", "padding")
+    ]
     [t.start() for t in threads], [t.join() for t in threads]
     assert not wrong
 
@@ -211,12 +218,23 @@ def test_few_edges_cross(systems, dtype):
     crossing = found.edges.crossing
     assert 0 < len(crossing) < found.inner["edge_index"].shape[1] / 2
     got = results(Embedded(), x)
-    same(got, results(Embedded(), {key: v for key, v in x.items() if key not in ("edge_index", "cell_offsets")}))
+    same(
+        got,
+        results(
+            Embedded(),
+            {key: v for key, v in x.items() if key not in ("edge_index", "cell_offsets")},
+        ),
+    )
     energy = Embedded().energies
     pos, cells = (x[key].clone().requires_grad_() for key in ("pos", "cell"))
     length = torch.linalg.vector_norm(vectors(x), dim=-1)
     near = (length < CUTOFF) & (x["edge_index"] < len(pos)).all(0)
-    plain = x | {"pos": pos, "cell": cells, "edge_index": x["edge_index"][:, near].long(), "cell_offsets": x["cell_offsets"][near]}
+    plain = x | {
+        "pos": pos,
+        "cell": cells,
+        "edge_index": x["edge_index"][:, near].long(),
+        "cell_offsets": x["cell_offsets"][near],
+    }
     e = energy(plain)["energy"]
     same(got, [e.detach(), *torch.autograd.grad(e.sum(), (pos, cells))])
 
@@ -225,15 +243,25 @@ def vectors(x):
     """r_j - r_i + offsets @ cell, edge by edge; of unused slots anything."""
     i, j = x["edge_index"].long().clamp(max=len(x["pos"]) - 1)
     cells = x["cell"][x["batch"][i]]
-    return x["pos"][j] - x["pos"][i] + torch.einsum("ea,eab->eb", x["cell_offsets"].to(x["cell"].dtype), cells)
+    return (
+        x["pos"][j]
+        - x["pos"][i]
+        + torch.einsum("ea,eab->eb", x["cell_offsets"].to(x["cell"].dtype), cells)
+    )
 
 
 # Lists in order, or as they are found.
 
 
 def test_ordered_lists():
-    edges = {how: neighbor_list(ONE["pos"], ONE["cell"], ONE["pbc"], 2 * CUTOFF, ordered=how) for how in (True, False)}
-    rows = {how: [(*pair, *s) for pair, s in zip(i.T.tolist(), s.tolist())] for how, (i, s) in edges.items()}
+    edges = {
+        how: neighbor_list(ONE["pos"], ONE["cell"], ONE["pbc"], 2 * CUTOFF, ordered=how)
+        for how in (True, False)
+    }
+    rows = {
+        how: [(*pair, *s) for pair, s in zip(i.T.tolist(), s.tolist())]
+        for how, (i, s) in edges.items()
+    }
     assert sorted(rows[False]) == sorted(rows[True]) and len(set(rows[True])) == len(rows[True])
     centres = {how: i[0].tolist() for how, (i, _) in edges.items()}
     assert centres[True] == sorted(centres[True]) and centres[False] != sorted(centres[False])

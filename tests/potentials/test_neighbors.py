@@ -18,9 +18,13 @@ numbers = st.floats(-4, 4, width=32)
 
 @st.composite
 def crystals(draw):
-    """(pos, cell, pbc): triclinic, small or large, atoms in any image, cell vectors of open axes sometimes zero."""
+    """(pos, cell, pbc): triclinic, small or large, atoms in any image, cell vectors of open axes
+    sometimes zero."""
     cell = np.array(draw(st.lists(numbers, min_size=9, max_size=9))).reshape(3, 3)
-    assume(abs(np.linalg.det(cell)) > 0.1 * np.prod(np.linalg.norm(cell, axis=1)) and abs(np.linalg.det(cell)) > 1)
+    assume(
+        abs(np.linalg.det(cell)) > 0.1 * np.prod(np.linalg.norm(cell, axis=1))
+        and abs(np.linalg.det(cell)) > 1
+    )
     n = draw(st.integers(1, 5))
     frac = np.array(draw(st.lists(st.floats(-2, 3), min_size=3 * n, max_size=3 * n))).reshape(n, 3)
     pbc = np.array(draw(st.tuples(*[st.booleans()] * 3)))
@@ -44,7 +48,8 @@ def tensors(pos, cell, pbc):
 
 
 def clear_of_the_cutoff(pos, cell, pbc, cutoff):
-    """False where a pair lies at the cutoff up to rounding, and so on one side of it or the other."""
+    """False where a pair lies at the cutoff up to rounding, and so on one side of it or the
+    other."""
     distances = reference("d", pos, cell, pbc, cutoff + 0.01)
     return not np.any(abs(distances - cutoff) < 1e-9)
 
@@ -86,7 +91,9 @@ def test_systems_without_atoms_have_no_edges():
     cell, pbc = torch.eye(3).repeat(3, 1, 1), TRUE.repeat(3, 1)
     edges, offsets = neighbor_list(torch.zeros(1, 3), cell, pbc, 1.1, torch.tensor([1]))
     assert edges.shape == (2, 6) and offsets.shape == (6, 3)
-    edges, offsets = neighbor_list(torch.zeros(0, 3), cell, pbc, 1.1, torch.zeros(0, dtype=torch.long))
+    edges, offsets = neighbor_list(
+        torch.zeros(0, 3), cell, pbc, 1.1, torch.zeros(0, dtype=torch.long)
+    )
     assert edges.shape == (2, 0) and offsets.shape == (0, 3) and edges.dtype == torch.int64
 
 
@@ -98,13 +105,20 @@ def test_positions_that_require_grad_are_only_read():
 
 def test_float32_and_float64_give_the_same_edges():
     pos, cell = torch.rand(6, 3, generator=torch.Generator().manual_seed(0)), 3 * torch.eye(3)[None]
-    one, two = neighbor_list(pos, cell, TRUE, 4.0), neighbor_list(pos.double(), cell.double(), TRUE, 4.0)
+    one, two = (
+        neighbor_list(pos, cell, TRUE, 4.0),
+        neighbor_list(pos.double(), cell.double(), TRUE, 4.0),
+    )
     assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
 
 
 BAD = {
-    r"expected finite positions, got \[nan *0. *0.\] for atom 1": dict(pos=torch.tensor([[0.0, 0, 0], [float("nan"), 0, 0]])),
-    r"expected one dtype for pos and cell, got pos float32 and cell float64": dict(cell=torch.eye(3)[None].double()),
+    r"expected finite positions, got \[nan *0. *0.\] for atom 1": dict(
+        pos=torch.tensor([[0.0, 0, 0], [float("nan"), 0, 0]])
+    ),
+    r"expected one dtype for pos and cell, got pos float32 and cell float64": dict(
+        cell=torch.eye(3)[None].double()
+    ),
     r"expected cell as float\[B,3,3\], got float32\[3,3\]; .*cell\[None\]": dict(cell=torch.eye(3)),
     r"expected pbc as bool\[1,3\], got bool\[3\]": dict(pbc=TRUE[0]),
     r"expected pbc as bool\[1,3\], got int64\[1,3\]": dict(pbc=TRUE.long()),
@@ -115,7 +129,9 @@ BAD = {
     r"positive cutoff in Angstrom, got inf": dict(cutoff=float("inf")),
     r"batch sorted, within 0..0, got \[1 0\]": dict(batch=torch.tensor([1, 0])),
     r"batch sorted, within 0..0, got \[0 1\]": dict(batch=torch.tensor([0, 1])),
-    r"expected batch for several systems, got None for 2 cells": dict(cell=torch.eye(3).repeat(2, 1, 1), pbc=TRUE.repeat(2, 1)),
+    r"expected batch for several systems, got None for 2 cells": dict(
+        cell=torch.eye(3).repeat(2, 1, 1), pbc=TRUE.repeat(2, 1)
+    ),
 }
 
 

@@ -1,4 +1,5 @@
-"""Phonons of silicon with SevenNet-0 in float64: its Hessian through JAX against ASE's finite differences of its forces."""
+"""Phonons of silicon with SevenNet-0 in float64: its Hessian through JAX against ASE's finite
+differences of its forces."""
 
 import tempfile
 from functools import cache
@@ -19,8 +20,9 @@ MODEL = sevennet(torch.float64)
 
 
 def silicon():
-    """Eight atoms, not quite on their sites. No neighbours near 4.5 Angstrom, where SevenNet-0 switches its cutoff on and the
-    second derivative jumps (at 5.43 Angstrom the third shell lies there: finite differences are then off by 0.5 %)."""
+    """Eight atoms, not quite on their sites. No neighbours near 4.5 Angstrom, where SevenNet-0
+    switches its cutoff on and the second derivative jumps (at 5.43 Angstrom the third shell lies
+    there: finite differences are then off by 0.5 %)."""
     atoms = bulk("Si", cubic=True, a=5.5)
     atoms.rattle(0.01, seed=1)
     return atoms
@@ -34,7 +36,10 @@ class Own(Calculator):
     def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
         super().calculate(atoms, properties, system_changes)
         out = MODEL(inputs(atoms, dtype=torch.float64))
-        self.results = {"energy": float(out["energy"]), "forces": -out["position_gradients"].numpy()}
+        self.results = {
+            "energy": float(out["energy"]),
+            "forces": -out["position_gradients"].numpy(),
+        }
 
 
 @cache
@@ -81,6 +86,13 @@ def test_rows_and_products_x_the_whole_hessian():
     energy, where, found = through_jax()
     v = jnp.sin(jnp.arange(48.0)).reshape(2, 8, 3)
     want = jnp.einsum("iajb,kjb->kia", found, v)
-    np.testing.assert_allclose(jax.jit(lambda r, h: hvp(energy, r, h, v))(*where), want, rtol=0, atol=1e-10 * abs(want).max())
+    np.testing.assert_allclose(
+        jax.jit(lambda r, h: hvp(energy, r, h, v))(*where),
+        want,
+        rtol=0,
+        atol=1e-10 * abs(want).max(),
+    )
     rows = jax.jit(lambda r, h: hessian_rows(energy, r, h, [(3, 0), (7, 2)]))(*where)
-    np.testing.assert_allclose(rows, found[jnp.array([3, 7]), jnp.array([0, 2])], rtol=0, atol=1e-10 * abs(want).max())
+    np.testing.assert_allclose(
+        rows, found[jnp.array([3, 7]), jnp.array([0, 2])], rtol=0, atol=1e-10 * abs(want).max()
+    )

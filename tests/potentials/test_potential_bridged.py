@@ -1,4 +1,5 @@
-"""bridge.potential: torch potentials as JAX energies, against pure JAX, and SevenNet against its own ASE calculator."""
+"""bridge.potential: torch potentials as JAX energies, against pure JAX, and SevenNet against its
+own ASE calculator."""
 
 import sys
 
@@ -23,7 +24,8 @@ BATCH, CELLS = np.array([0, 1, 1, 1]), jnp.stack([H, 1.3 * H])
 
 
 def energies(np_, sum_by_batch):
-    """One text for both frameworks: couples the atoms of a system, their elements and the cell (not symmetric in strain)."""
+    """One text for both frameworks: couples the atoms of a system, their elements and the cell (not
+    symmetric in strain)."""
 
     def f(x):
         pos, batch = x["pos"], x["batch"]
@@ -35,7 +37,9 @@ def energies(np_, sum_by_batch):
     return f
 
 
-in_torch = energies(torch, lambda a, batch, cell: a.new_zeros(len(cell)).index_add(0, batch.long(), a))
+in_torch = energies(
+    torch, lambda a, batch, cell: a.new_zeros(len(cell)).index_add(0, batch.long(), a)
+)
 in_jax = energies(jnp, lambda a, batch, cell: jax.ops.segment_sum(a, batch, num_segments=len(cell)))
 
 
@@ -48,14 +52,21 @@ class Direct(torch.nn.Module):
         return with_gradients(lambda x: in_torch(x))(x) | {"charges": x["pos"][:, 0]}
 
 
-MODELS = {"energy only": (lambda x: {"energy": in_torch(x)}, "autograd"), "direct": (Direct(), "model")}
+MODELS = {
+    "energy only": (lambda x: {"energy": in_torch(x)}, "autograd"),
+    "direct": (Direct(), "model"),
+}
 TRANSFORMS = {
     "energy": lambda e: e,
-    "gradients": lambda e: lambda r, h: jax.value_and_grad(lambda r, h: jnp.sum(e(r, h)), (0, 1))(r, h),
+    "gradients": lambda e: (
+        lambda r, h: jax.value_and_grad(lambda r, h: jnp.sum(e(r, h)), (0, 1))(r, h)
+    ),
     "jvp": lambda e: lambda r, h: jax.jvp(e, (r, h), (jnp.cos(r), jnp.sin(h))),
     "hessian": lambda e: jax.hessian(lambda r, h: jnp.sum(e(r, h)), (0, 1)),
     "virial": lambda e: lambda r, h: jax.grad(lambda s: jnp.sum(e(r @ s, h @ s)))(jnp.eye(3)),
-    "vmap": lambda e: lambda r, h: jax.vmap(jax.value_and_grad(lambda r: jnp.sum(e(r, h))))(jnp.stack([r, 2 * r])),
+    "vmap": lambda e: (
+        lambda r, h: jax.vmap(jax.value_and_grad(lambda r: jnp.sum(e(r, h))))(jnp.stack([r, 2 * r]))
+    ),
 }
 
 
@@ -66,7 +77,9 @@ def test_derivatives_equal_pure_jax(name, transform, systems, lane):
     torch_model, gradients = MODELS[name]
     some = {"batch": BATCH, "n_systems": 2} if systems == 2 else {}
     h = CELLS if systems == 2 else H
-    bridged = bridge.potential(torch_model, atomic_numbers=NUMBERS, gradients=gradients, lane=lane, **some)
+    bridged = bridge.potential(
+        torch_model, atomic_numbers=NUMBERS, gradients=gradients, lane=lane, **some
+    )
     pure = potential(strain.with_gradients(in_jax), atomic_numbers=NUMBERS, **some)
     of = TRANSFORMS[transform]
     close(jax.jit(of(bridged))(R, h), jax.jit(of(pure))(R, h), rtol=1e-10)
@@ -81,7 +94,9 @@ def test_energies_and_all_gradients_are_one_forward(systems, lane):
         return {"energy": in_torch(x)}
 
     some = {"batch": BATCH, "n_systems": 2} if systems == 2 else {}
-    energy = bridge.potential(counted, atomic_numbers=NUMBERS, gradients="autograd", lane=lane, **some)
+    energy = bridge.potential(
+        counted, atomic_numbers=NUMBERS, gradients="autograd", lane=lane, **some
+    )
     step = jax.jit(jax.value_and_grad(lambda r, h: jnp.sum(energy(r, h)), (0, 1)))
     for _ in range(2):
         forwards.clear()
@@ -91,9 +106,16 @@ def test_energies_and_all_gradients_are_one_forward(systems, lane):
 
 def test_a_model_without_gradients_is_told_what_to_ask_for(lane):
     energy = bridge.potential(MODELS["energy only"][0], atomic_numbers=NUMBERS, lane=lane)
-    with pytest.raises(ValueError, match='got no position_gradients, cell_gradients; pass gradients="autograd"'), bridge.raising():
+    with (
+        pytest.raises(
+            ValueError, match='got no position_gradients, cell_gradients; pass gradients="autograd"'
+        ),
+        bridge.raising(),
+    ):
         jax.jit(energy)(R, H)
-    with pytest.raises(ValueError, match="expected gradients as one of 'model', 'autograd', got 'both'"):
+    with pytest.raises(
+        ValueError, match="expected gradients as one of 'model', 'autograd', got 'both'"
+    ):
         bridge.potential(Direct(), atomic_numbers=NUMBERS, gradients="both")
 
 
@@ -109,7 +131,9 @@ def test_sevennet_through_the_bridge_equals_its_ase_calculator(system, lane):
     assert abs(float(e) - atoms.get_potential_energy()) < 1e-5
     np.testing.assert_allclose(-g, atoms.get_forces(), atol=1e-4)
     if all(pbc):
-        np.testing.assert_allclose(jax.jit(energy.stress)(r, h), atoms.get_stress(voigt=False), atol=1e-5)
+        np.testing.assert_allclose(
+            jax.jit(energy.stress)(r, h), atoms.get_stress(voigt=False), atol=1e-5
+        )
 
 
 def test_lane_auto_is_the_host_lane_where_there_is_no_ffi(monkeypatch):
@@ -118,5 +142,8 @@ def test_lane_auto_is_the_host_lane_where_there_is_no_ffi(monkeypatch):
     text = jax.jit(bridge.to_jax(torch.sin)).lower(R).as_text()
     assert "bridge_call" not in text and "callback" in text
     close(jax.jit(bridge.to_jax(torch.sin))(R), jnp.sin(R))
-    with pytest.raises(ImportError, match='expected the package .jax-tvm-ffi. for lane="ffi", got no such package; run: pip install jax-tvm-ffi'):
+    with pytest.raises(
+        ImportError,
+        match='expected the package .jax-tvm-ffi. for lane="ffi", got no such package; run: pip install jax-tvm-ffi',
+    ):
         lanes._register.__wrapped__(torch.Tensor)

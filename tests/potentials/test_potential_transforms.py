@@ -1,4 +1,5 @@
-"""potential(...) under JAX's transforms against the same energy differentiated by JAX; evaluations counted; errors."""
+"""potential(...) under JAX's transforms against the same energy differentiated by JAX; evaluations
+counted; errors."""
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +19,16 @@ BATCH, CELLS = np.array([0, 2, 2, 2]), jnp.stack([H, 2 * H, 1.1 * H])  # the sec
 
 
 def energies(inputs):
-    """(B,) of a smooth energy that couples the atoms of a system, its cell, its elements and its charge."""
+    """(B,) of a smooth energy that couples the atoms of a system, its cell, its elements and its
+    charge."""
     batch, pos = inputs["batch"], inputs["pos"]
     cell = inputs["cell"][batch]
     same = batch[:, None] == batch[None]
     d2 = ((pos[:, None] - pos[None]) ** 2).sum(-1)
     atoms = jnp.where(same, jnp.exp(-d2 / 3), 0).sum(-1) * inputs["atomic_numbers"]
-    atoms += jnp.sin(jnp.einsum("ni,nij,nj->n", pos, cell, pos)) * (1 + inputs["pbc"][batch].sum(-1))
+    atoms += jnp.sin(jnp.einsum("ni,nij,nj->n", pos, cell, pos)) * (
+        1 + inputs["pbc"][batch].sum(-1)
+    )
     total = jax.ops.segment_sum(atoms, batch, num_segments=len(inputs["cell"]))
     return total * (1 + inputs.get("charge", 0.0))
 
@@ -38,7 +42,15 @@ BATCHED = potential(MODEL, atomic_numbers=NUMBERS, batch=BATCH, n_systems=3)
 def plain(r, h):
     """The same energy without any custom derivative."""
     pbc = jnp.ones((1, 3), bool)
-    return energies({"pos": r, "cell": h[None], "pbc": pbc, "batch": np.zeros(4, int), "atomic_numbers": NUMBERS})[0]
+    return energies(
+        {
+            "pos": r,
+            "cell": h[None],
+            "pbc": pbc,
+            "batch": np.zeros(4, int),
+            "atomic_numbers": NUMBERS,
+        }
+    )[0]
 
 
 def close(a, b, tolerance=1e-11):
@@ -70,14 +82,22 @@ TRANSFORMS = {
     "jacfwd": lambda f: jax.jacfwd(f, (0, 1)),
     "remat": lambda f: jax.jit(jax.grad(jax.checkpoint(f), (0, 1))),
     "vmap": lambda f: lambda r, h: jax.vmap(f)(jnp.stack([r, 2 * r]), jnp.stack([h, h])),
-    "vmap of grad": lambda f: lambda r, h: jax.jit(jax.vmap(jax.grad(f, (0, 1)), (0, None)))(jnp.stack([r, 2 * r]), h),
-    "vmap over cells": lambda f: lambda r, h: jax.vmap(jax.grad(f, 1), (None, 0))(r, jnp.stack([h, 2 * h])),
+    "vmap of grad": lambda f: (
+        lambda r, h: jax.jit(jax.vmap(jax.grad(f, (0, 1)), (0, None)))(jnp.stack([r, 2 * r]), h)
+    ),
+    "vmap over cells": lambda f: (
+        lambda r, h: jax.vmap(jax.grad(f, 1), (None, 0))(r, jnp.stack([h, 2 * h]))
+    ),
     "hessian": lambda f: jax.jit(jax.hessian(f, (0, 1))),
     "jacrev of jacrev": lambda f: jax.jit(jax.jacrev(jax.jacrev(f))),
-    "vmap of hessian": lambda f: lambda r, h: jax.jit(jax.vmap(jax.hessian(f), (0, None)))(jnp.stack([r, 2 * r]), h),
+    "vmap of hessian": lambda f: (
+        lambda r, h: jax.jit(jax.vmap(jax.hessian(f), (0, None)))(jnp.stack([r, 2 * r]), h)
+    ),
     "scan": lambda f: jax.jit(walk(f)),
     "grad of scan": lambda f: jax.jit(jax.grad(walk(f), (0, 1))),
-    "third order": lambda f: lambda r, h: jax.jit(jax.jacfwd(jax.hessian(lambda x: f(r * x[0] + x[1], h))))(jnp.ones(2)),
+    "third order": lambda f: (
+        lambda r, h: jax.jit(jax.jacfwd(jax.hessian(lambda x: f(r * x[0] + x[1], h))))(jnp.ones(2))
+    ),
 }
 
 
@@ -90,12 +110,16 @@ def test_as_pure_jax(name):
 def test_gradients_are_the_models():
     g, G = jax.grad(ENERGY, (0, 1))(R, H)
     out = ENERGY.outputs(R, H)
-    assert jnp.array_equal(g, out["position_gradients"]) and jnp.array_equal(G, out["cell_gradients"][0])
+    assert jnp.array_equal(g, out["position_gradients"]) and jnp.array_equal(
+        G, out["cell_gradients"][0]
+    )
     assert jnp.array_equal(ENERGY.forces(R, H), -g)
 
 
 def test_stress_is_the_derivative_in_the_strain():
-    W = jax.jit(jax.grad(lambda e: plain(R @ (jnp.eye(3) + e), H @ (jnp.eye(3) + e))))(jnp.zeros((3, 3)))
+    W = jax.jit(jax.grad(lambda e: plain(R @ (jnp.eye(3) + e), H @ (jnp.eye(3) + e))))(
+        jnp.zeros((3, 3))
+    )
     close(ENERGY.stress(R, H), W / abs(jnp.linalg.det(H)))
     close(jax.jit(ENERGY.stress)(R, H), W / abs(jnp.linalg.det(H)))
     stress = BATCHED.stress(R, CELLS)
@@ -105,7 +129,12 @@ def test_stress_is_the_derivative_in_the_strain():
 
 
 def test_open_boundaries_need_no_cell():
-    inputs = {"pos": R, "cell": jnp.zeros((1, 3, 3)), "pbc": jnp.zeros((1, 3), bool), "batch": np.zeros(4, int)}
+    inputs = {
+        "pos": R,
+        "cell": jnp.zeros((1, 3, 3)),
+        "pbc": jnp.zeros((1, 3), bool),
+        "batch": np.zeros(4, int),
+    }
     close(ENERGY(R), energies(inputs | {"atomic_numbers": NUMBERS})[0])
     close(jax.grad(ENERGY)(R), MODEL(inputs | {"atomic_numbers": NUMBERS})["position_gradients"])
     assert BATCHED(R).shape == (3,)
@@ -148,7 +177,9 @@ def test_float32_stays_float32():
 
 
 def test_a_models_wider_energy_keeps_its_width():
-    model = lambda x: {k: v.astype(jnp.float64) if k == "energy" else v for k, v in MODEL(x).items()}
+    model = lambda x: {
+        k: v.astype(jnp.float64) if k == "energy" else v for k, v in MODEL(x).items()
+    }
     value, g = jax.value_and_grad(potential(model, atomic_numbers=NUMBERS))(R.astype(jnp.float32))
     assert value.dtype == jnp.float64 and g.dtype == jnp.float32
 
@@ -157,7 +188,8 @@ def test_a_models_wider_energy_keeps_its_width():
 
 
 class Counted:
-    """The model beside a pure_callback that counts its evaluations; XLA never merges two of those."""
+    """The model beside a pure_callback that counts its evaluations; XLA never merges two of
+    those."""
 
     def __init__(self):
         self.calls = 0
@@ -168,7 +200,9 @@ class Counted:
 
     def __call__(self, inputs):
         args = inputs["pos"], inputs["cell"]
-        zero = jax.pure_callback(self._count, jax.ShapeDtypeStruct((), jnp.float64), *args, vmap_method="sequential")
+        zero = jax.pure_callback(
+            self._count, jax.ShapeDtypeStruct((), jnp.float64), *args, vmap_method="sequential"
+        )
         return jax.tree.map(lambda x: x + zero, MODEL(inputs))
 
 
@@ -219,8 +253,15 @@ def test_equal_energies_share_one_trace():
     for r in (R, R + 1):
         jax.jit(energy)(r, H)
     assert len(traces) == 2
-    for other in (dict(charge=np.array([2.0])), dict(charge=None), dict(pbc=np.array([True, False, True]))):
-        assert potential(model, atomic_numbers=NUMBERS, **{"charge": np.array([1.0]), **other}) != energy
+    for other in (
+        dict(charge=np.array([2.0])),
+        dict(charge=None),
+        dict(pbc=np.array([True, False, True])),
+    ):
+        assert (
+            potential(model, atomic_numbers=NUMBERS, **{"charge": np.array([1.0]), **other})
+            != energy
+        )
     assert energy != "energy"
 
 
@@ -238,7 +279,9 @@ def test_an_energy_bound_to_a_traced_charge():
     charge = jnp.array([0.5])
     close(jax.jit(f)(charge, R), 1.5 * ENERGY(R, H))
     close(jax.jit(jax.grad(f, 1))(charge, R), 1.5 * jax.grad(ENERGY)(R, H))
-    close(jax.vmap(f, (0, None))(jnp.array([[0.5], [1.0]]), R), jnp.array([1.5, 2.0]) * ENERGY(R, H))
+    close(
+        jax.vmap(f, (0, None))(jnp.array([[0.5], [1.0]]), R), jnp.array([1.5, 2.0]) * ENERGY(R, H)
+    )
 
 
 # Errors
@@ -250,7 +293,9 @@ def test_no_silent_zero_for_a_charge(around):
         return potential(MODEL, atomic_numbers=NUMBERS, charge=charge)(R, H)
 
     for derivative in (jax.grad(around(f)), around(jax.grad(f)), around(jax.jacfwd(f))):
-        with pytest.raises(NotImplementedError, match="gradient of the energy in charge .*hold charge fixed"):
+        with pytest.raises(
+            NotImplementedError, match="gradient of the energy in charge .*hold charge fixed"
+        ):
             derivative(jnp.array([0.5]))
 
 
@@ -258,7 +303,10 @@ def test_no_silent_zero_for_a_cell():
     model = lambda x: {k: v for k, v in MODEL(x).items() if k != "cell_gradients"}
     energy = potential(model, atomic_numbers=NUMBERS)
     close(jax.grad(energy)(R, H), jax.grad(ENERGY)(R, H))
-    with pytest.raises(NotImplementedError, match="in cell .*got outputs energy, position_gradients; .*return cell_gradients"):
+    with pytest.raises(
+        NotImplementedError,
+        match="in cell .*got outputs energy, position_gradients; .*return cell_gradients",
+    ):
         jax.grad(energy, 1)(R, H)
     with pytest.raises(NotImplementedError, match="in cell"):
         energy.stress(R, H)
@@ -268,31 +316,50 @@ def test_an_energy_alone_has_no_forces():
     energy = potential(lambda x: {"energy": energies(x)}, atomic_numbers=NUMBERS)
     close(energy(R, H), ENERGY(R, H))
     for f in (energy.forces, jax.grad(energy)):
-        with pytest.raises(NotImplementedError, match="in pos .*or let the model return position_gradients"):
+        with pytest.raises(
+            NotImplementedError, match="in pos .*or let the model return position_gradients"
+        ):
             f(R, H)
 
 
 CALLS = {
-    r"one dtype for pos and cell, got pos float64 and cell float32; cast one": lambda: ENERGY(R, H.astype(jnp.float32)),
-    r"expected cell as float64\[3,3\], got float64\[1,3,3\]; for several systems pass batch": lambda: ENERGY(R, H[None]),
+    r"one dtype for pos and cell, got pos float64 and cell float32; cast one": lambda: ENERGY(
+        R, H.astype(jnp.float32)
+    ),
+    r"expected cell as float64\[3,3\], got float64\[1,3,3\]; for several systems pass batch": lambda: (
+        ENERGY(R, H[None])
+    ),
     r"expected cell as float64\[3,3,3\], got float64\[3,3\]": lambda: BATCHED(R, H),
     r"expected pos as float\[N,3\], got float64\[3\]": lambda: ENERGY(R[0], H),
     r"expected pos as float\[4,3\], got int64\[4,3\]": lambda: ENERGY(R.astype(int), H.astype(int)),
     r"expected atomic_numbers as int\[3\], got int64\[4\]": lambda: ENERGY(R[:3], H),
-    r"expected batch as int\[4\], got int64\[2\]":
-        lambda: potential(MODEL, atomic_numbers=NUMBERS, batch=np.array([0, 0]))(R, H[None]),
-    r"expected pbc as bool\[3\], got bool\[1,3\]":
-        lambda: potential(MODEL, atomic_numbers=NUMBERS, pbc=np.ones((1, 3), bool))(R, H),
-    r"expected a cell, since pbc is set, got None": lambda: potential(MODEL, atomic_numbers=NUMBERS, pbc=np.ones(3, bool))(R),
-    r"expected batch for n_systems=2, got None": lambda: potential(MODEL, atomic_numbers=NUMBERS, n_systems=2),
-    r"expected no cell among the extras, got cell": lambda: potential(MODEL, atomic_numbers=NUMBERS, cell=H),
-    r"expected charge as float\[1\], got float64\[\]": lambda: potential(MODEL, atomic_numbers=NUMBERS, charge=jnp.ones(()))(R, H),
-    r"expected the outputs energy, got only forces; let the model return energy":
-        lambda: potential(lambda x: {"forces": x["pos"]}, atomic_numbers=NUMBERS)(R, H),
-    r"expected energy as float\[1\], got float64\[\]":
-        lambda: potential(lambda x: {"energy": jnp.zeros(())}, atomic_numbers=NUMBERS)(R, H),
-    r"expected position_gradients as float\[4,3\], got float64\[3,4\]":
-        lambda: potential(lambda x: MODEL(x) | {"position_gradients": R.T}, atomic_numbers=NUMBERS)(R, H),
+    r"expected batch as int\[4\], got int64\[2\]": lambda: potential(
+        MODEL, atomic_numbers=NUMBERS, batch=np.array([0, 0])
+    )(R, H[None]),
+    r"expected pbc as bool\[3\], got bool\[1,3\]": lambda: potential(
+        MODEL, atomic_numbers=NUMBERS, pbc=np.ones((1, 3), bool)
+    )(R, H),
+    r"expected a cell, since pbc is set, got None": lambda: potential(
+        MODEL, atomic_numbers=NUMBERS, pbc=np.ones(3, bool)
+    )(R),
+    r"expected batch for n_systems=2, got None": lambda: potential(
+        MODEL, atomic_numbers=NUMBERS, n_systems=2
+    ),
+    r"expected no cell among the extras, got cell": lambda: potential(
+        MODEL, atomic_numbers=NUMBERS, cell=H
+    ),
+    r"expected charge as float\[1\], got float64\[\]": lambda: potential(
+        MODEL, atomic_numbers=NUMBERS, charge=jnp.ones(())
+    )(R, H),
+    r"expected the outputs energy, got only forces; let the model return energy": lambda: potential(
+        lambda x: {"forces": x["pos"]}, atomic_numbers=NUMBERS
+    )(R, H),
+    r"expected energy as float\[1\], got float64\[\]": lambda: potential(
+        lambda x: {"energy": jnp.zeros(())}, atomic_numbers=NUMBERS
+    )(R, H),
+    r"expected position_gradients as float\[4,3\], got float64\[3,4\]": lambda: potential(
+        lambda x: MODEL(x) | {"position_gradients": R.T}, atomic_numbers=NUMBERS
+    )(R, H),
 }
 
 
@@ -303,16 +370,30 @@ def test_errors_say_what_came(text):
 
 
 def test_no_silent_narrowing_without_x64():
-    with jax.enable_x64(False), pytest.raises(ValueError, match="positions in a dtype that JAX keeps, got float64, narrowed to float32"):
+    with (
+        jax.enable_x64(False),
+        pytest.raises(
+            ValueError,
+            match="positions in a dtype that JAX keeps, got float64, narrowed to float32",
+        ),
+    ):
         ENERGY(np.asarray(R))
 
 
 def test_contract_shapes():
-    shapes = {"energy": (2,), "position_gradients": (5, 3), "cell_gradients": (2, 3, 3), "node_energies": (5,)}
+    shapes = {
+        "energy": (2,),
+        "position_gradients": (5, 3),
+        "cell_gradients": (2, 3, 3),
+        "node_energies": (5,),
+    }
     assert output_shapes(5, 2) == shapes
     outputs = {name: np.zeros(shape) for name, shape in shapes.items()}
     check_outputs(outputs, 5, 2, required=tuple(shapes))
     with pytest.raises(ValueError, match=r"expected node_energies as float\[5\], got int64\[5\]"):
         check_outputs(outputs | {"node_energies": np.zeros(5, int)}, 5, 2)
-    with pytest.raises(ValueError, match="expected the outputs hessian, got only cell_gradients, energy, .*return hessian"):
+    with pytest.raises(
+        ValueError,
+        match="expected the outputs hessian, got only cell_gradients, energy, .*return hessian",
+    ):
         check_outputs(outputs, 5, 2, required=("hessian",))

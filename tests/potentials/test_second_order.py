@@ -1,4 +1,5 @@
-"""jax_side.potentials.second against JAX's own Hessian, finite differences of stresses, jax-md, and torch potentials against their JAX twin."""
+"""jax_side.potentials.second against JAX's own Hessian, finite differences of stresses, jax-md, and
+torch potentials against their JAX twin."""
 
 import itertools
 from functools import cache, partial
@@ -14,13 +15,23 @@ from jax_md import energy as jax_md_energy
 import bridge
 from jax_side.potentials import strain
 from jax_side.potentials.potential import potential
-from jax_side.potentials.second import STIFFNESSES, dynamical_matrix, elastic_constants, frequencies, hessian, hessian_rows, hvp
+from jax_side.potentials.second import (
+    STIFFNESSES,
+    dynamical_matrix,
+    elastic_constants,
+    frequencies,
+    hessian,
+    hessian_rows,
+    hvp,
+)
 from tests.cases import close
 from torch_side.potentials import strain as torch_strain
 
 NUMBERS = np.array([1, 2, 2])  # species: A, B, B
 IMAGES = np.array(list(itertools.product((-1, 0, 1), repeat=3)), float)
-AT_REST = jnp.array([[1.62, 0.01, -0.33], [-0.26, 2.29, -0.76], [0.57, -0.33, 2.34]])  # the cell, nearly without stress
+AT_REST = jnp.array(
+    [[1.62, 0.01, -0.33], [-0.26, 2.29, -0.76], [0.57, -0.33, 2.34]]
+)  # the cell, nearly without stress
 CELL = AT_REST @ jnp.array([[1.02, 0.01, 0.0], [0.01, 0.98, 0.03], [0.0, 0.03, 1.01]])
 START = jnp.array([[0.42, 0.28, 0.17], [0.15, 0.6, 0.83], [0.69, 0.94, 0.49]]) @ CELL
 MASSES = np.array([1.0, 12.0, 16.0])
@@ -32,16 +43,28 @@ def pairs(np_, array, by_system):
 
     def energy(x):
         pos, cell, z, batch = (x[k] for k in ("pos", "cell", "atomic_numbers", "batch"))
-        r = pos[None, :, None] - pos[:, None, None] + (array(IMAGES, pos.dtype) @ cell)[batch][:, None]
+        r = (
+            pos[None, :, None]
+            - pos[:, None, None]
+            + (array(IMAGES, pos.dtype) @ cell)[batch][:, None]
+        )
         d2, a = (r**2).sum(-1), (z[:, None] * z[None])[..., None]
-        both = (12 * a * np_.exp(-2 * d2) - np_.exp(-d2 / 3)).sum(-1) * (batch[:, None] == batch[None])
+        both = (12 * a * np_.exp(-2 * d2) - np_.exp(-d2 / 3)).sum(-1) * (
+            batch[:, None] == batch[None]
+        )
         return by_system(both.sum(-1) / 2, batch, cell)
 
     return energy
 
 
-in_jax = pairs(jnp, jnp.asarray, lambda x, batch, cell: jax.ops.segment_sum(x, batch, num_segments=len(cell)))
-in_torch = pairs(torch, lambda x, dtype: torch.as_tensor(x, dtype=dtype), lambda x, batch, cell: x.new_zeros(len(cell)).index_add(0, batch.long(), x))
+in_jax = pairs(
+    jnp, jnp.asarray, lambda x, batch, cell: jax.ops.segment_sum(x, batch, num_segments=len(cell))
+)
+in_torch = pairs(
+    torch,
+    lambda x, dtype: torch.as_tensor(x, dtype=dtype),
+    lambda x, batch, cell: x.new_zeros(len(cell)).index_add(0, batch.long(), x),
+)
 
 
 class Direct(torch.nn.Module):
@@ -54,14 +77,19 @@ class Direct(torch.nn.Module):
         return torch_strain.with_gradients(in_torch)(x)
 
 
-MODELS = {"energy only": (lambda x: {"energy": in_torch(x)}, "autograd"), "direct": (Direct(), "model")}
+MODELS = {
+    "energy only": (lambda x: {"energy": in_torch(x)}, "autograd"),
+    "direct": (Direct(), "model"),
+}
 TWIN = potential(strain.with_gradients(in_jax), atomic_numbers=NUMBERS)
 
 
 @jax.jit
 def pure(positions, cell):
     """The same without a contract."""
-    return in_jax({"pos": positions, "cell": cell[None], "atomic_numbers": NUMBERS, "batch": np.zeros(3, int)})[0]
+    return in_jax(
+        {"pos": positions, "cell": cell[None], "atomic_numbers": NUMBERS, "batch": np.zeros(3, int)}
+    )[0]
 
 
 def bridged(kind, lane="auto"):
@@ -73,7 +101,9 @@ def relax(positions, cell, steps=12):
     """Newton steps in the internal coordinates."""
     for _ in range(steps):
         h = step_hessian(positions, cell).reshape(positions.size, -1)
-        positions = positions - (jnp.linalg.pinv(h, rtol=1e-8, hermitian=True) @ step_gradient(positions, cell).ravel()).reshape(-1, 3)
+        positions = positions - (
+            jnp.linalg.pinv(h, rtol=1e-8, hermitian=True) @ step_gradient(positions, cell).ravel()
+        ).reshape(-1, 3)
     return positions
 
 
@@ -111,14 +141,17 @@ def test_rows_and_products_x_jax():
     given = (rows, jnp.array(rows), np.stack([rows // 3, rows % 3], 1), [(2, 1), (0, 0), (2, 1)])
     found = jax.jit(lambda r: [hessian_rows(pure, r, CELL, g) for g in given])(START)
     close(found, 4 * [want.reshape(9, 3, 3)[rows]])
-    close(jax.jit(partial(hessian_rows, pure, chunk=2))(START, CELL, rows), want.reshape(9, 3, 3)[rows])
+    close(
+        jax.jit(partial(hessian_rows, pure, chunk=2))(START, CELL, rows),
+        want.reshape(9, 3, 3)[rows],
+    )
     v = jnp.sin(jnp.arange(18.0)).reshape(2, 3, 3)
     close(jax.jit(partial(hvp, pure))(START, CELL, v), jnp.einsum("iajb,kjb->kia", want, v))
     close(hvp(pure, START, CELL, v[1]), jnp.einsum("iajb,jb->ia", want, v[1]))  # without jit
 
 
 def test_without_a_cell():
-    energy = lambda r, cell=None: pure(r, 50 * jnp.eye(3))  # noqa: E731
+    energy = lambda r, cell=None: pure(r, 50 * jnp.eye(3))
     close(jax.jit(partial(hessian, energy))(START), jax.jit(jax.hessian(energy))(START))
     f = jax.jit(lambda r: frequencies(energy, r, None, MASSES))(START)
     assert (abs(f) > 1e-2).sum() <= 9 - 3
@@ -135,7 +168,11 @@ def test_vmap_over_structures():
 def test_third_derivatives():
     """What is made of second derivatives differentiates."""
     f, v, h = jax.jit(lambda r: elastic_constants(pure, r, CELL)[0, 4]), jnp.cos(START), 1e-5
-    close(jax.jit(lambda r: jax.jvp(f, (r,), (v,))[1])(START), (f(START + h * v) - f(START - h * v)) / (2 * h), 1e-6)
+    close(
+        jax.jit(lambda r: jax.jvp(f, (r,), (v,))[1])(START),
+        (f(START + h * v) - f(START - h * v)) / (2 * h),
+        1e-6,
+    )
 
 
 # Torch potentials
@@ -202,7 +239,8 @@ def strained(e, relaxed):
 
 
 def conjugate(stiffness, relaxed):
-    """The stress that belongs to each measure of strain, as a function of a strain in that measure."""
+    """The stress that belongs to each measure of strain, as a function of a strain in that
+    measure."""
     volume = abs(np.linalg.det(CELL))
     slope = jax.jit(jax.grad(lambda e, r, h: pure(r @ (jnp.eye(3) + e), h @ (jnp.eye(3) + e))))
 
@@ -238,7 +276,9 @@ def test_elastic_constants_x_finite_differences_of_stresses(relaxed, stiffness):
     close(found, want, 1e-6)
     others = [moduli(relaxed, s)(r, h) for s in STIFFNESSES if s != stiffness]
     others.append(moduli(not relaxed, stiffness)(r, h))
-    assert min(abs(x - found).max() for x in others) > 0.01 * abs(found).max()  # none of the others would pass
+    assert (
+        min(abs(x - found).max() for x in others) > 0.01 * abs(found).max()
+    )  # none of the others would pass
 
 
 def test_stiffnesses_agree_without_stress_and_the_newton_step_finds_it():
@@ -247,25 +287,40 @@ def test_stiffnesses_agree_without_stress_and_the_newton_step_finds_it():
     for _ in range(8):
         k, s = moduli(True, "stress")(r, h), voigt(np.asarray(stress_of(r, h)))
         eta = np.clip(-np.linalg.solve(k, s), -0.03, 0.03)
-        e = np.array([[eta[0], eta[5] / 2, eta[4] / 2], [eta[5] / 2, eta[1], eta[3] / 2], [eta[4] / 2, eta[3] / 2, eta[2]]])
+        e = np.array(
+            [
+                [eta[0], eta[5] / 2, eta[4] / 2],
+                [eta[5] / 2, eta[1], eta[3] / 2],
+                [eta[4] / 2, eta[3] / 2, eta[2]],
+            ]
+        )
         r, h = r @ (np.eye(3) + e), h @ (np.eye(3) + e)
         r = relax(r, h, 4)
     assert abs(stress_of(r, h)).max() < 1e-10
     k, *others = (moduli(True, s)(r, h) for s in STIFFNESSES)
     for other in others:
         close(other, k, 1e-7)
-    assert np.linalg.eigvalsh(k).min() > 0 and abs(k - moduli(False, "energy")(r, h)).max() > 0.01 * abs(k).max()
+    assert (
+        np.linalg.eigvalsh(k).min() > 0
+        and abs(k - moduli(False, "energy")(r, h)).max() > 0.01 * abs(k).max()
+    )
 
 
 def test_elastic_constants_x_jax_md():
-    """athermal_moduli of its own pair potential, 32 atoms, triclinic and rattled: not at rest, but the formula is the same."""
-    sites = np.array(list(itertools.product((0, 0.5), repeat=3)))[:, None] + np.array([[0, 0, 0], [1, 1, 0], [1, 0, 1], [0, 1, 1]]) / 4
+    """athermal_moduli of its own pair potential, 32 atoms, triclinic and rattled: not at rest, but
+    the formula is the same."""
+    sites = (
+        np.array(list(itertools.product((0, 0.5), repeat=3)))[:, None]
+        + np.array([[0, 0, 0], [1, 1, 0], [1, 0, 1], [0, 1, 1]]) / 4
+    )
     sites = jnp.asarray(sites.reshape(-1, 3) + 0.01 * np.random.default_rng(1).normal(size=(32, 3)))
     box = 3.2 * jnp.array([[1, 0.05, -0.04], [0, 1.02, 0.06], [0, 0, 0.97]])  # columns
     spheres = partial(jax_md_energy.soft_sphere_pair, sigma=1.25, alpha=3.0)  # exact in float32
     r = sites @ box.T
     native = spheres(space.periodic_general(box, fractional_coordinates=False)[0])
-    C, converged = jax.jit(elasticity.athermal_moduli(native, cg_tol=1e-12, check_convergence=True))(r, box)
+    C, converged = jax.jit(
+        elasticity.athermal_moduli(native, cg_tol=1e-12, check_convergence=True)
+    )(r, box)
 
     def ours(r, cell):
         def nearest(a, b, **_):
@@ -283,16 +338,25 @@ def test_elastic_constants_x_jax_md():
 
 
 def test_frequencies_of_a_diatomic_molecule():
-    """omega = sqrt(k / mu): carbon monoxide's force constant gives its 2143 cm^-1 harmonic wave number within 2 %."""
+    """omega = sqrt(k / mu): carbon monoxide's force constant gives its 2143 cm^-1 harmonic wave
+    number within 2 %."""
     k = 1902.0 / 16.02176634  # N/m in eV/Angstrom^2
-    spring = lambda r, cell: 0.5 * k * (jnp.linalg.norm(r[1] - r[0]) - 1.128) ** 2  # noqa: E731
+    spring = lambda r, cell: 0.5 * k * (jnp.linalg.norm(r[1] - r[0]) - 1.128) ** 2
     r, masses = jnp.array([[0.0, 0, 0], [0, 0, 1.128]]), np.array([12.011, 15.999])
     omega = np.sqrt(1902.0 / (masses.prod() / masses.sum() * 1.66053906660e-27))
-    compiled = jax.jit(lambda r, unit: frequencies(spring, r, None, masses, unit=unit), static_argnums=1)
-    for unit, scale in {"THz": 1e-12, "cm^-1": 1e-2 / 299792458, "meV": 6.62607015e-34 / 1.602176634e-19 * 1e3}.items():
+    compiled = jax.jit(
+        lambda r, unit: frequencies(spring, r, None, masses, unit=unit), static_argnums=1
+    )
+    for unit, scale in {
+        "THz": 1e-12,
+        "cm^-1": 1e-2 / 299792458,
+        "meV": 6.62607015e-34 / 1.602176634e-19 * 1e3,
+    }.items():
         close(compiled(r, unit)[-1], omega / (2 * np.pi) * scale, 1e-6)
     assert compiled(r, "cm^-1")[-1] == pytest.approx(2143, rel=0.02)
-    assert jax.jit(lambda r: frequencies(lambda r, h: -spring(r, h), r, None, masses))(r)[0] < -60  # imaginary
+    assert (
+        jax.jit(lambda r: frequencies(lambda r, h: -spring(r, h), r, None, masses))(r)[0] < -60
+    )  # imaginary
 
 
 def test_dynamical_matrix_x_masses():
@@ -302,19 +366,52 @@ def test_dynamical_matrix_x_masses():
 
 BATCHED = potential(strain.with_gradients(in_jax), atomic_numbers=NUMBERS, batch=np.zeros(3, int))
 ERRORS = [
-    (lambda: hessian(BATCHED, START, CELL[None]), r"expected a scalar energy, got float64\[1\]; bind the potential to one system"),
-    (lambda: hessian(pure, START[None], CELL), r"expected positions as \[N, 3\], got float64\[1,3,3\]; .* use jax.vmap"),
-    (lambda: hvp(pure, START, CELL, START[0]), r"expected vectors as float64\[3,3\] or float64\[K,3,3\], got float64\[3\]; give one vector"),
-    (lambda: hvp(pure, START, CELL, np.ones((3, 3), np.float32)), r"got float32\[3,3\]; .* in the dtype of the positions"),
-    (lambda: hessian_rows(pure, START, CELL, [0, 9]), "expected rows of 3 atoms and 3 axes, got 9; count from 0"),
+    (
+        lambda: hessian(BATCHED, START, CELL[None]),
+        r"expected a scalar energy, got float64\[1\]; bind the potential to one system",
+    ),
+    (
+        lambda: hessian(pure, START[None], CELL),
+        r"expected positions as \[N, 3\], got float64\[1,3,3\]; .* use jax.vmap",
+    ),
+    (
+        lambda: hvp(pure, START, CELL, START[0]),
+        r"expected vectors as float64\[3,3\] or float64\[K,3,3\], got float64\[3\]; give one vector",
+    ),
+    (
+        lambda: hvp(pure, START, CELL, np.ones((3, 3), np.float32)),
+        r"got float32\[3,3\]; .* in the dtype of the positions",
+    ),
+    (
+        lambda: hessian_rows(pure, START, CELL, [0, 9]),
+        "expected rows of 3 atoms and 3 axes, got 9; count from 0",
+    ),
     (lambda: hessian_rows(pure, START, CELL, [-1]), "got -1; count from 0"),
     (lambda: hessian_rows(pure, START, CELL, [(2, 0), (0, 3)]), r"got \[0, 3\]; count from 0"),
-    (lambda: hessian_rows(pure, START, CELL, [0.5]), r"expected rows as int \[K\] or \[K, 2\], got float64\[1\]; give 3 atom"),
-    (lambda: elastic_constants(pure, START, None), r"expected a cell as \[3, 3\], got None; .* has no elastic constants"),
-    (lambda: elastic_constants(pure, START, 0 * CELL), "expected an invertible cell, got a singular one"),
-    (lambda: elastic_constants(pure, START, CELL, stiffness="bulk"), "expected stiffness to be one of energy, lagrangian, stress, got 'bulk'"),
-    (lambda: dynamical_matrix(pure, START, CELL, MASSES[:2]), r"expected masses as \[3\], got float64\[2\]; give one mass in amu"),
-    (lambda: frequencies(pure, START, CELL, MASSES, unit="eV"), "expected a unit among THz, cm.-1, meV, got 'eV'"),
+    (
+        lambda: hessian_rows(pure, START, CELL, [0.5]),
+        r"expected rows as int \[K\] or \[K, 2\], got float64\[1\]; give 3 atom",
+    ),
+    (
+        lambda: elastic_constants(pure, START, None),
+        r"expected a cell as \[3, 3\], got None; .* has no elastic constants",
+    ),
+    (
+        lambda: elastic_constants(pure, START, 0 * CELL),
+        "expected an invertible cell, got a singular one",
+    ),
+    (
+        lambda: elastic_constants(pure, START, CELL, stiffness="bulk"),
+        "expected stiffness to be one of energy, lagrangian, stress, got 'bulk'",
+    ),
+    (
+        lambda: dynamical_matrix(pure, START, CELL, MASSES[:2]),
+        r"expected masses as \[3\], got float64\[2\]; give one mass in amu",
+    ),
+    (
+        lambda: frequencies(pure, START, CELL, MASSES, unit="eV"),
+        "expected a unit among THz, cm.-1, meV, got 'eV'",
+    ),
 ]
 
 
@@ -326,6 +423,14 @@ def test_refused(call, text):
 
 def test_what_is_refused_is_nan_under_tracing():
     rows = jax.jit(lambda rows: hessian_rows(pure, START, CELL, rows))
-    assert jnp.isnan(rows(jnp.array([9, 0]))[0]).all() and jnp.isfinite(rows(jnp.array([9, 0]))[1]).all()
-    assert jnp.isnan(rows(jnp.array([(0, 3), (0, 0)]))[0]).all() and jnp.isfinite(rows(jnp.array([(0, 3), (0, 0)]))[1]).all()
-    assert jnp.isnan(jax.jit(partial(elastic_constants, pure, relaxed=False))(START, 0 * CELL)).all()
+    assert (
+        jnp.isnan(rows(jnp.array([9, 0]))[0]).all()
+        and jnp.isfinite(rows(jnp.array([9, 0]))[1]).all()
+    )
+    assert (
+        jnp.isnan(rows(jnp.array([(0, 3), (0, 0)]))[0]).all()
+        and jnp.isfinite(rows(jnp.array([(0, 3), (0, 0)]))[1]).all()
+    )
+    assert jnp.isnan(
+        jax.jit(partial(elastic_constants, pure, relaxed=False))(START, 0 * CELL)
+    ).all()

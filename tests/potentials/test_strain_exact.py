@@ -1,4 +1,5 @@
-"""Strain algebra against automatic differentiation in float64, on both sides, where sum r x g is not zero."""
+"""Strain algebra against automatic differentiation in float64, on both sides, where sum r x g is
+not zero."""
 
 import itertools
 
@@ -29,12 +30,15 @@ def batches(draw):
     cell = 3 * (np.eye(3) + 0.45 * draws(9 * len(sizes)).reshape(-1, 3, 3))
     assume((abs(np.linalg.det(cell)) > 8).all())
     batch = np.repeat(np.arange(len(sizes)), sizes)
-    frac = np.arange(len(batch))[:, None] * [0.37, 0.23, 0.41] + 0.15 * draws(3 * len(batch)).reshape(-1, 3)
+    frac = np.arange(len(batch))[:, None] * [0.37, 0.23, 0.41] + 0.15 * draws(
+        3 * len(batch)
+    ).reshape(-1, 3)
     return np.einsum("ni,nij->nj", frac, cell[batch]), cell, batch
 
 
 def pair_energy(pos, cell, batch, side):
-    """(B,) energies of a pair potential over 27 images: invariant under rotation, with a net torque sum r x g."""
+    """(B,) energies of a pair potential over 27 images: invariant under rotation, with a net torque
+    sum r x g."""
     xp, offsets = NP[side], ARRAY[side](OFFSETS)
     out = []
     for s in range(len(cell)):
@@ -53,7 +57,9 @@ def derivatives(pos, cell, batch, side):
         return pair_energy((pos[:, None] @ deform[batch])[:, 0], cell @ deform, batch, side).sum()
 
     if side == "jax":
-        return [np.asarray(x) for x in jax.grad(energy, (0, 1, 2))(*map(jnp.asarray, (pos, cell, zero)))]
+        return [
+            np.asarray(x) for x in jax.grad(energy, (0, 1, 2))(*map(jnp.asarray, (pos, cell, zero)))
+        ]
     variables = [torch.tensor(x, requires_grad=True) for x in (pos, cell, zero)]
     return [x.numpy() for x in torch.autograd.grad(energy(*variables), variables)]
 
@@ -101,7 +107,8 @@ def test_virial_is_the_derivative_in_the_strain(side, system):
 
 @pytest.mark.parametrize("side", SIDES)
 def test_the_symmetrised_formula_is_wrong(side):
-    """(R^T g + g^T R) / 2 in place of R^T g: the planted error that the tests above must tell apart."""
+    """(R^T g + g^T R) / 2 in place of R^T g: the planted error that the tests above must tell
+    apart."""
     pos, cell, batch = crystal()
     g, G, W = derivatives(pos, cell, batch, side)
     assert torque(pos, g) > 0.1
@@ -134,20 +141,42 @@ def test_stress_is_the_virial_per_volume(side):
     pos, cell, batch = crystal()
     W = derivatives(pos, cell, batch, side)[2]
     close(apply(side, "stress", W, cell, np.ones((1, 3), bool)), W / abs(np.linalg.det(cell[0])))
-    close(apply(side, "stress", W, -cell, np.ones((1, 3), bool)), W / abs(np.linalg.det(cell[0])))  # left-handed
-    close(apply(side, "stress", W, cell, np.array([[True, True, False]])), W / abs(np.linalg.det(cell[0])))
+    close(
+        apply(side, "stress", W, -cell, np.ones((1, 3), bool)), W / abs(np.linalg.det(cell[0]))
+    )  # left-handed
+    close(
+        apply(side, "stress", W, cell, np.array([[True, True, False]])),
+        W / abs(np.linalg.det(cell[0])),
+    )
 
 
 @pytest.mark.parametrize("side", SIDES)
 def test_a_molecule_has_a_virial(side):
     rng = np.random.default_rng(0)
     pos, g = rng.normal(size=(2, 3, 3))
-    close(apply(side, "virial", g, np.zeros((1, 3, 3)), pos, np.zeros(3, int), np.zeros((1, 3, 3)))[0], pos.T @ g)
+    close(
+        apply(side, "virial", g, np.zeros((1, 3, 3)), pos, np.zeros(3, int), np.zeros((1, 3, 3)))[
+            0
+        ],
+        pos.T @ g,
+    )
 
 
-OPEN = (np.eye(3)[None].repeat(2, 0), np.array([[True] * 3, [False] * 3]), "expected a periodic system, got no periodic axis in system 1")
-FLAT = (np.stack([np.eye(3), np.diag([1.0, 1, 0])]), np.ones((2, 3), bool), "expected an invertible cell, got a singular cell in system 1")
-THIN = (np.array([[[1.0, 1, 1], [1, 2, 3], [2, 3, 4]]]).repeat(2, 0), np.ones((2, 3), bool), "a singular cell in system 0")
+OPEN = (
+    np.eye(3)[None].repeat(2, 0),
+    np.array([[True] * 3, [False] * 3]),
+    "expected a periodic system, got no periodic axis in system 1",
+)
+FLAT = (
+    np.stack([np.eye(3), np.diag([1.0, 1, 0])]),
+    np.ones((2, 3), bool),
+    "expected an invertible cell, got a singular cell in system 1",
+)
+THIN = (
+    np.array([[[1.0, 1, 1], [1, 2, 3], [2, 3, 4]]]).repeat(2, 0),
+    np.ones((2, 3), bool),
+    "a singular cell in system 0",
+)
 LOST = (np.full((2, 3, 3), np.nan), np.ones((2, 3), bool), "a singular cell in system 0")
 
 
@@ -160,8 +189,18 @@ def test_what_has_no_stress_is_refused(side, cell, pbc, text):
 
 @pytest.mark.parametrize("side", SIDES)
 def test_no_cell_gradient_from_the_virial_of_a_singular_cell(side):
-    with pytest.raises(ValueError, match="got a singular cell in system 1; without one dE/dh does not follow"):
-        apply(side, "lattice_gradient_from_virial", np.ones((2, 3)), np.ones((2, 3)), np.array([0, 1]), FLAT[0], np.ones((2, 3, 3)))
+    with pytest.raises(
+        ValueError, match="got a singular cell in system 1; without one dE/dh does not follow"
+    ):
+        apply(
+            side,
+            "lattice_gradient_from_virial",
+            np.ones((2, 3)),
+            np.ones((2, 3)),
+            np.array([0, 1]),
+            FLAT[0],
+            np.ones((2, 3, 3)),
+        )
 
 
 def test_under_tracing_what_has_no_stress_is_nan():
@@ -178,9 +217,13 @@ def test_derivatives_of_the_stress_pass_through():
     cell, pbc = jnp.asarray(crystal()[1]), jnp.ones((1, 3), bool)
     W = jnp.ones((1, 3, 3))
     volume = abs(jnp.linalg.det(cell[0]))
-    close(jax.grad(lambda W: jax_strain.stress(W, cell, pbc).sum())(W), jnp.ones((1, 3, 3)) / volume)
+    close(
+        jax.grad(lambda W: jax_strain.stress(W, cell, pbc).sum())(W), jnp.ones((1, 3, 3)) / volume
+    )
     W = torch.ones(1, 3, 3, dtype=torch.float64, requires_grad=True)
-    torch_strain.stress(W, torch.tensor(np.asarray(cell)), torch.ones(1, 3, dtype=torch.bool)).sum().backward()
+    torch_strain.stress(
+        W, torch.tensor(np.asarray(cell)), torch.ones(1, 3, dtype=torch.bool)
+    ).sum().backward()
     close(W.grad.numpy(), np.ones((1, 3, 3)) / float(volume))
 
 
@@ -194,9 +237,13 @@ def inputs(side, **more):
 
 @pytest.mark.parametrize("side", SIDES)
 def test_with_gradients_gives_energy_and_gradients(side):
-    model = STRAIN[side].with_gradients(lambda x: pair_energy(x["pos"], x["cell"], x["batch"], side))
+    model = STRAIN[side].with_gradients(
+        lambda x: pair_energy(x["pos"], x["cell"], x["batch"], side)
+    )
     out, (g, G, _) = model(inputs(side)), derivatives(*crystal(), side)
-    assert set(out) == {"energy", "position_gradients", "cell_gradients"} and out["energy"].shape == (1,)
+    assert set(out) == {"energy", "position_gradients", "cell_gradients"} and out[
+        "energy"
+    ].shape == (1,)
     close(np.asarray(out["position_gradients"]), g)
     close(np.asarray(out["cell_gradients"]), G)
 
@@ -205,11 +252,15 @@ def test_with_gradients_gives_energy_and_gradients(side):
 def test_with_gradients_of_what_is_not_reached_is_zero(side):
     for energy in (lambda x: x["pos"].sum()[None], lambda x: 0 * ARRAY[side](np.ones(1))):
         out = STRAIN[side].with_gradients(energy)(inputs(side))
-        assert out["cell_gradients"].shape == (1, 3, 3) and not np.asarray(out["cell_gradients"]).any()
+        assert (
+            out["cell_gradients"].shape == (1, 3, 3) and not np.asarray(out["cell_gradients"]).any()
+        )
 
 
 def torch_model():
-    return torch_strain.with_gradients(lambda x: pair_energy(x["pos"], x["cell"], x["batch"], "torch"))
+    return torch_strain.with_gradients(
+        lambda x: pair_energy(x["pos"], x["cell"], x["batch"], "torch")
+    )
 
 
 def test_torch_outputs_are_detached_unless_someone_differentiates_further():
@@ -234,7 +285,9 @@ def test_torch_second_derivatives():
     g = torch_model()(x)["position_gradients"]
     rows = torch.stack([torch.autograd.grad(v, pos, retain_graph=True)[0] for v in g.flatten()])
     batch, cell = x["batch"], x["cell"]
-    exact = torch.autograd.functional.hessian(lambda r: pair_energy(r, cell, batch, "torch").sum(), pos.detach())
+    exact = torch.autograd.functional.hessian(
+        lambda r: pair_energy(r, cell, batch, "torch").sum(), pos.detach()
+    )
     close(rows.reshape(exact.shape).numpy(), exact.numpy())
 
 
@@ -247,7 +300,9 @@ def test_torch_gradients_in_the_cell_are_at_fixed_positions_even_where_positions
 
 
 def test_torch_energy_may_bring_more_outputs():
-    model = torch_strain.with_gradients(lambda x: {"energy": x["pos"].sum()[None], "more": 2 * x["pos"]})
+    model = torch_strain.with_gradients(
+        lambda x: {"energy": x["pos"].sum()[None], "more": 2 * x["pos"]}
+    )
     assert not model(inputs("torch"))["more"].requires_grad
 
 
@@ -256,4 +311,8 @@ def test_jax_models_of_equal_energies_are_equal():
         return x["pos"].sum()[None]
 
     a, b = jax_strain.with_gradients(energy), jax_strain.with_gradients(energy)
-    assert a == b and hash(a) == hash(b) and a != jax_strain.with_gradients(lambda x: x["pos"].sum()[None])
+    assert (
+        a == b
+        and hash(a) == hash(b)
+        and a != jax_strain.with_gradients(lambda x: x["pos"].sum()[None])
+    )

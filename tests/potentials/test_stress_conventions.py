@@ -1,4 +1,5 @@
-"""Stress conventions: against the codes themselves where they are installed, and round trips of asymmetric data."""
+"""Stress conventions: against the codes themselves where they are installed, and round trips of
+asymmetric data."""
 
 import itertools
 from functools import partial
@@ -38,7 +39,10 @@ def pairs(pos, cell, xp, images):
 def skew_pairs(vectors):
     """An energy of the vectors between atoms that rotation changes: its virial is not symmetric."""
     metric = jnp.array([[1.0, 0.3, 0], [0, 0.8, -0.2], [0, 0, 1.1]])
-    return jnp.exp(-jnp.einsum("...i,ij,...j", vectors, metric, vectors) / 4).sum() + jnp.sin(vectors[..., 0] * vectors[..., 2]).sum()
+    return (
+        jnp.exp(-jnp.einsum("...i,ij,...j", vectors, metric, vectors) / 4).sum()
+        + jnp.sin(vectors[..., 0] * vectors[..., 2]).sum()
+    )
 
 
 def virial_of(energy):
@@ -53,7 +57,9 @@ W = virial_of(PAIRS)
 
 def close(a, b, tolerance=1e-9):
     a, b = np.asarray(a), np.asarray(b)
-    assert a.shape == b.shape and abs(a - b).max() <= tolerance * abs(b).max(), abs(a - b).max() / abs(b).max()
+    assert a.shape == b.shape and abs(a - b).max() <= tolerance * abs(b).max(), (
+        abs(a - b).max() / abs(b).max()
+    )
 
 
 def test_the_virial_at_hand_is_large_and_has_shear():
@@ -91,7 +97,9 @@ def test_ase_x_its_voigt_helpers():
 def test_jax_md_x_quantity_stress_of_a_virial_that_is_not_symmetric():
     box = jnp.asarray(cell_to("jax-md", CELL))
     displacement, _ = space.periodic_general(box, fractional_coordinates=True)
-    energy = lambda R, perturbation=None, **k: skew_pairs(space.map_product(partial(displacement, perturbation=perturbation))(R, R))
+    energy = lambda R, perturbation=None, **k: skew_pairs(
+        space.map_product(partial(displacement, perturbation=perturbation))(R, R)
+    )
     s = FRACTIONAL[:, None] - FRACTIONAL[None]
     whole = jnp.asarray(s - np.round(s)) @ CELL
     found = np.asarray(jax.grad(lambda e: skew_pairs(whole @ (EYE + e)))(jnp.zeros((3, 3))))
@@ -100,7 +108,9 @@ def test_jax_md_x_quantity_stress_of_a_virial_that_is_not_symmetric():
     close(to("jax-md", found, CELL), stress, 1e-6)
     close(from_("jax-md", stress, cell_from("jax-md", box)), found, 1e-6)
     close(pressure(found, CELL), jnp.trace(stress) / 3, 1e-6)
-    assert abs(to("kups", found, CELL) - stress).max() > 0.01 * abs(stress).max()  # the twin: indices the other way round
+    assert (
+        abs(to("kups", found, CELL) - stress).max() > 0.01 * abs(stress).max()
+    )  # the twin: indices the other way round
 
 
 def test_mace_x_its_own_displacement():
@@ -108,11 +118,21 @@ def test_mace_x_its_own_displacement():
     edges = torch.zeros(2, 1, dtype=torch.int64)
     batch = torch.zeros(len(POS), dtype=torch.int64)
     moved, _, displacement = get_symmetric_displacement(
-        pos, TENSOR(IMAGES[:1]), cell[None], edges, 1, batch, torch.zeros(1, 3, 3, dtype=torch.float64).requires_grad_()
+        pos,
+        TENSOR(IMAGES[:1]),
+        cell[None],
+        edges,
+        1,
+        batch,
+        torch.zeros(1, 3, 3, dtype=torch.float64).requires_grad_(),
     )
-    strained = cell[None] @ (torch.eye(3, dtype=torch.float64) + 0.5 * (displacement + displacement.mT))
+    strained = cell[None] @ (
+        torch.eye(3, dtype=torch.float64) + 0.5 * (displacement + displacement.mT)
+    )
     energy = pairs(moved, strained[0], torch, TENSOR(IMAGES))[None]
-    forces, virials, stress = compute_forces_virials(energy, pos, displacement, cell[None], compute_stress=True)
+    forces, virials, stress = compute_forces_virials(
+        energy, pos, displacement, cell[None], compute_stress=True
+    )
     close(-forces.detach(), jax.grad(PAIRS)(jnp.asarray(POS), jnp.asarray(CELL)))
     close(to("mace virials", TENSOR(W)[None]), virials.detach())
     close(to("mace", TENSOR(W)[None], TENSOR(CELL)[None]), stress.detach())
@@ -121,7 +141,9 @@ def test_mace_x_its_own_displacement():
 
 def test_nvalchemi_x_its_own_strain():
     pos, cell = TENSOR(POS, requires_grad=True), TENSOR(CELL)[None]
-    moved, strained, displacement = prepare_strain(pos, cell, torch.zeros(len(POS), dtype=torch.int64))
+    moved, strained, displacement = prepare_strain(
+        pos, cell, torch.zeros(len(POS), dtype=torch.int64)
+    )
     energy = pairs(moved, strained[0], torch, TENSOR(IMAGES))
     stress = autograd_stresses(energy[None], displacement, cell, 1)
     close(to("nvalchemi", TENSOR(W)[None], cell), stress)
@@ -138,24 +160,36 @@ def test_kups_x_its_formula():
 
 
 def test_torch_sim_x_its_formula():
-    """Its pair models give sum over pairs of r_ij f_ij / V, f = dE/dr, with |det| of a cell of columns."""
+    """Its pair models give sum over pairs of r_ij f_ij / V, f = dE/dr, with |det| of a cell of
+    columns."""
     columns = cell_to("torch-sim", CELL)
     r = POS[None, :, None] - POS[:, None, None] + (columns @ IMAGES.T).T
     slope = -np.exp(-(r**2).sum(-1) / 4)[..., None] * r / 2
-    close(to("torch-sim", W, CELL), np.einsum("abci,abcj->ij", r, slope) / abs(np.linalg.det(columns)))
+    close(
+        to("torch-sim", W, CELL), np.einsum("abci,abcj->ij", r, slope) / abs(np.linalg.det(columns))
+    )
 
 
 def test_ours_x_strain():
     """W/V is that of jax_side.potentials.strain, with sign and pressure."""
-    stress = np.asarray(strain.stress(jnp.asarray(W)[None], jnp.asarray(CELL)[None], jnp.ones((1, 3), bool)))[0]
+    stress = np.asarray(
+        strain.stress(jnp.asarray(W)[None], jnp.asarray(CELL)[None], jnp.ones((1, 3), bool))
+    )[0]
     close(to("ase-matrix", W, CELL), stress)
-    swelling = jax.grad(lambda v: PAIRS(jnp.asarray(FRACTIONAL) @ (CELL * v ** (1 / 3)), CELL * v ** (1 / 3)))(1.0)
+    swelling = jax.grad(
+        lambda v: PAIRS(jnp.asarray(FRACTIONAL) @ (CELL * v ** (1 / 3)), CELL * v ** (1 / 3))
+    )(1.0)
     close(pressure(W, CELL), -swelling / VOLUME)
 
 
 # Round trips
 
-FRAMEWORKS = {"numpy": (np.asarray, lambda f: f), "torch": (torch.tensor, lambda f: f), "jax": (jnp.asarray, lambda f: f), "jit": (jnp.asarray, jax.jit)}
+FRAMEWORKS = {
+    "numpy": (np.asarray, lambda f: f),
+    "torch": (torch.tensor, lambda f: f),
+    "jax": (jnp.asarray, lambda f: f),
+    "jit": (jnp.asarray, jax.jit),
+}
 
 
 def data(name, shape):
@@ -176,7 +210,9 @@ def there_and_back(name, virial, cell):
 @pytest.mark.parametrize("name", CONVENTIONS)
 def test_round_trip(name, shape, framework):
     (array, compiled), (virial, cell) = FRAMEWORKS[framework], data(name, SHAPES[shape])
-    value, virial_again, theirs, cell_again = compiled(partial(there_and_back, name))(array(virial), array(cell))
+    value, virial_again, theirs, cell_again = compiled(partial(there_and_back, name))(
+        array(virial), array(cell)
+    )
     assert type(value) is type(array(virial)) and str(value.dtype).endswith("float64")
     close(value, to(name, virial, cell))
     close(virial_again, virial)
@@ -188,7 +224,9 @@ def test_round_trip(name, shape, framework):
 def test_numbers_of_each_convention(name):
     """Written out once: sign, volume and order by hand."""
     cell = np.array([[2.0, 0, 0], [1, 3, 0], [0.5, 0.25, 4]])
-    virial = 24 * np.array([[1.0, 6, 5], [6, 2, 4], [5, 4, 3]]) + (0 if name == "ase" else 24 * np.triu(np.ones((3, 3)), 1))
+    virial = 24 * np.array([[1.0, 6, 5], [6, 2, 4], [5, 4, 3]]) + (
+        0 if name == "ase" else 24 * np.triu(np.ones((3, 3)), 1)
+    )
     want = {
         "ase": [1, 2, 3, 4, 5, 6],
         "jax-md": [[-1, -6, -5], [-7, -2, -4], [-6, -5, -3]],
@@ -204,8 +242,14 @@ def test_numbers_of_each_convention(name):
 def test_derivatives_and_vmap_pass_through():
     virial, cell = data("ase", (4,))
     for name in CONVENTIONS:
-        close(jax.vmap(partial(to, name))(jnp.asarray(virial), jnp.asarray(cell)), to(name, virial, cell))
-        close(torch.func.vmap(partial(to, name))(torch.tensor(virial), torch.tensor(cell)), to(name, virial, cell))
+        close(
+            jax.vmap(partial(to, name))(jnp.asarray(virial), jnp.asarray(cell)),
+            to(name, virial, cell),
+        )
+        close(
+            torch.func.vmap(partial(to, name))(torch.tensor(virial), torch.tensor(cell)),
+            to(name, virial, cell),
+        )
     gradient = jax.grad(lambda w: to("ase", w, cell)[:, 5].sum())(jnp.asarray(virial))
     close(gradient[:, 0, 1], 0.5 / abs(np.linalg.det(cell)))
     w = torch.tensor(virial, requires_grad=True)
@@ -224,20 +268,60 @@ def pair(a, b):
 
 
 BAD = [
-    (lambda: to("vasp", W, CELL), "expected a convention among ase, ase-matrix, .*, got 'vasp'; take one of these"),
+    (
+        lambda: to("vasp", W, CELL),
+        "expected a convention among ase, ase-matrix, .*, got 'vasp'; take one of these",
+    ),
     (lambda: cell_to(None, CELL), "got None; take one of these"),
-    (lambda: to("ase", W), "expected a cell for ase, which divides by the volume, got None; pass our cell"),
-    (lambda: to("ase", W, pair(CELL, CELL)), r"expected a cell as \[3, 3\], got float64\[2,3,3\]; give one cell for each virial"),
-    (lambda: to("mace", W[:2], CELL), r"expected virial as \[3, 3\] or \[B, 3, 3\], got float64\[2,3\]; give one system"),
-    (lambda: from_("ase", W, CELL), r"expected ase stress as \[6\] or \[B, 6\], got float64\[3,3\]"),
-    (lambda: from_("mace virials", np.ones(6)), r"expected mace virials virial as \[3, 3\] or \[B, 3, 3\], got float64\[6\]"),
-    (lambda: cell_from("ase", np.ones(3)), r"expected cell as \[3, 3\] or \[B, 3, 3\], got float64\[3\]"),
-    (lambda: pressure(W, 0 * CELL), "expected an invertible cell, got a singular cell in system 0; it has no stress; use the virial"),
-    (lambda: to("kups", pair(W, W), pair(CELL, FLAT)), "got a singular cell in system 1; it has no stress"),
-    (lambda: from_("kups", pair(W, W), pair(CELL, np.full((3, 3), np.nan))), "got a singular cell in system 1"),
-    (lambda: to("ase", TWISTED, CELL), "expected a symmetric virial, got an asymmetric one in system 0; look at how it was made"),
-    (lambda: to("ase", torch.tensor(pair(W, TWISTED)), torch.tensor(pair(CELL, CELL))), "asymmetric one in system 1"),
-    (lambda: to("ase", jnp.asarray(TWISTED), jnp.asarray(CELL)), 'asymmetric one in system 0; .* or take "ase-matrix"'),
+    (
+        lambda: to("ase", W),
+        "expected a cell for ase, which divides by the volume, got None; pass our cell",
+    ),
+    (
+        lambda: to("ase", W, pair(CELL, CELL)),
+        r"expected a cell as \[3, 3\], got float64\[2,3,3\]; give one cell for each virial",
+    ),
+    (
+        lambda: to("mace", W[:2], CELL),
+        r"expected virial as \[3, 3\] or \[B, 3, 3\], got float64\[2,3\]; give one system",
+    ),
+    (
+        lambda: from_("ase", W, CELL),
+        r"expected ase stress as \[6\] or \[B, 6\], got float64\[3,3\]",
+    ),
+    (
+        lambda: from_("mace virials", np.ones(6)),
+        r"expected mace virials virial as \[3, 3\] or \[B, 3, 3\], got float64\[6\]",
+    ),
+    (
+        lambda: cell_from("ase", np.ones(3)),
+        r"expected cell as \[3, 3\] or \[B, 3, 3\], got float64\[3\]",
+    ),
+    (
+        lambda: pressure(W, 0 * CELL),
+        "expected an invertible cell, got a singular cell in system 0; it has no stress; use the "
+        "virial",
+    ),
+    (
+        lambda: to("kups", pair(W, W), pair(CELL, FLAT)),
+        "got a singular cell in system 1; it has no stress",
+    ),
+    (
+        lambda: from_("kups", pair(W, W), pair(CELL, np.full((3, 3), np.nan))),
+        "got a singular cell in system 1",
+    ),
+    (
+        lambda: to("ase", TWISTED, CELL),
+        "expected a symmetric virial, got an asymmetric one in system 0; look at how it was made",
+    ),
+    (
+        lambda: to("ase", torch.tensor(pair(W, TWISTED)), torch.tensor(pair(CELL, CELL))),
+        "asymmetric one in system 1",
+    ),
+    (
+        lambda: to("ase", jnp.asarray(TWISTED), jnp.asarray(CELL)),
+        'asymmetric one in system 0; .* or take "ase-matrix"',
+    ),
 ]
 
 
@@ -247,7 +331,9 @@ def test_refused(call, text):
         call()
 
 
-@pytest.mark.parametrize("traced", [jax.jit, jax.vmap, torch.func.vmap], ids=["jit", "vmap", "torch.func.vmap"])
+@pytest.mark.parametrize(
+    "traced", [jax.jit, jax.vmap, torch.func.vmap], ids=["jit", "vmap", "torch.func.vmap"]
+)
 def test_what_is_refused_is_nan_under_tracing(traced):
     array = torch.tensor if traced is torch.func.vmap else jnp.asarray
     for virial, cell in ((pair(W, TWISTED), pair(CELL, CELL)), (pair(W, W), pair(CELL, FLAT))):
@@ -258,6 +344,10 @@ def test_what_is_refused_is_nan_under_tracing(traced):
 
 def test_rounding_is_averaged_over():
     noisy = W + 1e-6 * RNG.normal(size=(3, 3))
-    close(to("ase", noisy.astype(np.float32), CELL.astype(np.float32)), full_3x3_to_voigt_6_stress(noisy / VOLUME), 1e-6)
+    close(
+        to("ase", noisy.astype(np.float32), CELL.astype(np.float32)),
+        full_3x3_to_voigt_6_stress(noisy / VOLUME),
+        1e-6,
+    )
     tiny = 1e-7 * RNG.normal(size=(3, 3))  # at rest
     close(to("ase", tiny, CELL), full_3x3_to_voigt_6_stress(tiny / VOLUME))

@@ -35,7 +35,8 @@ class Applied(Adapted):
 
 
 class Contracted(Adapted):
-    """A torch_side.potentials.model.Model, its outputs reduced to those that its card has active; its parameters are constants."""
+    """A torch_side.potentials.model.Model, its outputs reduced to those that its card has active;
+    its parameters are constants."""
 
     def __call__(self, inputs):
         found, active = self.__self__(inputs, trained=False), self.__self__.card.active

@@ -1,4 +1,5 @@
-"""DLPack in and out of torch: which tensors can lend their memory, which must be copied, and why (DESIGN section 2)."""
+"""DLPack in and out of torch: which tensors can lend their memory, which must be copied, and why
+(DESIGN section 2)."""
 
 from __future__ import annotations
 
@@ -13,35 +14,45 @@ _NAMES = """bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 bfloa
 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu"""
 DTYPES = {name: getattr(torch, name) for name in _NAMES.split() if hasattr(torch, name)}
 _KNOWN = {dtype: name for name, dtype in DTYPES.items()}
-_CPU_ALIGN, _GPU_ALIGN = 64, 16  # bytes, of the pickiest consumer we know: 64 as measured, 16 as its source has it
+_CPU_ALIGN, _GPU_ALIGN = (
+    64,
+    16,
+)  # bytes, of the pickiest consumer we know: 64 as measured, 16 as its source has it
 _OR_COPY = ", or copy=None to let it be copied"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The neutral name, the same in torch, NumPy and ml_dtypes: "float32", "bfloat16", "float8_e4m3fn"."""
+    """The neutral name, the same in torch, NumPy and ml_dtypes: "float32", "bfloat16",
+    "float8_e4m3fn"."""
     return _KNOWN.get(dtype) or str(dtype).removeprefix("torch.")
 
 
-def export(tensor: torch.Tensor, copy: bool | None = None, dst: str = "the consumer") -> torch.Tensor:
-    """A tensor whose `__dlpack__` can be consumed without a copy; `tensor` itself wherever that is possible.
+def export(
+    tensor: torch.Tensor, copy: bool | None = None, dst: str = "the consumer"
+) -> torch.Tensor:
+    """A tensor whose `__dlpack__` can be consumed without a copy; `tensor` itself wherever that is
+    possible.
 
-    Shape, dtype, device and values are kept; conj and neg bits are resolved; the result never requires grad. `dst` names
-    the consumer in error texts. Memory can be lent if it is dense (row-major, or a permutation of it: transposed,
-    channels_last), starts on a 64-byte boundary (16 on a GPU), and if the tensor has neither requires_grad (an optimizer
-    would change it under the consumer) nor the conj or neg bit. Empty tensors can always be lent.
+    Shape, dtype, device and values are kept; conj and neg bits are resolved; the result never
+    requires grad. `dst` names the consumer in error texts. Memory can be lent if it is dense
+    (row-major, or a permutation of it: transposed, channels_last), starts on a 64-byte boundary (16
+    on a GPU), and if the tensor has neither requires_grad (an optimizer would change it under the
+    consumer) nor the conj or neg bit. Empty tensors can always be lent.
 
     copy=None   copies only what can't be lent
     copy=True   always fresh, row-major memory
     copy=False  never copies: ValueError instead
 
-    Who owns the memory: a lent tensor and the consumer's array share it, either keeps it alive, and WRITING TO THE
-    TENSOR IN PLACE CHANGES THE ARRAY, which its framework believes constant. A copy belongs to the consumer alone and is
-    complete when this returns (on a GPU: in the order of the current stream). The whole of `copy` is done here: where the
-    consumer has a copy argument too, its copy=False is then a check that costs nothing, and its True a second copy.
+    Who owns the memory: a lent tensor and the consumer's array share it, either keeps it alive, and
+    WRITING TO THE TENSOR IN PLACE CHANGES THE ARRAY, which its framework believes constant. A copy
+    belongs to the consumer alone and is complete when this returns (on a GPU: in the order of the
+    current stream). The whole of `copy` is done here: where the consumer has a copy argument too,
+    its copy=False is then a check that costs nothing, and its True a second copy.
 
-    Raises: ValueError if copy=False and a copy is needed, naming the reason ("requires_grad", "stride 0", "unaligned
-    offset of 4 bytes") and the cure. TypeError for what has no dense memory (sparse, nested, quantized, meta, fake,
-    tensors inside torch.func transforms), for a dtype that only torch knows, and for what is no tensor.
+    Raises: ValueError if copy=False and a copy is needed, naming the reason ("requires_grad",
+    "stride 0", "unaligned offset of 4 bytes") and the cure. TypeError for what has no dense memory
+    (sparse, nested, quantized, meta, fake, tensors inside torch.func transforms), for a dtype that
+    only torch knows, and for what is no tensor.
 
     >>> x = torch.arange(6.0).reshape(2, 3)
     >>> export(x.T).data_ptr() == x.data_ptr(), export(x[:, :2]).data_ptr() == x.data_ptr()
@@ -61,21 +72,25 @@ def export(tensor: torch.Tensor, copy: bool | None = None, dst: str = "the consu
 
 
 def import_(obj, copy: bool | None = None) -> torch.Tensor:
-    """A tensor over the memory of any object that has `__dlpack__`: an array of NumPy, CuPy or the other bank.
+    """A tensor over the memory of any object that has `__dlpack__`: an array of NumPy, CuPy or the
+    other bank.
 
-    Shape, dtype, device and layout are the producer's, so a transposed layout arrives as strides. The result doesn't
-    require grad. Any dtype that DLPack carries and torch knows, any shape, empty and 0-d included.
+    Shape, dtype, device and layout are the producer's, so a transposed layout arrives as strides.
+    The result doesn't require grad. Any dtype that DLPack carries and torch knows, any shape, empty
+    and 0-d included.
 
     copy=None, copy=False  share the memory (False also forbids the producer to copy)
     copy=True              always fresh memory
 
-    Who owns the memory: the producer's; the tensor keeps it alive, also after the producer's object was deleted.
-    WRITING TO THE TENSOR IN PLACE CHANGES THE PRODUCER'S ARRAY, which its framework may believe constant: use copy=True
-    for a tensor to be written to. On a GPU the two streams are ordered by the protocol, without a host synchronisation;
-    memory that the tensor gives up goes back to the producer when the work is done that torch's current stream had then.
+    Who owns the memory: the producer's; the tensor keeps it alive, also after the producer's object
+    was deleted. WRITING TO THE TENSOR IN PLACE CHANGES THE PRODUCER'S ARRAY, which its framework
+    may believe constant: use copy=True for a tensor to be written to. On a GPU the two streams are
+    ordered by the protocol, without a host synchronisation; memory that the tensor gives up goes
+    back to the producer when the work is done that torch's current stream had then.
 
-    Raises: TypeError if `obj` has no `__dlpack__`; ValueError, with the producer's own text, if it can't lend its memory
-    or torch can't take it (a dtype that only the producer knows, copy=False where it must copy).
+    Raises: TypeError if `obj` has no `__dlpack__`; ValueError, with the producer's own text, if it
+    can't lend its memory or torch can't take it (a dtype that only the producer knows, copy=False
+    where it must copy).
 
     >>> import numpy
     >>> a = numpy.zeros(3)
@@ -84,14 +99,18 @@ def import_(obj, copy: bool | None = None) -> torch.Tensor:
     np.True_
     """
     if not hasattr(obj, "__dlpack__"):
-        raise TypeError(message("an object with __dlpack__", type(obj).__name__, "make an array of it first"))
+        raise TypeError(
+            message("an object with __dlpack__", type(obj).__name__, "make an array of it first")
+        )
     try:
         tensor = torch.from_dlpack(obj, copy=None if copy else copy)
         if tensor.is_cuda:
             _outlive(tensor, torch.from_dlpack(obj, copy=None if copy else copy))
     except (BufferError, RuntimeError, ValueError, TypeError) as error:
         do = "make a dense copy in a dtype and on a device that torch knows first"
-        raise ValueError(message("memory that torch can share", f"{type(obj).__name__}: {error}", do)) from error
+        raise ValueError(
+            message("memory that torch can share", f"{type(obj).__name__}: {error}", do)
+        ) from error
     return tensor.clone() if copy else tensor
 
 
@@ -99,10 +118,12 @@ _waiting: deque = deque()  # (event of torch's stream, who owns the memory that 
 
 
 def _outlive(tensor: torch.Tensor, owner) -> None:
-    """Let `owner` live as long as the memory of `tensor`, and until the GPU has read that memory for the last time.
+    """Let `owner` live as long as the memory of `tensor`, and until the GPU has read that memory
+    for the last time.
 
-    A producer takes memory back in the order of its own stream. Kernels that torch has still to run would read what the
-    producer writes there next (seen on an H200: JAX's next arrays in the results of torch)."""
+    A producer takes memory back in the order of its own stream. Kernels that torch has still to run
+    would read what the producer writes there next (seen on an H200: JAX's next arrays in the
+    results of torch)."""
     while _waiting and _waiting[0][0].query():
         _waiting.popleft()
     tensor.untyped_storage().owner = _Owner(owner, tensor.device)
@@ -125,19 +146,27 @@ class _Owner:
 
 
 def _mark(device: torch.device):
-    """An event that comes when torch's current stream there has done what it has been given so far."""
+    """An event that comes when torch's current stream there has done what it has been given so
+    far."""
     return torch.cuda.current_stream(device).record_event()
 
 
 def check_dense(t: torch.Tensor) -> None:
-    """TypeError, with the cure, for what has no shape and dtype as others have them: nested, sparse, quantized."""
+    """TypeError, with the cure, for what has no shape and dtype as others have them: nested,
+    sparse, quantized."""
     if t.is_nested or t.layout is not torch.strided or t.is_quantized:
         raise _type_error(t)
 
 
 def _address(t: torch.Tensor) -> int:
-    """Where the elements lie; TypeError if there is no such place, or a dtype that no one else knows."""
-    dense = isinstance(t, torch.Tensor) and t.layout is torch.strided and not t.is_nested and not t.is_meta
+    """Where the elements lie; TypeError if there is no such place, or a dtype that no one else
+    knows."""
+    dense = (
+        isinstance(t, torch.Tensor)
+        and t.layout is torch.strided
+        and not t.is_nested
+        and not t.is_meta
+    )
     if not dense or t.dtype not in _KNOWN:
         raise _type_error(t)
     try:
@@ -152,18 +181,36 @@ def _address(t: torch.Tensor) -> int:
 def _type_error(t) -> TypeError:
     """What keeps `t` from having memory to lend."""
     if not isinstance(t, torch.Tensor):
-        return TypeError(message("a torch.Tensor", type(t).__name__, "make one with torch.as_tensor"))
+        return TypeError(
+            message("a torch.Tensor", type(t).__name__, "make one with torch.as_tensor")
+        )
     for bad, kind, do in (
         (t.is_nested, "a nested tensor", "pass its parts, or a padded tensor"),
         (t.layout is not torch.strided, f"a tensor of layout {t.layout}", "pass tensor.to_dense()"),
-        (t.is_quantized, f"a quantized tensor ({t.dtype})", "pass tensor.dequantize(), or tensor.int_repr()"),
-        (t.is_meta, "a meta tensor, which has no memory", "move the model or tensor to a real device"),
-        (t.dtype not in _KNOWN, f"{t.dtype}, which only torch knows", f"cast it to one of {', '.join(DTYPES)}"),
+        (
+            t.is_quantized,
+            f"a quantized tensor ({t.dtype})",
+            "pass tensor.dequantize(), or tensor.int_repr()",
+        ),
+        (
+            t.is_meta,
+            "a meta tensor, which has no memory",
+            "move the model or tensor to a real device",
+        ),
+        (
+            t.dtype not in _KNOWN,
+            f"{t.dtype}, which only torch knows",
+            f"cast it to one of {', '.join(DTYPES)}",
+        ),
     ):
         if bad:
             return TypeError(message("a dense tensor of a dtype that both sides know", kind, do))
     do = "inside torch.func, torch.compile and torch.export call a function made by bridge.to_torch instead"
-    return TypeError(message("a tensor with memory of its own", f"a traced or wrapped one ({type(t).__name__})", do))
+    return TypeError(
+        message(
+            "a tensor with memory of its own", f"a traced or wrapped one ({type(t).__name__})", do
+        )
+    )
 
 
 def _obstacle(t: torch.Tensor, address: int) -> tuple[str, str] | None:
@@ -178,13 +225,17 @@ def _obstacle(t: torch.Tensor, address: int) -> tuple[str, str] | None:
         return "zeros that torch keeps without memory", "pass tensor.clone()"
     if not t.is_contiguous() and not _permuted(t):
         zero = any(s == 0 and n > 1 for s, n in zip(t.stride(), t.shape))
-        return "stride 0" if zero else f"strides {t.stride()}, not dense", "pass tensor.contiguous()"
+        return (
+            "stride 0" if zero else f"strides {t.stride()}, not dense",
+            "pass tensor.contiguous()",
+        )
     past = address % (_CPU_ALIGN if t.is_cpu else _GPU_ALIGN)
     return (f"unaligned offset of {past} bytes", "pass tensor.clone()") if past else None
 
 
 def _permuted(t: torch.Tensor) -> bool:
-    """Whether the strides are those of a row-major array with its axes permuted: no gaps, no overlap."""
+    """Whether the strides are those of a row-major array with its axes permuted: no gaps, no
+    overlap."""
     dense = 1
     for stride, size in sorted((s, n) for s, n in zip(t.stride(), t.shape) if n != 1):
         if stride != dense:
@@ -194,5 +245,6 @@ def _permuted(t: torch.Tensor) -> bool:
 
 
 def _fresh(t: torch.Tensor) -> torch.Tensor:
-    """A row-major copy of the values alone, bits resolved; torch starts every allocation on a 64-byte boundary."""
+    """A row-major copy of the values alone, bits resolved; torch starts every allocation on a
+    64-byte boundary."""
     return t.detach().clone(memory_format=torch.contiguous_format)

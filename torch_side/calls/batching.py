@@ -1,4 +1,5 @@
-"""How a model takes several calls as one: along an axis that its user named, or as one batched graph of the contract."""
+"""How a model takes several calls as one: along an axis that its user named, or as one batched
+graph of the contract."""
 
 from __future__ import annotations
 
@@ -22,11 +23,20 @@ class Axes:
     def needed(self, mapped, fn):
         for m, axis, name in zip(mapped, self.inputs, fn.names[0], strict=True):
             if m and axis is None:
-                raise NotImplementedError(message(f"vmap over the inputs named in batched= of {fn} only", f"input {name}", "name its axis in batched={...}"))
+                raise NotImplementedError(
+                    message(
+                        f"vmap over the inputs named in batched= of {fn} only",
+                        f"input {name}",
+                        "name its axis in batched={...}",
+                    )
+                )
         return tuple(axis is not None for axis in self.inputs)
 
     def merge(self, tensors, mapped, size):
-        return [t.movedim(0, a) if m else t for t, m, a in zip(tensors, mapped, self.inputs, strict=True)]
+        return [
+            t.movedim(0, a) if m else t
+            for t, m, a in zip(tensors, mapped, self.inputs, strict=True)
+        ]
 
     def specs(self, specs, size):
         return tuple(_at(s, size, self.output) for s in specs)
@@ -37,22 +47,36 @@ class Axes:
 
 @dataclass(frozen=True)
 class Graphs:
-    """Calls with B systems each become one call with all systems, for a model of one dict of the contract; `inputs` and
-    `outputs` are the keys in the order of the arrays."""
+    """Calls with B systems each become one call with all systems, for a model of one dict of the
+    contract; `inputs` and `outputs` are the keys in the order of the arrays."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
     @classmethod
     def of(cls, fn):
-        """For a TorchFunction; TypeError where it is called with anything but one dict of the contract, and gives one."""
+        """For a TorchFunction; TypeError where it is called with anything but one dict of the
+        contract, and gives one."""
         n = len(fn.inputs)
         args, kwargs = fn.call.tree.unflatten(range(n)) if not fn.call.static else ((), {})
-        given, found = args[0] if len(args) == 1 and not kwargs else None, fn.out_tree.unflatten(range(len(fn.outputs)))
+        given, found = (
+            args[0] if len(args) == 1 and not kwargs else None,
+            fn.out_tree.unflatten(range(len(fn.outputs))),
+        )
         for what, keys, table in (("argument", given, INPUTS), ("result", found, OUTPUTS)):
-            if not isinstance(keys, dict) or not all(isinstance(i, int) for i in keys.values()) or set(keys) - set(table):
+            if (
+                not isinstance(keys, dict)
+                or not all(isinstance(i, int) for i in keys.values())
+                or set(keys) - set(table)
+            ):
                 got = ", ".join(map(str, keys)) if isinstance(keys, dict) else f"{keys!r:.60}"
-                raise TypeError(message(f'one dict of the contract as {what} of {fn}, for batched="graph"', got, 'use these keys, or batched="sequential"'))
+                raise TypeError(
+                    message(
+                        f'one dict of the contract as {what} of {fn}, for batched="graph"',
+                        got,
+                        'use these keys, or batched="sequential"',
+                    )
+                )
         return cls(*(tuple(sorted(keys, key=keys.get)) for keys in (given, found)))
 
     def needed(self, mapped, fn):
@@ -69,24 +93,44 @@ class Graphs:
         if key == "batch":
             if (strange := (x < 0) | (x >= n_systems)).any():
                 got = f"{int(x[strange][0])} in call {int(strange.nonzero()[0, 0])}"
-                raise ValueError(message(f"batch within 0..{n_systems - 1}", got, "give the index of its system for each atom"))
+                raise ValueError(
+                    message(
+                        f"batch within 0..{n_systems - 1}",
+                        got,
+                        "give the index of its system for each atom",
+                    )
+                )
             return (x + copies.to(x.dtype)[:, None] * n_systems).flatten()
         if key == "edge_index":
             x = x.long()
-            shifted = torch.where(x < n_atoms, x + copies[:, None, None] * n_atoms * (x >= 0), size * n_atoms)
+            shifted = torch.where(
+                x < n_atoms, x + copies[:, None, None] * n_atoms * (x >= 0), size * n_atoms
+            )
             return shifted.movedim(0, 1).flatten(1)
         return x.flatten(0, 1)
 
     def specs(self, specs, size):
-        return tuple(Spec(tuple(n * size if isinstance(d, str) and d in "NB" else n for n, d in zip(s.shape, OUTPUTS[key][0])), s.dtype)
-                     for key, s in zip(self.outputs, specs, strict=True))
+        return tuple(
+            Spec(
+                tuple(
+                    n * size if isinstance(d, str) and d in "NB" else n
+                    for n, d in zip(s.shape, OUTPUTS[key][0])
+                ),
+                s.dtype,
+            )
+            for key, s in zip(self.outputs, specs, strict=True)
+        )
 
     def split(self, outs, specs):
-        return [_split(x, OUTPUTS[key][0], s.shape) for key, x, s in zip(self.outputs, outs, specs, strict=True)]
+        return [
+            _split(x, OUTPUTS[key][0], s.shape)
+            for key, x, s in zip(self.outputs, outs, specs, strict=True)
+        ]
 
 
 def _split(x, dims, shape):
-    """The axes N and B of all calls as an axis of calls in front; blocks between two calls are dropped. `shape` is that of one."""
+    """The axes N and B of all calls as an axis of calls in front; blocks between two calls are
+    dropped. `shape` is that of one."""
     axes = [a for a, d in enumerate(dims) if d in ("N", "B")]
     size = x.shape[axes[0]] // max(shape[axes[0]], 1)
     for shift, axis in enumerate(axes):
@@ -105,7 +149,10 @@ class NativeBatch(Derived):
     @property
     def inputs(self):
         lead = self.sizes
-        return tuple(Spec((*lead, *s.shape), s.dtype) if m else s for s, m in zip(self.of.inputs, self.mapped, strict=True))
+        return tuple(
+            Spec((*lead, *s.shape), s.dtype) if m else s
+            for s, m in zip(self.of.inputs, self.mapped, strict=True)
+        )
 
     @property
     def outputs(self):
@@ -125,7 +172,8 @@ class NativeBatch(Derived):
         return NativeBatch(self.of, mapped, (size, *self.sizes))
 
     def gradient(self, wrt):
-        """One backward of the sum: row b of a native batch depends on example b alone (the user's word)."""
+        """One backward of the sum: row b of a native batch depends on example b alone (the user's
+        word)."""
         single = self.of.gradient(wrt)
         return single and Gradient(self, wrt, single.out)
 

@@ -1,7 +1,8 @@
 """Foreign buffers as tensors during a call: no copies, no checks that the caller made already.
 
-A buffer is a torch.Tensor (made by the ffi lane), a bare DLPack capsule, or anything with `__dlpack__`. Dtypes that a lane can't carry travel
-in a carrier of the same bytes: complex as a real array with a trailing 2, bfloat16 and float8 as unsigned integers.
+A buffer is a torch.Tensor (made by the ffi lane), a bare DLPack capsule, or anything with
+`__dlpack__`. Dtypes that a lane can't carry travel in a carrier of the same bytes: complex as a
+real array with a trailing 2, bfloat16 and float8 as unsigned integers.
 """
 
 from __future__ import annotations
@@ -45,24 +46,32 @@ def view(buffer, dtype: torch.dtype) -> torch.Tensor:
 
 def normal(buffers) -> tuple:
     """The buffers, tensors that were made in inference mode as others over the same memory."""
-    return tuple(torch.from_dlpack(b) if isinstance(b, torch.Tensor) and b.is_inference() else b for b in buffers)
+    return tuple(
+        torch.from_dlpack(b) if isinstance(b, torch.Tensor) and b.is_inference() else b
+        for b in buffers
+    )
 
 
 _ALIGNED = 64  # bytes: the boundary of memory that JAX can share
-_ALONE = [(lambda t: sys.getrefcount(t))(t) for t in [torch.empty(0)]][0]  # a tensor that its list alone holds, in `fresh`
+# References to a tensor that its list alone holds, as `fresh` sees them.
+_ALONE = [(lambda t: sys.getrefcount(t))(t) for t in [torch.empty(0)]][0]  # noqa: RUF015
 
 
 def fresh(t: torch.Tensor) -> torch.Tensor:
-    """A result that nobody else holds: itself if it is dense, on a boundary, and its list alone has it, else a clone."""
-    kept = sys.getrefcount(t) > _ALONE or t._use_count() > 1 or holders(t.untyped_storage()._cdata) > 2
+    """A result that nobody else holds: itself if it is dense, on a boundary, and its list alone has
+    it, else a clone."""
+    kept = (
+        sys.getrefcount(t) > _ALONE or t._use_count() > 1 or holders(t.untyped_storage()._cdata) > 2
+    )
     borrowed = kept or t.requires_grad or t.is_conj() or t.is_neg() or t._is_zerotensor()
     if borrowed or not t.is_contiguous() or t.data_ptr() % _ALIGNED:
         return t.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
     return t
 
 
-# Private in torch 2.13, for microseconds: the number of C++ owners of a storage (its Python wrapper included, where one was
-# made), by its `_cdata`, which `storage` finds without making one; and what torch.no_grad() does, without the context manager.
+# Private in torch 2.13, for microseconds: the number of C++ owners of a storage (its Python wrapper
+# included, where one was made), by its `_cdata`, which `storage` finds without making one; and what
+# torch.no_grad() does, without the context manager.
 holders = torch._C._storage_Use_Count
 storage = torch._C._storage_address
 set_grad_enabled = torch._C._set_grad_enabled
@@ -70,10 +79,12 @@ set_grad_enabled = torch._C._set_grad_enabled
 
 @contextmanager
 def on_stream(stream: int, tensors):
-    """torch's current stream := the foreign CUDA stream, for the length of a `with`; the tensors name the device.
+    """torch's current stream := the foreign CUDA stream, for the length of a `with`; the tensors
+    name the device.
 
-    XLA's streams are non-blocking, so they are ordered here, on the device, with torch's own: weights that torch wrote
-    before the call are there, and what it writes after the call waits. The host waits for nothing."""
+    XLA's streams are non-blocking, so they are ordered here, on the device, with torch's own:
+    weights that torch wrote before the call are there, and what it writes after the call waits. The
+    host waits for nothing."""
     device = tensors[0].device.index if tensors else torch.cuda.current_device()
     foreign, own = _external(stream, device), torch.cuda.current_stream(device)
     foreign.wait_stream(own)
@@ -88,7 +99,8 @@ def _external(stream: int, device: int):
 
 
 def finish(tensors) -> None:
-    """An eager call on a GPU waits for torch, since JAX takes the inputs' memory back in the order of another stream."""
+    """An eager call on a GPU waits for torch, since JAX takes the inputs' memory back in the order
+    of another stream."""
     if any(t.is_cuda for t in tensors):
         torch.cuda.current_stream(tensors[0].device).synchronize()
 
@@ -97,18 +109,26 @@ def finish(tensors) -> None:
 
 
 def lent(tensors) -> list:
-    """The values of tensors, to be read only, over their own memory: NumPy arrays where NumPy knows the dtype, DLPack capsules
-    elsewhere on the CPU, tensors on a GPU. Only what the borrower could not read is copied: conj and neg bits, and in a
-    capsule or on a GPU what is not row-major."""
+    """The values of tensors, to be read only, over their own memory: NumPy arrays where NumPy knows
+    the dtype, DLPack capsules elsewhere on the CPU, tensors on a GPU. Only what the borrower could
+    not read is copied: conj and neg bits, and in a capsule or on a GPU what is not row-major."""
     out = []
     for t in tensors:
-        plain = t.is_cpu and t.layout is torch.strided and t.dtype in _NUMPY and not t.is_conj() and not t.is_neg() and t.data_ptr()
+        plain = (
+            t.is_cpu
+            and t.layout is torch.strided
+            and t.dtype in _NUMPY
+            and not t.is_conj()
+            and not t.is_neg()
+            and t.data_ptr()
+        )
         out.append(_from_loan(_Loan(t)) if plain else _lent(t))
     return out
 
 
 class _Loan:
-    """What NumPy takes for a DLPack exporter; Tensor.numpy() would forbid the tensor to be resized, ever."""
+    """What NumPy takes for a DLPack exporter; Tensor.numpy() would forbid the tensor to be resized,
+    ever."""
 
     __slots__ = ("tensor",)
 
@@ -123,7 +143,8 @@ class _Loan:
 
 
 def _lent(t: torch.Tensor):
-    """The same for tensors that need a look: empty, with bits, of other dtypes, on other devices, or without memory (TypeError)."""
+    """The same for tensors that need a look: empty, with bits, of other dtypes, on other devices,
+    or without memory (TypeError)."""
     t = export(t.detach(), None, "JAX")
     if not t.is_cpu:
         return t.contiguous()
@@ -131,7 +152,9 @@ def _lent(t: torch.Tensor):
 
 
 _from_loan = np.from_dlpack
-_NUMPY = frozenset(dtype for name, dtype in DTYPES.items() if not name.startswith(("bfloat16", "float8")))
+_NUMPY = frozenset(
+    dtype for name, dtype in DTYPES.items() if not name.startswith(("bfloat16", "float8"))
+)
 
 
 def given(results) -> list:
@@ -140,12 +163,14 @@ def given(results) -> list:
 
 
 def taken(results) -> list:
-    """Tensors over results that the other bank has let go: nobody else reads or writes this memory."""
+    """Tensors over results that the other bank has let go: nobody else reads or writes this
+    memory."""
     take = _from_capsule if results and type(results[0]) is _Bare else import_
     return [*map(take, results)]
 
 
-# Private in torch 2.13: Tensor.__dlpack__ and torch.from_dlpack without their checks, 0.1 us instead of 1.6 and 0.4 instead of 2.
+# Private in torch 2.13: Tensor.__dlpack__ and torch.from_dlpack without their checks, 0.1 us
+# instead of 1.6 and 0.4 instead of 2.
 _to_capsule = torch._C._to_dlpack
 _from_capsule = torch._C._from_dlpack
 _Bare = type(_to_capsule(torch.empty(0)))

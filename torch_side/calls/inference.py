@@ -1,4 +1,5 @@
-"""What is known of a torch callable before it runs: the types of its outputs, and whether it is a function at all."""
+"""What is known of a torch callable before it runs: the types of its outputs, and whether it is a
+function at all."""
 
 from __future__ import annotations
 
@@ -23,23 +24,39 @@ RANDOM_IN_TRAINING = (
 def check_output(leaf, what: str) -> None:
     """An output must be a dense torch.Tensor."""
     if not isinstance(leaf, torch.Tensor):
-        raise TypeError(message(f"{what} as a torch.Tensor", f"{type(leaf).__name__} {leaf!r:.60}", "return torch.as_tensor(...) of it, or drop it"))
+        raise TypeError(
+            message(
+                f"{what} as a torch.Tensor",
+                f"{type(leaf).__name__} {leaf!r:.60}",
+                "return torch.as_tensor(...) of it, or drop it",
+            )
+        )
     if leaf.dtype not in KNOWN:
         do = f"cast it to one of {', '.join(buffers.DTYPES)}"
-        raise TypeError(message(f"{what} in a dtype that both sides know", f"{leaf.dtype}, which only torch knows", do))
+        raise TypeError(
+            message(
+                f"{what} in a dtype that both sides know",
+                f"{leaf.dtype}, which only torch knows",
+                do,
+            )
+        )
     if leaf.layout != torch.strided:
-        raise TypeError(message(f"{what} as a dense tensor", f"layout {leaf.layout}", "return it .to_dense()"))
+        raise TypeError(
+            message(f"{what} as a dense tensor", f"layout {leaf.layout}", "return it .to_dense()")
+        )
 
 
 def check_mode(target) -> None:
-    """A module in training mode whose layers draw random numbers or change their buffers is no function."""
+    """A module in training mode whose layers draw random numbers or change their buffers is no
+    function."""
     owner = target if isinstance(target, torch.nn.Module) else getattr(target, "__self__", None)
     for name, m in owner.named_modules() if isinstance(owner, torch.nn.Module) else ():
         if m.training and isinstance(m, RANDOM_IN_TRAINING) and getattr(m, "p", 1.0) != 0.0:
             raise ValueError(
                 message(
                     f"{type(owner).__name__} in evaluation mode",
-                    f"layer {name or '(itself)'!s} ({type(m).__name__}) in training mode, whose result is random or depends on earlier calls",
+                    f"layer {name or '(itself)'!s} ({type(m).__name__}) in training mode, whose "
+                    "result is random or depends on earlier calls",
                     "call .eval() on it first",
                 )
             )
@@ -47,16 +64,28 @@ def check_mode(target) -> None:
 
 def infer(call, inputs: tuple[Spec, ...], names: tuple[str, ...], engine: Engine):
     """Output types and tree of an export.Call, found without running it."""
-    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+    )
 
     check_mode(call.target)
     try:
         with fake(), torch.set_grad_enabled(engine.differentiates_inside):
             leaves, tree = on_some_device(call, inputs, partial(_unchanged, call, names))
     except (DataDependentOutputException, DynamicOutputShapeException) as e:
-        raise ValueError(message(f"output shapes of {call.name} that depend on input shapes alone", "a data-dependent operation", _DECLARE)) from e
+        raise ValueError(
+            message(
+                f"output shapes of {call.name} that depend on input shapes alone",
+                "a data-dependent operation",
+                _DECLARE,
+            )
+        ) from e
     except Exception as e:
-        e.add_note(f"bridge: while running {call.name} on fake tensors to find its output shapes; if it needs real values, {_DECLARE}")
+        e.add_note(
+            f"bridge: while running {call.name} on fake tensors to find its output shapes; if it "
+            f"needs real values, {_DECLARE}"
+        )
         raise
     for i, leaf in enumerate(leaves):
         check_output(leaf, f"output {i} of {call.name}")
@@ -69,17 +98,22 @@ _DECLARE = "declare outputs= (a pytree of jax.ShapeDtypeStruct, or a function of
 
 @contextmanager
 def fake():
-    """Fake tensors, outside of inference mode (which has no gradients), compiled code in its Python form: the kernels of a
-    compiled function would read and write through them."""
+    """Fake tensors, outside of inference mode (which has no gradients), compiled code in its Python
+    form: the kernels of a compiled function would read and write through them."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    compiler = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    compiler = (
+        torch.compiler.set_stance("force_eager")
+        if "torch._dynamo" in sys.modules
+        else nullcontext()
+    )
     with torch.inference_mode(False), compiler, FakeTensorMode(allow_non_fake_inputs=True):
         yield
 
 
 def _unchanged(call, names, tensors):
-    """The call; ValueError where it changed an input in place, before there is one that could be harmed."""
+    """The call; ValueError where it changed an input in place, before there is one that could be
+    harmed."""
     versions = [t._version for t in tensors]
     found = call([t.detach() for t in tensors])
     for t, version, name in zip(tensors, versions, names):
@@ -91,16 +125,24 @@ def _unchanged(call, names, tensors):
 def changed(who, name) -> ValueError:
     """An input was changed in place."""
     do = "use out-of-place operations, or clone the input first"
-    return ValueError(message(f"{who} to leave its inputs as they are", f"input {name} changed in place, and with it the caller's array", do))
+    return ValueError(
+        message(
+            f"{who} to leave its inputs as they are",
+            f"input {name} changed in place, and with it the caller's array",
+            do,
+        )
+    )
 
 
 def on_some_device(call, inputs, run=None):
-    """`run` (the call itself, if None) of uninitialised tensors. A callable may hold tensors on a GPU without showing
-    them: where there is one, it is tried second."""
+    """`run` (the call itself, if None) of uninitialised tensors. A callable may hold tensors on a
+    GPU without showing them: where there is one, it is tried second."""
     devices = [_device(call.target), *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
         try:
-            return (run or call)([torch.empty(s.shape, dtype=buffers.DTYPES[s.dtype], device=device) for s in inputs])
+            return (run or call)(
+                [torch.empty(s.shape, dtype=buffers.DTYPES[s.dtype], device=device) for s in inputs]
+            )
         except Exception:
             if device is devices[-1]:
                 raise
@@ -120,4 +162,10 @@ def _check_no_fake_kept(target) -> None:
         for key, value in vars(m).items():
             if isinstance(value, FakeTensor):
                 setattr(m, key, None)
-                raise ValueError(message("a module that keeps no tensor of a call in shape inference", f"attribute {f'{name}.{key}'.lstrip('.')}", _DECLARE))
+                raise ValueError(
+                    message(
+                        "a module that keeps no tensor of a call in shape inference",
+                        f"attribute {f'{name}.{key}'.lstrip('.')}",
+                        _DECLARE,
+                    )
+                )

@@ -1,8 +1,9 @@
-"""Custom autograd Functions in a graph: is their backward something that torch can differentiate again?
+"""Custom autograd Functions in a graph: is their backward something that torch can differentiate
+again?
 
-torch takes a backward that is cut off from its inputs (@once_differentiable, NumPy, .detach()) for a constant, and gives
-zeros for its derivatives. An honest constant, of a linear Function, looks the same in the graph: it stays the same where
-the inputs move, and that is what tells them apart.
+torch takes a backward that is cut off from its inputs (@once_differentiable, NumPy, .detach()) for
+a constant, and gives zeros for its derivatives. An honest constant, of a linear Function, looks the
+same in the graph: it stays the same where the inputs move, and that is what tells them apart.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ _proven = weakref.WeakSet()  # classes of Functions that were found to be differ
 def check_twice(ys, again: Callable, private=()) -> None:
     """Raise where derivatives of a backward through the graph of `ys` would be silently cut.
 
-    `again()` gives the same outputs, with a graph, where the inputs have moved a little (see `moved`). `private` are
-    leaves that nobody differentiates in later: what depends on these alone may be cut.
+    `again()` gives the same outputs, with a graph, where the inputs have moved a little (see
+    `moved`). `private` are leaves that nobody differentiates in later: what depends on these alone
+    may be cut.
 
     Raises: NotImplementedError naming the Function.
     """
@@ -42,7 +44,9 @@ def check_twice(ys, again: Callable, private=()) -> None:
         if only_private:
             continue
         found = [g.grad_fn for g in gradients if g.requires_grad]
-        if not _reaches(found, inputs) and _changes(custom(again())[at:], node, cotangents, gradients):
+        if not _reaches(found, inputs) and _changes(
+            custom(again())[at:], node, cotangents, gradients
+        ):
             raise _cut(cls)
         if any(g.any() for g in gradients):
             _proven.add(cls)
@@ -62,35 +66,43 @@ def check_pushed(ys) -> None:
 
 
 def check_given(gradients, again: Callable, who: str) -> None:
-    """Raise where a model's own gradients carry no graph, and yet are others where its inputs have moved a little.
+    """Raise where a model's own gradients carry no graph, and yet are others where its inputs have
+    moved a little.
 
     Raises: NotImplementedError."""
     if gradients.requires_grad or not _differ(again(), gradients):
         return
     got = "some that change with the positions and carry no graph (detached, or from NumPy)"
     do = "compute them with create_graph=True, or pass card=bridge.Card(derivative_order=1)"
-    raise NotImplementedError(message(f"position_gradients of {who} that can be differentiated", got, do))
+    raise NotImplementedError(
+        message(f"position_gradients of {who} that can be differentiated", got, do)
+    )
 
 
 def custom(ys) -> list:
-    """The nodes of custom Functions in the graph of `ys`, in the order of a walk that is the same each time."""
+    """The nodes of custom Functions in the graph of `ys`, in the order of a walk that is the same
+    each time."""
     roots = [y.grad_fn for y in ys if y.requires_grad and y.grad_fn is not None]
     found = [node for node in _walk(roots) if isinstance(node, BackwardCFunction)]
     return [node for node in found if node._forward_cls not in _vouched]
 
 
 def vouch(cls) -> None:
-    """Say of a Function that its backward is written in operations of torch: nothing here looks at it."""
+    """Say of a Function that its backward is written in operations of torch: nothing here looks at
+    it."""
     _vouched.add(cls)
 
 
 def moved(tensors) -> list[torch.Tensor]:
-    """Real floating tensors a ten-thousandth away, each entry by another amount, without a graph; others as they are."""
+    """Real floating tensors a ten-thousandth away, each entry by another amount, without a graph;
+    others as they are."""
     return [_moved(t) if t.is_floating_point() else t for t in tensors]
 
 
 def _moved(t):
-    direction = torch.cos(torch.arange(t.numel(), dtype=torch.float64, device=t.device)).reshape(t.shape)
+    direction = torch.cos(torch.arange(t.numel(), dtype=torch.float64, device=t.device)).reshape(
+        t.shape
+    )
     return t.detach() + _MOVE * (1 + t.detach().abs()) * direction.to(t.dtype)
 
 
@@ -121,7 +133,9 @@ def _only_private(inputs, private) -> bool:
 def _backward(node) -> tuple[list, list]:
     """Cotangents that require grad, and what the user's backward makes of them."""
     types = node._input_metadata
-    cotangents = [torch.ones(m.shape, dtype=m.dtype, device=m.device, requires_grad=True) for m in types]
+    cotangents = [
+        torch.ones(m.shape, dtype=m.dtype, device=m.device, requires_grad=True) for m in types
+    ]
     with torch.enable_grad():
         found = node.apply(*cotangents)
     found = found if isinstance(found, tuple) else (found,)
@@ -129,15 +143,20 @@ def _backward(node) -> tuple[list, list]:
 
 
 def _linear(gradients) -> bool:
-    """False where gradients of one Function don't know of the cotangents that they are linear in."""
+    """False where gradients of one Function don't know of the cotangents that they are linear
+    in."""
     known = [g for g in gradients if g.requires_grad]
-    return all("Error" not in g.grad_fn.name() for g in known) and not any(g.any() for g in gradients if not g.requires_grad)
+    return all("Error" not in g.grad_fn.name() for g in known) and not any(
+        g.any() for g in gradients if not g.requires_grad
+    )
 
 
 def _cotangent_is_fixed(ys, node) -> bool:
     """True where what a backward hands to this node is a constant."""
     seen = []
-    hook = node.register_prehook(lambda given: seen.append(any(g is not None and g.requires_grad for g in given)))
+    hook = node.register_prehook(
+        lambda given: seen.append(any(g is not None and g.requires_grad for g in given))
+    )
     leaves = [below.variable for below in _walk([node]) if hasattr(below, "variable")]
     roots = [y for y in ys if y.requires_grad]
     ones = [torch.ones_like(y) for y in roots]
@@ -149,7 +168,8 @@ def _cotangent_is_fixed(ys, node) -> bool:
 
 
 def _changes(rest, node, cotangents, gradients) -> bool:
-    """True where the backward of the same Function at moved inputs, the first of `rest`, gives other gradients (or is gone)."""
+    """True where the backward of the same Function at moved inputs, the first of `rest`, gives
+    other gradients (or is gone)."""
     if not rest or _shape(rest[0]) != _shape(node):
         return True
     with torch.no_grad():
@@ -175,13 +195,20 @@ def _compiled(cls) -> bool:
 def once_only() -> NotImplementedError:
     """For what a compiled model does not have."""
     got = "a second one, or forward mode by torch.autograd"
-    return NotImplementedError(message("a first backward of a model inside torch.compile", got, "pass the model uncompiled"))
+    return NotImplementedError(
+        message(
+            "a first backward of a model inside torch.compile", got, "pass the model uncompiled"
+        )
+    )
 
 
 def _cut(cls) -> NotImplementedError:
     got = "one that is cut off from its input (@once_differentiable, NumPy or .detach() inside)"
     do = (
-        "take first derivatives only (of a potential, card=bridge.Card(derivative_order=1) says so), "
+        "take first derivatives only (of a potential, card=bridge.Card(derivative_order=1) says "
+        "so), "
         "or write that backward in operations of torch"
     )
-    return NotImplementedError(message(f"a backward of {cls.__qualname__} that can be differentiated again", got, do))
+    return NotImplementedError(
+        message(f"a backward of {cls.__qualname__} that can be differentiated again", got, do)
+    )

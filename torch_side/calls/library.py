@@ -1,91 +1,58 @@
-"""One op of torch.library, bridge::call, for whoever traces torch: torch.compile, torch.export, fake tensors.
+"""One op of torch.library, bridge::call, for whoever traces torch: torch.compile, torch.export,
+fake tensors.
 
-The op names its Function by a number. A number answers as long as the Function's base lives, which the user's own object
-holds; one that torch.export writes into a program answers until the process ends.
+The op names its Function by a number (torch_side/calls/numbers.py).
 """
 
 from __future__ import annotations
-
-import itertools
-import secrets
-import weakref
-from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from bridge.errors import message
-from bridge.function import Function
-from torch_side.calls import buffers, wrap
+from torch_side.calls import buffers, numbers, wrap
 
-_bases: weakref.WeakValueDictionary[str, Function] = weakref.WeakValueDictionary()
-_exported: dict[str, Function] = {}
-_next = map(f"{secrets.token_urlsafe(6)}.{{}}".format, itertools.count(1))  # no other process has them: torch.compile keeps compiled graphs on disk
-
-
-def register(target) -> str:
-    """The token by which code under torch.compile finds a callable of the other bank, as long as it lives."""
-    token = next(_next)
-    _callables[token] = target
-    return token
-
-
-def call(fn: Function, tensors) -> list:
-    """bridge::call of a Function."""
-    return torch.ops.bridge.call(list(tensors), number(fn))
-
-
-def number(fn: Function) -> str:
-    """The number of the base, and the place of `fn` among the Functions derived from it."""
-    base = fn.base
-    family = base.memo.setdefault("family", [])
-    if "number" not in base.memo:
-        base.memo["number"] = next(_next)
-        _bases[base.memo["number"]] = base
-    if torch.compiler.is_exporting() and base.memo["number"] not in _exported:
-        base.memo["number"] = "x" + secrets.token_urlsafe(9)  # no other process has it
-        _bases[base.memo["number"]] = _exported[base.memo["number"]] = base
-    if fn not in family:
-        family.append(fn)
-    return f"{base.memo['number']}:{family.index(fn)}"
-
-
-def lookup(number: str) -> Function:
-    base, _, place = number.partition(":")
-    found = _bases.get(base)
-    family = found.memo["family"] if found else ()
-    if not place.isdecimal() or int(place) >= len(family):
-        do = "compile or export again in this process, and keep what bridge.to_torch or bridge.module returned while the program is used"
-        raise RuntimeError(message("a JAX function of this process", f"bridge::call of {number}, which this process does not know (or no longer)", do))
-    return family[int(place)]
-
-
-# Calls that torch.compile traces: what the other bank's pytree library does is done at compile time, on numbers in place of
-# tensors, and reaches the traced code as constants.
-
-
-_callables: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+# Calls that torch.compile traces: what the other bank's pytree library does is done at compile
+# time, on numbers in place of tensors, and reaches the traced code as constants.
 
 
 def traced(token: str, args, kwargs):
     """A call of a registered callable, in code that torch.compile can trace."""
     leaves, structure = pytree.tree_flatten((args, kwargs))
-    guard = torch.fx.experimental.symbolic_shapes.guard_scalar  # a size or number as it is now, in place of a symbol
-    types = tuple([(tuple([guard(n) for n in x.shape]), x.dtype) if isinstance(x, torch.Tensor) else guard(x) if isinstance(x, (int, float)) else x for x in leaves])
-    number, order, result = _resolve(token, pytree.tree_unflatten(list(range(len(leaves))), structure), types)
+    guard = (
+        torch.fx.experimental.symbolic_shapes.guard_scalar
+    )  # a size or number as it is now, in place of a symbol
+    types = tuple(
+        [
+            (tuple([guard(n) for n in x.shape]), x.dtype)
+            if isinstance(x, torch.Tensor)
+            else guard(x)
+            if isinstance(x, (int, float))
+            else x
+            for x in leaves
+        ]
+    )
+    number, order, result = _resolve(
+        token, pytree.tree_unflatten(list(range(len(leaves))), structure), types
+    )
     return _rebuilt(result, torch.ops.bridge.call([leaves[i] for i in order], number))
 
 
 def _resolve(token: str, call, types):
-    """(number of the Function, the leaves that are its inputs, its result with positions for tensors)."""
-    empty = [torch.empty(t[0], dtype=t[1], device="meta") if isinstance(t, tuple) else t for t in types]
+    """(number of the Function, the leaves that are its inputs, its result with positions for
+    tensors)."""
+    empty = [
+        torch.empty(t[0], dtype=t[1], device="meta") if isinstance(t, tuple) else t for t in types
+    ]
     args, kwargs = pytree.tree_map(lambda i: empty[i], call)
-    fn, tensors = _callables[token].function(args, kwargs)
+    fn, tensors = numbers.known(token).function(args, kwargs)
     order = tuple(next(i for i, e in enumerate(empty) if e is t) for t in tensors)
-    return number(fn), order, _coded(fn.out_tree.unflatten(range(len(fn.outputs))))
+    return numbers.number(fn), order, _coded(fn.out_tree.unflatten(range(len(fn.outputs))))
 
 
-_resolve._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result does, which imports dynamo: that sets an environment variable
+# what torch.compiler.assume_constant_result does, which imports dynamo: that sets an environment
+# variable
+_resolve._dynamo_marked_constant = True
 
 
 def _coded(x):
@@ -93,7 +60,13 @@ def _coded(x):
     if isinstance(x, int) or x is None:
         return x
     if type(x) not in (dict, list, tuple):
-        raise NotImplementedError(message("dicts, lists and tuples as results of a JAX function under torch.compile", type(x).__name__, "return one of these"))
+        raise NotImplementedError(
+            message(
+                "dicts, lists and tuples as results of a JAX function under torch.compile",
+                type(x).__name__,
+                "return one of these",
+            )
+        )
     items = x.items() if isinstance(x, dict) else enumerate(x)
     return type(x).__name__, tuple((k, _coded(v)) for k, v in items)
 
@@ -117,42 +90,70 @@ _lib.define("call(Tensor[] tensors, str function) -> Tensor[]", tags=[torch.Tag.
 
 
 def _run(tensors, function):
-    return wrap.run(lookup(function), tensors)
+    return wrap.run(numbers.lookup(function), tensors)
 
 
 def _fake(tensors, function):
     device = tensors[0].device if tensors else "cpu"
-    return [torch.empty(s.shape, dtype=buffers.DTYPES[s.dtype], device=device) for s in lookup(function).outputs]
+    return [
+        torch.empty(s.shape, dtype=buffers.DTYPES[s.dtype], device=device)
+        for s in numbers.lookup(function).outputs
+    ]
 
 
 def _above_transforms():
-    """The dispatch keys as they are where torch.func begins to treat an op. Private in torch 2.13."""
+    """The dispatch keys as they are where torch.func begins to treat an op. Private in torch
+    2.13."""
     key = torch._C.DispatchKey
     excluded = torch._C._dispatch_tls_local_exclude_set()
-    for name in ("FuncTorchDynamicLayerFrontMode", "FuncTorchBatched", "FuncTorchVmapMode", "FuncTorchGradWrapper"):
+    for name in (
+        "FuncTorchDynamicLayerFrontMode",
+        "FuncTorchBatched",
+        "FuncTorchVmapMode",
+        "FuncTorchGradWrapper",
+    ):
         if hasattr(key, name):
             excluded = excluded.remove(getattr(key, name))
-    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set().add(key.FuncTorchDynamicLayerFrontMode), excluded)
+    return torch._C._ForceDispatchKeyGuard(
+        torch._C._dispatch_tls_local_include_set().add(key.FuncTorchDynamicLayerFrontMode), excluded
+    )
 
 
 def _differentiable(keyset, tensors, function):
     """Backward, forward mode and torch.func of the op."""
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if recorded or torch._C._is_fwd_grad_enabled() and any(torch._VF._unpack_dual(t, 0)[1] is not None for t in tensors):
+    if recorded or (
+        torch._C._is_fwd_grad_enabled()
+        and any(torch._VF._unpack_dual(t, 0)[1] is not None for t in tensors)
+    ):
         if torch._C._are_functorch_transforms_active():
-            if torch._C._functorch.peek_interpreter_stack().key() == torch._C._functorch.TransformType.Jvp:
+            if (
+                torch._C._functorch.peek_interpreter_stack().key()
+                == torch._C._functorch.TransformType.Jvp
+            ):
                 do = "compile without the jvp, or call it eagerly"
-                raise NotImplementedError(message("reverse mode, or no derivative, of a JAX function inside torch.compile and torch.export", "forward mode (torch.func.jvp)", do))
+                raise NotImplementedError(
+                    message(
+                        "reverse mode, or no derivative, of a JAX function inside torch.compile "
+                        "and torch.export",
+                        "forward mode (torch.func.jvp)",
+                        do,
+                    )
+                )
             with _above_transforms():
-                return list(wrap.Bridged.apply(lookup(function), None, *tensors))
-        return list(wrap.Bridged.apply(lookup(function), None, *tensors))
+                return list(wrap.Bridged.apply(numbers.lookup(function), None, *tensors))
+        return list(wrap.Bridged.apply(numbers.lookup(function), None, *tensors))
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.bridge.call.default.redispatch(keyset & torch._C._after_autograd_keyset, tensors, function)
+        return torch.ops.bridge.call.default.redispatch(
+            keyset & torch._C._after_autograd_keyset, tensors, function
+        )
 
 
 def _vmap(info, in_dims, tensors, function):
-    batched, tensors = wrap.over_batch(lookup(function), info.batch_size, in_dims[0], tensors)
-    outs = call(batched, tensors)
+    batched, tensors = wrap.over_batch(
+        numbers.lookup(function), info.batch_size, in_dims[0], tensors
+    )
+    outs = numbers.call(batched, tensors)
     return outs, [0] * len(outs)
 
 

@@ -1,4 +1,5 @@
-"""torch.inference_mode, which records nothing: gradients made inside of it would be zeros without a word."""
+"""torch.inference_mode, which records nothing: gradients made inside of it would be zeros without a
+word."""
 
 from __future__ import annotations
 
@@ -10,7 +11,10 @@ import torch
 
 @contextlib.contextmanager
 def recording(inputs: dict) -> Iterator[dict]:
-    """Leave inference mode for the length of a `with`, grad mode off; gives `inputs` with copies of the tensors that
-    were made in it, which autograd can't save."""
+    """Leave inference mode for the length of a `with`, grad mode off; gives `inputs` with copies of
+    the tensors that were made in it, which autograd can't save."""
     with torch.inference_mode(False), torch.no_grad():
-        yield {name: x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x for name, x in inputs.items()}
+        yield {
+            name: x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x
+            for name, x in inputs.items()
+        }

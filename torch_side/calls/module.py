@@ -9,15 +9,15 @@ from collections import Counter
 import torch
 
 from bridge.errors import message
-from torch_side.calls import library
+from torch_side.calls import library, numbers
 
 
 class JaxModule(torch.nn.Module):
     """What bridge.module returns; its docstring is the documentation.
 
-    `call(params, *args, **kwargs)` is a TorchCallable. `skeleton` is the pytree with the position of each leaf in its place,
-    `paths` the names on the way to each leaf, `leaves` tensors (floating ones become Parameters, others buffers) or Python
-    values, which stay as they are."""
+    `call(params, *args, **kwargs)` is a TorchCallable. `skeleton` is the pytree with the position
+    of each leaf in its place, `paths` the names on the way to each leaf, `leaves` tensors (floating
+    ones become Parameters, others buffers) or Python values, which stay as they are."""
 
     def __init__(self, call, skeleton, paths, leaves):
         super().__init__()
@@ -43,7 +43,8 @@ class JaxModule(torch.nn.Module):
         return self._tree(self._tensors())
 
     def _tensors(self) -> list:
-        """Looked up at each call: .to(), load_state_dict, functional_call, parametrisations and users replace tensors and submodules."""
+        """Looked up at each call: .to(), load_state_dict, functional_call, parametrisations and
+        users replace tensors and submodules."""
         found = []
         for path, names in self._places:
             home = self
@@ -55,13 +56,19 @@ class JaxModule(torch.nn.Module):
         return found
 
     def function(self, args, kwargs):
-        """The Function and tensors of a call whose first argument is the list of the module's tensors (see library.traced)."""
+        """The Function and tensors of a call whose first argument is the list of the module's
+        tensors (see library.traced)."""
         tensors, *args = args
         return self._call.function((self._tree(tensors), *args), kwargs)
 
     def _tree(self, tensors):
         tensors = iter(tensors)
-        return self._structure.unflatten([self._values[i] if i in self._values else next(tensors) for i in range(len(self._paths))])
+        return self._structure.unflatten(
+            [
+                self._values[i] if i in self._values else next(tensors)
+                for i in range(len(self._paths))
+            ]
+        )
 
     @property
     def compilations(self) -> int:
@@ -71,27 +78,39 @@ class JaxModule(torch.nn.Module):
         return f"{self._call!r}, {len(self._paths) - len(self._values)} arrays"
 
     def _home(self, path: tuple[str, ...]):
-        """(the submodule that holds a leaf, its name there), submodules made where there are none."""
+        """(the submodule that holds a leaf, its name there), submodules made where there are
+        none."""
         home = self
         for name in path[:-1]:
             home = home._modules.setdefault(name, torch.nn.Module())
         return home, path[-1]
 
     def _bind(self) -> None:
-        """What can't be copied or pickled, and where the tensors are found: (names of submodules, names there), in their order."""
+        """What can't be copied or pickled, and where the tensors are found: (names of submodules,
+        names there), in their order."""
         kept = [path for i, path in enumerate(self._paths) if i not in self._values]
-        places = [(home, [path[-1] for path in group]) for home, group in itertools.groupby(kept, key=lambda path: path[:-1])]
-        self.__dict__.update(_structure=self._call.flatten(self._skeleton)[1], _token=library.register(self), _places=places)
+        places = [
+            (home, [path[-1] for path in group])
+            for home, group in itertools.groupby(kept, key=lambda path: path[:-1])
+        ]
+        self.__dict__.update(
+            _structure=self._call.flatten(self._skeleton)[1],
+            _token=numbers.register(self),
+            _places=places,
+        )
 
     def __deepcopy__(self, memo):
-        """What is no tensor is shared: a copy of a jitted function would be another one, to be compiled anew."""
+        """What is no tensor is shared: a copy of a jitted function would be another one, to be
+        compiled anew."""
         memo.update({id(x): x for x in (self._skeleton, self._values)})
         memo[id(self)] = other = type(self).__new__(type(self))
         other.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return other
 
     def __getstate__(self):
-        return {k: v for k, v in self.__dict__.items() if k not in ("_structure", "_places", "_token")}
+        return {
+            k: v for k, v in self.__dict__.items() if k not in ("_structure", "_places", "_token")
+        }
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -105,4 +124,10 @@ def _free(paths) -> tuple:
 
 def _check_distinct(paths) -> None:
     if twice := [".".join(p) for p, n in Counter(paths).items() if n > 1]:
-        raise ValueError(message("parameters whose names differ as text, with _ for dots", f"two that become {twice[0]!r}", "rename one of them"))
+        raise ValueError(
+            message(
+                "parameters whose names differ as text, with _ for dots",
+                f"two that become {twice[0]!r}",
+                "rename one of them",
+            )
+        )

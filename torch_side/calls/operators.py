@@ -1,4 +1,5 @@
-"""Which operators a callable runs, as far as its derivatives depend on it: found with fake tensors, before it runs."""
+"""Which operators a callable runs, as far as its derivatives depend on it: found with fake tensors,
+before it runs."""
 
 from __future__ import annotations
 
@@ -7,12 +8,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_side.calls import kernels
 
-# Where torch.func is wrong and torch.autograd, one point after another, is right (torch 2.11 to 2.14; tests/full finds them).
-# A vmap of one backward is wrong already:
+# Where torch.func is wrong and torch.autograd, one point after another, is right (torch 2.11 to
+# 2.14; tests/full finds them). A vmap of one backward is wrong already:
 MISBATCHED = frozenset({"aten::_cdist_forward"})
-# Wrong formulas of forward mode: cholesky_inverse, scatter_reduce. The others differentiate by linalg_lu_solve, which takes
-# another system's factors where these have fewer batch axes than the right side, as in a vmap over points of a vmap over
-# tangents; det moreover gives NaN at equal singular values, that is in a cubic cell.
+# Wrong formulas of forward mode: cholesky_inverse, scatter_reduce. The others differentiate by
+# linalg_lu_solve, which takes another system's factors where these have fewer batch axes than the
+# right side, as in a vmap over points of a vmap over tangents; det moreover gives NaN at equal
+# singular values, that is in a cubic cell.
 SUSPECTS = MISBATCHED | {
     "aten::cholesky_inverse",
     "aten::scatter_reduce",
@@ -23,17 +25,22 @@ SUSPECTS = MISBATCHED | {
     "aten::linalg_eig",
     "aten::_linalg_eigvals",
 }
-RIGHT, NESTED_WRONG, WRONG = range(3)  # how far torch.func is right: always, for one backward, not at all
+RIGHT, NESTED_WRONG, WRONG = range(
+    3
+)  # how far torch.func is right: always, for one backward, not at all
 
 
 def trust(call, inputs) -> int:
     """How far torch.func is right for derivatives of a Call, found by its operators.
 
-    NESTED_WRONG for a call that runs one of SUSPECTS or a custom autograd Function, or that fake tensors can't look into."""
+    NESTED_WRONG for a call that runs one of SUSPECTS or a custom autograd Function, or that fake
+    tensors can't look into."""
     from torch_side.calls.inference import fake, on_some_device
 
     def recorded(tensors):
-        leaves = [t.requires_grad_() if t.is_floating_point() or t.is_complex() else t for t in tensors]
+        leaves = [
+            t.requires_grad_() if t.is_floating_point() or t.is_complex() else t for t in tensors
+        ]
         with torch.enable_grad(), _Names() as seen:
             outputs, _ = call(leaves)
         return seen.names, [y for y in outputs if isinstance(y, torch.Tensor)]

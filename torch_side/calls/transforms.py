@@ -1,4 +1,5 @@
-"""How torch differentiates and batches a call: by torch.func, or by torch.autograd where a model refuses torch.func."""
+"""How torch differentiates and batches a call: by torch.func, or by torch.autograd where a model
+refuses torch.func."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from torch_side.calls import kernels, operators
 
 DERIVATIVES = ("func", "autograd")
 
-# torch keeps the levels of forward AD in globals of the process (torch 2.13): two threads at once (two devices, say) would
-# use each other's, and get errors or, without a word, wrong tangents.
+# torch keeps the levels of forward AD in globals of the process (torch 2.13): two threads at once
+# (two devices, say) would use each other's, and get errors or, without a word, wrong tangents.
 _FORWARD_AD = threading.RLock()
 
 
@@ -32,7 +33,9 @@ class Batching(Engine):
     def vmap(self, f, mapped, size, arrays):
         if self.sequential:
             return _one_after_another(f, mapped, size, arrays)
-        return torch.func.vmap(f, in_dims=tuple(0 if m else None for m in mapped), randomness="error")(*arrays)
+        return torch.func.vmap(
+            f, in_dims=tuple(0 if m else None for m in mapped), randomness="error"
+        )(*arrays)
 
 
 def _is_base(f) -> bool:
@@ -41,20 +44,20 @@ def _is_base(f) -> bool:
 
 def _one_backward(f) -> bool:
     """The call itself, or one backward of it."""
-    return _is_base(f) or isinstance(f, (Vjp, Gradient)) and _is_base(f.of)
+    return _is_base(f) or (isinstance(f, (Vjp, Gradient)) and _is_base(f.of))
 
 
 def _trusted(right: Callable):
     """A method of Func for what torch.func does right; Autograd serves the rest.
 
-    `right(f)` tells for which f torch.func is right whatever the operators in it are. What its forward mode refuses is
-    served anew by the outermost transform."""
+    `right(f)` tells for which f torch.func is right whatever the operators in it are. What its
+    forward mode refuses is served anew by the outermost transform."""
 
     def decorate(method):
         def served(self, f, *arguments):
             by_autograd = getattr(_ROW_BY_ROW, method.__name__)
             trust = operators.RIGHT if _is_base(f) and right(f) else _trust(f.base)
-            if trust == operators.WRONG or trust == operators.NESTED_WRONG and not right(f):
+            if trust == operators.WRONG or (trust == operators.NESTED_WRONG and not right(f)):
                 return by_autograd(f, *arguments)
             try:
                 return method(self, f, *arguments)
@@ -72,10 +75,12 @@ def _trusted(right: Callable):
 
 
 class Func(Batching):
-    """By torch.func, but a first vjp or gradient by torch.autograd, which is the same and faster; the forward call builds no graph.
+    """By torch.func, but a first vjp or gradient by torch.autograd, which is the same and faster;
+    the forward call builds no graph.
 
-    Grad mode is on within a jvp, as torch.func.vjp has it of itself: with it off, torch takes backward formulas that are
-    right but not differentiable (of det and solve), or have no derivative (of SiLU)."""
+    Grad mode is on within a jvp, as torch.func.vjp has it of itself: with it off, torch takes
+    backward formulas that are right but not differentiable (of det and solve), or have no
+    derivative (of SiLU)."""
 
     differentiates_inside = False
     shares = False
@@ -86,7 +91,9 @@ class Func(Batching):
         g, xs = _restrict(f, primals, wrt, outs)
         with _FORWARD_AD, torch.enable_grad():
             ys, found = torch.func.jvp(g, xs, tuple(tangents))
-        return tuple(t.to(y.dtype) for y, t in zip(ys, found))  # of `energy.sum() * 1.0` torch's is float64
+        return tuple(
+            t.to(y.dtype) for y, t in zip(ys, found)
+        )  # of `energy.sum() * 1.0` torch's is float64
 
     @_trusted(_is_base)
     def vjp(self, f, primals, wrt, cotangents, outs):
@@ -117,14 +124,16 @@ _NO_FORWARD_MODE = ("forward AD", "forward mode AD")
 
 
 def _trust(base) -> int:
-    """How far torch.func is right for a call: by the operators in it, and by what it has refused."""
+    """How far torch.func is right for a call: by the operators in it, and by what it has
+    refused."""
     if "torch.func" not in base.memo:
         base.memo["torch.func"] = operators.trust(base.call, base.inputs)
     return base.memo["torch.func"]
 
 
 class Autograd(Batching):
-    """vjp by torch.autograd, jvp by differentiating the vjp in its cotangent; a graph is kept only where a caller differentiates further."""
+    """vjp by torch.autograd, jvp by differentiating the vjp in its cotangent; a graph is kept only
+    where a caller differentiates further."""
 
     differentiates_inside = True
     shares = True
@@ -141,7 +150,9 @@ class Autograd(Batching):
             return super().vmap(f, mapped, size, arrays)
         primals, linear = arrays[: len(f.of.inputs)], arrays[len(f.of.inputs) :]
         serve = _push if isinstance(f, Jvp) else _pull
-        rows = serve(f.of, primals, f.wrt, [tuple(t[i] for t in linear) for i in range(size)], f.outs)
+        rows = serve(
+            f.of, primals, f.wrt, [tuple(t[i] for t in linear) for i in range(size)], f.outs
+        )
         return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 
     def gradient(self, f, primals, wrt, out):
@@ -181,7 +192,9 @@ def _push(f, primals, wrt, rows, outs):
         kernels.check_pushed([ys[o] for o in outs])
         if keep:
             _check_twice(f, primals, wrt, outs, xs, ys)
-        us = tuple(torch.ones_like(ys[o], requires_grad=True) for o in outs)  # anywhere: pulled is linear in them
+        us = tuple(
+            torch.ones_like(ys[o], requires_grad=True) for o in outs
+        )  # anywhere: pulled is linear in them
         pulled = _grad(tuple(ys[o] for o in outs), xs, us, True)
         return [_grad(pulled, us, row, keep, more=row is not rows[-1]) for row in rows]
 
@@ -198,7 +211,8 @@ def _pull(f, primals, wrt, rows, outs):
 
 
 def _restrict(f: Callable, primals, wrt, outs=None):
-    """f as a function of the inputs `wrt` alone, giving the outputs `outs` (all of them if None)."""
+    """f as a function of the inputs `wrt` alone, giving the outputs `outs` (all of them if
+    None)."""
 
     def g(*xs):
         ys = f(*_replaced(primals, wrt, xs))
@@ -215,13 +229,18 @@ def _replaced(primals, wrt, xs) -> list:
 
 
 def _record(f, primals, wrt):
-    """One forward with a graph: fresh leaves where nobody differentiates further, else views inside the caller's graph."""
-    xs = tuple(x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in (primals[i] for i in wrt))
+    """One forward with a graph: fresh leaves where nobody differentiates further, else views inside
+    the caller's graph."""
+    xs = tuple(
+        x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        for x in (primals[i] for i in wrt)
+    )
     return xs, tuple(f(*_replaced(primals, wrt, xs)))
 
 
 def _check_twice(f, primals, wrt, outs, xs, ys) -> None:
-    """Raise where a derivative of the derivative that is about to be taken would be cut off by a kernel inside f."""
+    """Raise where a derivative of the derivative that is about to be taken would be cut off by a
+    kernel inside f."""
 
     def again():
         there = dict(zip(wrt, kernels.moved(primals[i] for i in wrt)))
@@ -233,12 +252,21 @@ def _check_twice(f, primals, wrt, outs, xs, ys) -> None:
 
 
 def _grad(ys, xs, cotangents, create_graph: bool, more: bool = False) -> tuple:
-    """torch.autograd.grad with zeros for what is not reached; each x carries a graph or is a leaf. `more` will follow."""
+    """torch.autograd.grad with zeros for what is not reached; each x carries a graph or is a leaf.
+    `more` will follow."""
     reached = [(y, c) for y, c in zip(ys, cotangents, strict=True) if y.requires_grad]
     if not reached:
         return tuple(torch.zeros_like(x) for x in xs)
     ys, cotangents = zip(*reached)
-    return torch.autograd.grad(ys, xs, cotangents, create_graph=create_graph, retain_graph=create_graph or more, allow_unused=True, materialize_grads=True)
+    return torch.autograd.grad(
+        ys,
+        xs,
+        cotangents,
+        create_graph=create_graph,
+        retain_graph=create_graph or more,
+        allow_unused=True,
+        materialize_grads=True,
+    )
 
 
 def _outermost(f) -> bool:
@@ -262,6 +290,10 @@ def _conj(tensors) -> tuple:
 
 def _one_after_another(f, mapped, size, arrays) -> tuple:
     if not size:
-        return tuple(arrays[0].new_empty((0, *s.shape), dtype=getattr(torch, s.dtype)) for s in f.outputs)
-    calls = [f(*(a[i] if m else a for a, m in zip(arrays, mapped, strict=True))) for i in range(size)]
+        return tuple(
+            arrays[0].new_empty((0, *s.shape), dtype=getattr(torch, s.dtype)) for s in f.outputs
+        )
+    calls = [
+        f(*(a[i] if m else a for a, m in zip(arrays, mapped, strict=True))) for i in range(size)
+    ]
     return tuple(torch.stack(column) for column in zip(*calls))

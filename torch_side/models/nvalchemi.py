@@ -16,26 +16,42 @@ from bridge.errors import message, missing
 from torch_side.potentials import graph, strain
 from torch_side.potentials.model import Model
 
-NAMES = {"energy": "energy", "position_gradients": "forces", "cell_gradients": "stress", "node_energies": "atomic_energies"}  # else the same
+NAMES = {
+    "energy": "energy",
+    "position_gradients": "forces",
+    "cell_gradients": "stress",
+    "node_energies": "atomic_energies",
+}  # else the same
 EXTRAS = ("charge", "spin")  # inputs of a system that both sides know
-OLD = {"energy": "energies", "forces": "forces", "stress": "stresses", "hessian": "hessians", "dipole": "dipoles"}  # before 0.1: supports_..., compute_...
+OLD = {
+    "energy": "energies",
+    "forces": "forces",
+    "stress": "stresses",
+    "hessian": "hessians",
+    "dipole": "dipoles",
+}  # before 0.1: supports_..., compute_...
 
 
 class Nvalchemi(Model):
     """An nvalchemi model (BaseModelMixin, called the wrapper here) as a potential of the contract.
 
-    Called with the dict of the contract, it runs the wrapper once and gives energy (B,), position_gradients g = dE/dr (N,3), cell_gradients
-    G = dE/dh at fixed Cartesian positions (B,3,3), and what it is asked for of node_energies, charges and dipole, in eV and Angstrom. If forces
-    are among the wrapper's autograd_outputs, its energy alone is asked for and torch.autograd makes g and G, higher derivatives
-    included. Else, or if that energy turns out not to reach positions and cell, g and G come from its forces and its stress
-    (W = V stress, G = h^-T (W - R^T g), zeros for open systems), detached: first derivatives only.
+    Called with the dict of the contract, it runs the wrapper once and gives energy (B,),
+    position_gradients g = dE/dr (N,3), cell_gradients G = dE/dh at fixed Cartesian positions
+    (B,3,3), and what it is asked for of node_energies, charges and dipole, in eV and Angstrom. If
+    forces are among the wrapper's autograd_outputs, its energy alone is asked for and
+    torch.autograd makes g and G, higher derivatives included. Else, or if that energy turns out not
+    to reach positions and cell, g and G come from its forces and its stress (W = V stress, G = h^-T
+    (W - R^T g), zeros for open systems), detached: first derivatives only.
 
-    Neighbours are found by torch_side.potentials.neighbors, or taken from edge_index and cell_offsets, and handed over in the format that the wrapper
-    asks for (COO, MATRIX, half lists). Its own active_outputs are left alone. `card` is made from its ModelConfig (or, of models before
-    nvalchemi-toolkit 0.1, from its model_card): without stress, a model of periodic systems has no cell_gradients.
+    Neighbours are found by torch_side.potentials.neighbors, or taken from edge_index and
+    cell_offsets, and handed over in the format that the wrapper asks for (COO, MATRIX, half lists).
+    Its own active_outputs are left alone. `card` is made from its ModelConfig (or, of models before
+    nvalchemi-toolkit 0.1, from its model_card): without stress, a model of periodic systems has no
+    cell_gradients.
 
-    Raises: TypeError for something that is no nvalchemi model; ValueError for one without forces, or that needs inputs outside of the
-    contract, and as torch_side.potentials.graph.evaluate does; ImportError without nvalchemi-toolkit.
+    Raises: TypeError for something that is no nvalchemi model; ValueError for one without forces,
+    or that needs inputs outside of the contract, and as torch_side.potentials.graph.evaluate does;
+    ImportError without nvalchemi-toolkit.
 
     >>> Nvalchemi(LennardJonesModelWrapper(0.01, 3.4, 8.5)).card.cutoff     # doctest: +SKIP
     8.5
@@ -45,13 +61,21 @@ class Nvalchemi(Model):
         super().__init__()
         package()
         if not isinstance(wrapper, nn.Module) or not hasattr(wrapper, "model_config"):
-            raise TypeError(message("an nvalchemi model (BaseModelMixin)", f"a {type(wrapper).__name__}", "pass a wrapped model"))
+            raise TypeError(
+                message(
+                    "an nvalchemi model (BaseModelMixin)",
+                    f"a {type(wrapper).__name__}",
+                    "pass a wrapped model",
+                )
+            )
         self.wrapper, self.declared = wrapper, _declared(wrapper)
         self.card, self._by_autograd = _card(wrapper, self.declared), {}
         self.__qualname__ = type(wrapper).__name__
 
     def forward(self, inputs, trained=None):
-        return graph.evaluate(partial(self._evaluate, trained=trained), inputs, self.card, self.__qualname__, self)
+        return graph.evaluate(
+            partial(self._evaluate, trained=trained), inputs, self.card, self.__qualname__, self
+        )
 
     def energies(self, inputs):
         return self._call(inputs, set())
@@ -59,18 +83,29 @@ class Nvalchemi(Model):
     def _evaluate(self, inputs, trained):
         if self.declared.by_autograd and self._reaches(inputs):
             out = self._with_gradients(inputs, trained)
-            return out if "cell_gradients" in self.card.outputs else {k: x for k, x in out.items() if k != "cell_gradients"}
+            return (
+                out
+                if "cell_gradients" in self.card.outputs
+                else {k: x for k, x in out.items() if k != "cell_gradients"}
+            )
         return self._direct({k: x.detach() for k, x in inputs.items()})
 
     def _reaches(self, inputs):
-        """Whether the energy can be differentiated in what the card has gradients for; tried once, and once where something is periodic."""
+        """Whether the energy can be differentiated in what the card has gradients for; tried once,
+        and once where something is periodic."""
         periodic = bool(inputs["pbc"].any())
         if periodic not in self._by_autograd:
             leaves = {k: inputs[k].detach().requires_grad_() for k in ("pos", "cell")}
             with torch.enable_grad():
                 energy = self.energies(inputs | leaves)["energy"]
-                found = torch.autograd.grad(energy.sum(), list(leaves.values()), allow_unused=True) if energy.requires_grad else (None, None)
-            self._by_autograd[periodic] = found[0] is not None and (found[1] is not None or not (periodic and "cell_gradients" in self.card.outputs))
+                found = (
+                    torch.autograd.grad(energy.sum(), list(leaves.values()), allow_unused=True)
+                    if energy.requires_grad
+                    else (None, None)
+                )
+            self._by_autograd[periodic] = found[0] is not None and (
+                found[1] is not None or not (periodic and "cell_gradients" in self.card.outputs)
+            )
         return self._by_autograd[periodic]
 
     def _direct(self, inputs):
@@ -96,9 +131,14 @@ class Nvalchemi(Model):
         names = names | {"energy"} | {NAMES.get(k, k) for k in further}
         out = _asking(self.wrapper, names)(_batch(inputs, self.declared))
         out = {name: out.get(name, out.get(OLD.get(name))) for name in names}
-        ours = {NAMES.get(k, k): k for k in OUTPUTS if k not in ("position_gradients", "cell_gradients")}
+        ours = {
+            NAMES.get(k, k): k for k in OUTPUTS if k not in ("position_gradients", "cell_gradients")
+        }
         shapes = self.card.shapes(len(inputs["pos"]), len(inputs["cell"]))
-        return {k: x.reshape(shapes[k]) if k in shapes else x for k, x in ((ours.get(name, name), x) for name, x in out.items())}
+        return {
+            k: x.reshape(shapes[k]) if k in shapes else x
+            for k, x in ((ours.get(name, name), x) for name, x in out.items())
+        }
 
 
 def package():
@@ -113,23 +153,43 @@ def package():
 
 def sign():
     """Of stress in the installed version: the tension was negative before 0.2."""
-    return -1 if [int(n) for n in metadata.version("nvalchemi-toolkit").split(".")[:2]] < [0, 2] else 1
+    return (
+        -1 if [int(n) for n in metadata.version("nvalchemi-toolkit").split(".")[:2]] < [0, 2] else 1
+    )
 
 
 def _declared(wrapper):
     """What an nvalchemi model says of itself, in one form."""
     config = wrapper.model_config
     if hasattr(config, "outputs"):
-        new = SimpleNamespace(outputs=set(config.outputs), by_autograd="forces" in config.autograd_outputs, required=wrapper.input_data())
+        new = SimpleNamespace(
+            outputs=set(config.outputs),
+            by_autograd="forces" in config.autograd_outputs,
+            required=wrapper.input_data(),
+        )
         return _with(new, config, config.optional_inputs)
     card = wrapper.model_card
-    outputs = {name for name, old in OLD.items() if getattr(card, f"supports_{old}", False)} - {"stress"}  # whose convention was another
-    needs = {name for name, old in (("charge", "needs_system_charges"), ("charges", "needs_node_charges")) if getattr(card, old, False)}
-    return _with(SimpleNamespace(outputs=outputs, by_autograd=card.forces_via_autograd, required=needs), card, ())
+    outputs = {name for name, old in OLD.items() if getattr(card, f"supports_{old}", False)} - {
+        "stress"
+    }  # whose convention was another
+    needs = {
+        name
+        for name, old in (("charge", "needs_system_charges"), ("charges", "needs_node_charges"))
+        if getattr(card, old, False)
+    }
+    return _with(
+        SimpleNamespace(outputs=outputs, by_autograd=card.forces_via_autograd, required=needs),
+        card,
+        (),
+    )
 
 
 def _with(declared, source, optional):
-    declared.neighbors, declared.supports_pbc, declared.needs_pbc = source.neighbor_config, source.supports_pbc, source.needs_pbc
+    declared.neighbors, declared.supports_pbc, declared.needs_pbc = (
+        source.neighbor_config,
+        source.supports_pbc,
+        source.needs_pbc,
+    )
     declared.optional = set(optional)
     return declared
 
@@ -137,13 +197,37 @@ def _with(declared, source, optional):
 def _card(wrapper, declared):
     """The card of an nvalchemi model."""
     name, known = type(wrapper).__name__, {"positions", "atomic_numbers", "cell", "pbc", *EXTRAS}
-    known |= {"neighbor_list", "neighbor_list_shifts", "neighbor_matrix", "neighbor_matrix_shifts", "num_neighbors"}
+    known |= {
+        "neighbor_list",
+        "neighbor_list_shifts",
+        "neighbor_matrix",
+        "neighbor_matrix_shifts",
+        "num_neighbors",
+    }
     if "forces" not in declared.outputs:
-        raise ValueError(message("an nvalchemi model with forces", f"{name}, which has {', '.join(sorted(declared.outputs))}", "take another model"))
+        raise ValueError(
+            message(
+                "an nvalchemi model with forces",
+                f"{name}, which has {', '.join(sorted(declared.outputs))}",
+                "take another model",
+            )
+        )
     if strange := sorted(declared.required - known):
-        raise ValueError(message("a model that needs inputs of the contract only", f"{name}, which needs {', '.join(strange)}", "take another model"))
-    outputs = {k for k in ("energy", "position_gradients", "node_energies", "charges", "dipole") if NAMES.get(k, k) in declared.outputs}
-    outputs |= {"cell_gradients"} if "stress" in declared.outputs or not declared.supports_pbc else set()
+        raise ValueError(
+            message(
+                "a model that needs inputs of the contract only",
+                f"{name}, which needs {', '.join(strange)}",
+                "take another model",
+            )
+        )
+    outputs = {
+        k
+        for k in ("energy", "position_gradients", "node_energies", "charges", "dipole")
+        if NAMES.get(k, k) in declared.outputs
+    }
+    outputs |= (
+        {"cell_gradients"} if "stress" in declared.outputs or not declared.supports_pbc else set()
+    )
     home = next((p for p in wrapper.parameters() if p.is_floating_point()), None)
     return Card(
         batches=True, outputs=outputs | ({"hessian"} if declared.by_autograd else set()), derivative_order=None if declared.by_autograd else 1,
@@ -157,7 +241,11 @@ def _card(wrapper, declared):
 def _asking(wrapper, names):
     """The same model with these outputs active; the one that was given keeps its own."""
     other, config = copy.copy(wrapper), wrapper.model_config
-    new = {"active_outputs": names} if hasattr(config, "active_outputs") else {f"compute_{old}": name in names for name, old in OLD.items()}
+    new = (
+        {"active_outputs": names}
+        if hasattr(config, "active_outputs")
+        else {f"compute_{old}": name in names for name, old in OLD.items()}
+    )
     other.model_config = config.model_copy(update=new)
     return other
 
@@ -165,13 +253,22 @@ def _asking(wrapper, names):
 def _filled(inputs):
     """Cells, where nothing is periodic a unit cube."""
     cell = inputs["cell"]
-    return torch.where(inputs["pbc"].any(-1)[:, None, None], cell, torch.eye(3, dtype=cell.dtype, device=cell.device))
+    return torch.where(
+        inputs["pbc"].any(-1)[:, None, None],
+        cell,
+        torch.eye(3, dtype=cell.dtype, device=cell.device),
+    )
 
 
 def _batch(inputs, declared):
-    """nvalchemi's Batch of the dict of the contract, with the neighbours that the model asks for."""
+    """nvalchemi's Batch of the dict of the contract, with the neighbours that the model asks
+    for."""
     atoms = {"positions": inputs["pos"], "atomic_numbers": inputs["atomic_numbers"].long()}
-    systems = {k: inputs[k][:, None] for k in EXTRAS if k in inputs and k in declared.optional | declared.required}
+    systems = {
+        k: inputs[k][:, None]
+        for k in EXTRAS
+        if k in inputs and k in declared.optional | declared.required
+    }
     systems |= {"cell": _filled(inputs), "pbc": inputs["pbc"]} if declared.supports_pbc else {}
     more, pairs = _neighbors(inputs, declared.neighbors) if declared.neighbors else ({}, {})
     rows = [{} for _ in inputs["cell"]]
@@ -186,7 +283,11 @@ def _batch(inputs, declared):
         row["neighbor_list"] = row["neighbor_list"] - first
         first += len(row["positions"])
     _, AtomicData, Batch = package()
-    batch = Batch.from_raw_dicts(rows) if hasattr(Batch, "from_raw_dicts") else Batch.from_data_list([AtomicData(**row) for row in rows])
+    batch = (
+        Batch.from_raw_dicts(rows)
+        if hasattr(Batch, "from_raw_dicts")
+        else Batch.from_data_list([AtomicData(**row) for row in rows])
+    )
     if declared.neighbors:
         batch._neighbor_list_cutoff = declared.neighbors.cutoff  # where pipelines look
     return batch
@@ -194,7 +295,11 @@ def _batch(inputs, declared):
 
 def _neighbors(inputs, config):
     """The edges as what belongs to atoms (MATRIX) and what belongs to edges (COO)."""
-    (i, j), offsets, n = inputs["edge_index"].long(), inputs["cell_offsets"].long(), len(inputs["pos"])
+    (i, j), offsets, n = (
+        inputs["edge_index"].long(),
+        inputs["cell_offsets"].long(),
+        len(inputs["pos"]),
+    )
     if config.half_list:
         x, y, z = offsets.T
         ahead = (x > 0) | (x == 0) & ((y > 0) | (y == 0) & (z > 0))
@@ -208,4 +313,8 @@ def _neighbors(inputs, config):
     width = int(counts.max()) + 1
     matrix, shifts = j.new_full((n, width), n), j.new_zeros(n, width, 3)
     matrix[i, place], shifts[i, place] = j, offsets
-    return {"neighbor_matrix": matrix, "neighbor_matrix_shifts": shifts, "num_neighbors": counts.int()}, {}
+    return {
+        "neighbor_matrix": matrix,
+        "neighbor_matrix_shifts": shifts,
+        "num_neighbors": counts.int(),
+    }, {}

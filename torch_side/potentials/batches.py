@@ -17,8 +17,9 @@ _keep_apart = weakref.WeakSet()  # models that have shown it, as long as they li
 def check(owner, model: Callable, inputs: dict, found: dict, name: str, systems) -> None:
     """Evaluate the last system alone where `owner` has not shown yet that it keeps systems apart.
 
-    `model(inputs)` gave `found` for several systems, whose numbers in the caller's call are `systems`; `owner` is who is
-    remembered. Tensors outside of the contract can't be shared out: with them nothing is evaluated.
+    `model(inputs)` gave `found` for several systems, whose numbers in the caller's call are
+    `systems`; `owner` is who is remembered. Tensors outside of the contract can't be shared out:
+    with them nothing is evaluated.
 
     Raises: ValueError naming the system whose energy in the call is not the one that it has alone.
     """
@@ -34,9 +35,12 @@ def check(owner, model: Callable, inputs: dict, found: dict, name: str, systems)
         got = f"{energy:.8g} eV for system {systems[last]} in the call, {alone:.8g} eV alone"
         do = (
             'add up what belongs to each system by x["batch"] (index_add), or, for vmap, pass batched="sequential"; '
-            "card=bridge.Card(batches=True) vouches for a model whose energies differ for another reason"
+            "card=bridge.Card(batches=True) vouches for a model whose energies differ for another "
+            "reason"
         )
-        raise ValueError(message(f"systems of one call that don't see one another in {name}", got, do))
+        raise ValueError(
+            message(f"systems of one call that don't see one another in {name}", got, do)
+        )
     if owner is not None:
         _keep_apart.add(owner)
 

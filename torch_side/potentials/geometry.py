@@ -18,10 +18,10 @@ from torch_side.potentials import padding
 def edge_vectors(inputs: dict) -> torch.Tensor:
     """r_ij = r_j - r_i + cell_offsets @ cell (E,3), differentiable in pos and cell.
 
-    `inputs` is the dict of the contract, with edges between atoms (no unused slots): pos (N,3) and cell
-    (B,3,3) in Angstrom, edge_index (2,E), cell_offsets (E,3), batch (N,). Where torch_side.potentials.graph.evaluate
-    has made the vectors of these positions, cells and edges already, they are not made again. The result
-    is not to be changed in place.
+    `inputs` is the dict of the contract, with edges between atoms (no unused slots): pos (N,3) and
+    cell (B,3,3) in Angstrom, edge_index (2,E), cell_offsets (E,3), batch (N,). Where
+    torch_side.potentials.graph.evaluate has made the vectors of these positions, cells and edges
+    already, they are not made again. The result is not to be changed in place.
 
     >>> edges = {"edge_index": torch.tensor([[0], [0]]), "cell_offsets": torch.tensor([[1, 0, 0]])}
     >>> system = {"pos": torch.zeros(1, 3), "cell": 2 * torch.eye(3)[None], "batch": torch.tensor([0])}
@@ -36,15 +36,17 @@ def edge_vectors(inputs: dict) -> torch.Tensor:
 
 
 def edge_shifts(inputs: dict) -> torch.Tensor:
-    """cell_offsets @ cell (E,3) in Angstrom, differentiable in cell: `inputs` as for edge_vectors."""
+    """cell_offsets @ cell (E,3) in Angstrom, differentiable in cell: `inputs` as for
+    edge_vectors."""
     cell = inputs["cell"]
     return _shifts(cell, edges(inputs, len(cell), cell.dtype))
 
 
 @dataclass(frozen=True, eq=False)
 class Edges:
-    """Edges as torch reads them quickest. `crossing` (C,) are the positions of those whose offset is not zero, where
-    these are few; None stands for all. Their offsets (C,3) are floats; systems (C,) is None where there is one."""
+    """Edges as torch reads them quickest. `crossing` (C,) are the positions of those whose offset
+    is not zero, where these are few; None stands for all. Their offsets (C,3) are floats; systems
+    (C,) is None where there is one."""
 
     index: torch.Tensor
     crossing: torch.Tensor | None
@@ -65,8 +67,8 @@ class Edges:
 
 
 def edges(inputs: dict, n_systems: int, dtype: torch.dtype, crossing: bool = False) -> Edges:
-    """The Edges of a dict as for edge_vectors, offsets of that dtype. Who asks for those that cross has them
-    looked for, by their values; else all count as such."""
+    """The Edges of a dict as for edge_vectors, offsets of that dtype. Who asks for those that cross
+    has them looked for, by their values; else all count as such."""
     index, offsets = inputs["edge_index"].long(), inputs["cell_offsets"]
     places = _crossing(offsets) if crossing else None
     if places is not None:
@@ -82,8 +84,8 @@ _FEW = 1000  # edges: fewer are moved quicker than looked through
 
 
 def _crossing(offsets):
-    """The positions of offsets (E,3) that are not zero; None where they are not few, or where nobody
-    can say (on a GPU not without waiting for it)."""
+    """The positions of offsets (E,3) that are not zero; None where they are not few, or where
+    nobody can say (on a GPU not without waiting for it)."""
     if not _plain(offsets) or not offsets.is_cpu or len(offsets) < _FEW:
         return None
     a, b, c = offsets.unbind(1)
@@ -101,7 +103,8 @@ class Made:
     versions: list[int]
 
     def are_of(self, inputs: dict) -> bool:
-        """True where `inputs` has these very positions, cells and edges, or views of them, unchanged."""
+        """True where `inputs` has these very positions, cells and edges, or views of them,
+        unchanged."""
         own = self.inputs
         edges = all(inputs.get(key) is own[key] for key in _EDGES)
         same = edges and all(_same(inputs[key], own[key]) for key in ("pos", "cell"))
@@ -120,8 +123,8 @@ class Made:
 
 
 def make(inputs: dict, known: Edges | None = None) -> Made:
-    """The vectors of a graph, for edge_vectors: `inputs` as there, with its Edges where they are known. Nothing is
-    differentiated."""
+    """The vectors of a graph, for edge_vectors: `inputs` as there, with its Edges where they are
+    known. Nothing is differentiated."""
     pos, cell = inputs["pos"], inputs["cell"]
     known = known or edges(inputs, len(cell), cell.dtype, crossing=True)
     with torch.no_grad():
@@ -182,10 +185,18 @@ def _vectors(pos, cell, edges):
     shifts = _shifts(cell, edges)
     if torch.is_grad_enabled() or not (_plain(pos) and _plain(cell)):
         between = pos.index_select(0, j) - pos.index_select(0, i)
-        return between + shifts if edges.crossing is None else between.index_add(0, edges.crossing, shifts)
+        return (
+            between + shifts
+            if edges.crossing is None
+            else between.index_add(0, edges.crossing, shifts)
+        )
     between = _rows(pos, j)
     between -= _rows(pos, i)  # in place: fresh memory costs more than the sums
-    return between.add_(shifts) if edges.crossing is None else between.index_add_(0, edges.crossing, shifts)
+    return (
+        between.add_(shifts)
+        if edges.crossing is None
+        else between.index_add_(0, edges.crossing, shifts)
+    )
 
 
 def _rows(x, places):
@@ -197,8 +208,8 @@ def _rows(x, places):
 
 
 def _empty(shape, like):
-    """Memory for a tensor like another one: from NumPy where it is much, which asks the system for huge pages. Without
-    them half of the time goes into the first touch."""
+    """Memory for a tensor like another one: from NumPy where it is much, which asks the system for
+    huge pages. Without them half of the time goes into the first touch."""
     if like.is_cpu and math.prod(shape) * like.element_size() >= _MUCH:
         return torch.from_numpy(np.empty(shape, like.detach().numpy().dtype))
     return like.new_empty(shape)
@@ -236,6 +247,9 @@ def _versions(inputs, vectors) -> list[int]:
 
 def _plain(x) -> bool:
     """No tracer, no wrapper, no dual number."""
-    if type(x) not in (torch.Tensor, torch.nn.Parameter) or torch.autograd.forward_ad._current_level >= 0:
+    if (
+        type(x) not in (torch.Tensor, torch.nn.Parameter)
+        or torch.autograd.forward_ad._current_level >= 0
+    ):
         return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(x)

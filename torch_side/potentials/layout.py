@@ -1,7 +1,8 @@
-"""What the integers of a call say: which atoms and edges are real, and what belongs to which system.
+"""What the integers of a call say: which atoms and edges are real, and what belongs to which
+system.
 
-In a simulation they stay the same for many steps, so what was found is kept with the model, beside copies of these
-integers; it is used again where they are equal, entry by entry.
+In a simulation they stay the same for many steps, so what was found is kept with the model, beside
+copies of these integers; it is used again where they are equal, entry by entry.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ from torch_side.potentials import geometry, padding
 from torch_side.potentials.neighbors import bounds_of, check_cells, system_of, values
 
 INTEGERS = ("atomic_numbers", "batch", "pbc", "edge_index", "cell_offsets")
-LARGEST = 2**20  # numbers in one array, beyond which it costs less to look again than to keep a copy
+LARGEST = (
+    2**20
+)  # numbers in one array, beyond which it costs less to look again than to keep a copy
 _last: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by model
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """What was found. `index` holds the positions of what is real along the axes N, B and E (see padding.taken).
+    """What was found. `index` holds the positions of what is real along the axes N, B and E (see
+    padding.taken).
 
     given      the integers themselves: copies, where they are kept for later calls
     bounds     where each system starts, and the last one ends
@@ -61,7 +65,10 @@ class Layout:
         """The inputs without padding."""
         if not self.padded:
             return inputs | self.inner
-        return {key: self.inner[key] if key in self.inner else padding.rows(key, x, self.index) for key, x in inputs.items()}
+        return {
+            key: self.inner[key] if key in self.inner else padding.rows(key, x, self.index)
+            for key, x in inputs.items()
+        }
 
     def put_back(self, outputs: dict) -> dict:
         """The outputs at their full sizes, zeros where nothing was computed."""
@@ -70,14 +77,20 @@ class Layout:
         return {key: padding.put_back(key, x, self.index, self.sizes) for key, x in outputs.items()}
 
     def is_of(self, inputs: dict, card: Card) -> bool:
-        """True for inputs of the very same integers, if nobody has changed what was kept of them."""
-        if self.card is not card or self.sizes != _sizes(inputs) or self.versions != _versions(self.inner):
+        """True for inputs of the very same integers, if nobody has changed what was kept of
+        them."""
+        if (
+            self.card is not card
+            or self.sizes != _sizes(inputs)
+            or self.versions != _versions(self.inner)
+        ):
             return False
         return all(_equal(self.given.get(key), inputs.get(key)) for key in INTEGERS)
 
 
 def find(inputs: dict, card: Card, name: str, owner=None) -> Layout:
-    """The layout of the inputs of a call, whose shapes and dtypes were checked. `owner` is who keeps it.
+    """The layout of the inputs of a call, whose shapes and dtypes were checked. `owner` is who
+    keeps it.
 
     Raises: ValueError as graph.evaluate, for what is wrong with the integers."""
     if owner is None or _special() or not all(map(_small, map(inputs.get, INTEGERS))):
@@ -102,10 +115,14 @@ def _found(inputs, card, name, copies) -> Layout:
     kept = {"N": atoms, "B": systems if len(shown) < sizes["B"] else None}
     if "edge_index" in inputs:
         edges = torch.from_numpy(values(inputs["edge_index"]))
-        kept["E"] = used(edges if edges.dtype == torch.int32 else edges.long(), numbers, batch, sizes["B"])
+        kept["E"] = used(
+            edges if edges.dtype == torch.int32 else edges.long(), numbers, batch, sizes["B"]
+        )
     device = inputs["pos"].device
     index = {axis: _on(device, x) for axis, x in kept.items()}
-    inner = padding.taken({key: inputs[key] for key in (*INTEGERS, "pos", "cell") if key in inputs}, index)
+    inner = padding.taken(
+        {key: inputs[key] for key in (*INTEGERS, "pos", "cell") if key in inputs}, index
+    )
     inner = {key: inner[key] for key in INTEGERS if key in inner}
     for key in {"edge_index", "batch"} & set(inner):  # torch is slow with other indices
         inner[key] = inner[key].long().contiguous()
@@ -122,15 +139,23 @@ def _check_elements(numbers, bounds, card, name) -> None:
     if known.all():
         return
     atom = int(np.argmin(known))
-    expected = f"one of the {len(card.elements)} elements of {name}" if card.elements else "atomic numbers of at least 0"
+    expected = (
+        f"one of the {len(card.elements)} elements of {name}"
+        if card.elements
+        else "atomic numbers of at least 0"
+    )
     got = f"{symbol(int(numbers[atom]))} for atom {atom} of system {system_of(bounds, atom)}"
-    raise ValueError(message(expected, got, "take another model" if card.elements else "0 marks a padding atom"))
+    raise ValueError(
+        message(expected, got, "take another model" if card.elements else "0 marks a padding atom")
+    )
 
 
 def used(edges, numbers, batch, n_systems):
-    """Which slots of edges (2,E) are used: their positions, or how many where they come first; None if all are.
+    """Which slots of edges (2,E) are used: their positions, or how many where they come first; None
+    if all are.
 
-    Raises: ValueError naming a slot with a negative index, or an edge from one system to another."""
+    Raises: ValueError naming a slot with a negative index, or an edge from one system to
+    another."""
     if not edges.numel():
         return None
     n_atoms = len(numbers)
@@ -138,7 +163,9 @@ def used(edges, numbers, batch, n_systems):
     if lowest < 0:
         slot = int((edges < 0).any(0).int().argmax())
         expected = "edges between atoms, or slots marked unused by an index >= N"
-        raise ValueError(message(expected, f"{edges[:, slot].tolist()} in slot {slot}", "mark unused slots by N"))
+        raise ValueError(
+            message(expected, f"{edges[:, slot].tolist()} in slot {slot}", "mark unused slots by N")
+        )
     slots = None if highest < n_atoms else _slots((edges[0] < n_atoms) & (edges[1] < n_atoms))
     i, j = padding.rows("edge_index", edges, {"E": slots})
     if n_systems > 1:
@@ -155,7 +182,8 @@ def used(edges, numbers, batch, n_systems):
 
 
 def _slots(used):
-    """The positions where `used` (E,) is True; their number where they come first; None where all are."""
+    """The positions where `used` (E,) is True; their number where they come first; None where all
+    are."""
     n = int(used.sum())
     if n == len(used):
         return None
@@ -187,13 +215,16 @@ def _sizes(inputs) -> dict:
 
 def _special() -> bool:
     """True where a new tensor is none that could be used later. Private in torch 2.13."""
-    transformed, traced = torch._C._are_functorch_transforms_active(), torch._C._len_torch_dispatch_stack()
+    transformed, traced = (
+        torch._C._are_functorch_transforms_active(),
+        torch._C._len_torch_dispatch_stack(),
+    )
     return transformed or bool(traced) or torch.compiler.is_compiling()
 
 
 def _small(x) -> bool:
     """True for a plain tensor on the CPU of which a copy may be kept, and for None."""
-    return x is None or type(x) is torch.Tensor and x.is_cpu and x.numel() <= LARGEST
+    return x is None or (type(x) is torch.Tensor and x.is_cpu and x.numel() <= LARGEST)
 
 
 def _equal(kept, x) -> bool:

@@ -1,4 +1,5 @@
-"""Rows of the arrays of the contract, taken out and put back: padding, one system of several, some of the edges."""
+"""Rows of the arrays of the contract, taken out and put back: padding, one system of several, some
+of the edges."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from bridge.errors import message
 
 
 def positions(kept: torch.Tensor) -> torch.Tensor:
-    """Where `kept` (bool, one axis) is True: int64. NumPy finds that six times faster than torch does."""
+    """Where `kept` (bool, one axis) is True: int64. NumPy finds that six times faster than torch
+    does."""
     if kept.is_cpu and not torch._C._functorch.is_functorch_wrapped_tensor(kept):
         return torch.from_numpy(np.flatnonzero(kept.numpy()))
     return kept.nonzero()[:, 0]
@@ -19,8 +21,9 @@ def positions(kept: torch.Tensor) -> torch.Tensor:
 def taken(inputs: dict, index: dict) -> dict:
     """The inputs with only what `index` keeps, batch and edge_index counted anew.
 
-    `index` has the positions to keep (int tensors; None or absent: all) along the axes "N", "B" and "E"; of edges a
-    number k stands for the first k. What is kept of batch and edge_index must point to what is kept.
+    `index` has the positions to keep (int tensors; None or absent: all) along the axes "N", "B" and
+    "E"; of edges a number k stands for the first k. What is kept of batch and edge_index must point
+    to what is kept.
 
     Raises: ValueError for a tensor outside of the contract, whose axes nobody knows.
     """

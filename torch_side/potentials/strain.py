@@ -1,4 +1,5 @@
-"""Exact strain algebra in torch: virial, stress, cell gradients, and gradients of an energy (DESIGN section 5)."""
+"""Exact strain algebra in torch: virial, stress, cell gradients, and gradients of an energy (DESIGN
+section 5)."""
 
 from __future__ import annotations
 
@@ -12,11 +13,12 @@ from torch_side.calls import kernels, modes
 def virial(position_gradients, cell_gradients, positions, batch, cell):
     """W = dE/de of the strain r -> r(I+e), h -> h(I+e), for each system: W = R^T g + h^T G.
 
-    Shapes: position_gradients g and positions (N,3), cell_gradients G and cell h (B,3,3), batch (N,) int; result
-    (B,3,3). Units: eV/Angstrom and Angstrom in, eV out. Signs: g = dE/dr (forces are -g), G = dE/dh at fixed Cartesian
-    positions; W is positive where the system wants to shrink. W is exact: for an energy that rotation leaves alone it
-    comes out symmetric, though neither of its terms is, and nothing is symmetrised here. A zero cell gives R^T g. All
-    tensors are read only, the result is new; autograd passes through.
+    Shapes: position_gradients g and positions (N,3), cell_gradients G and cell h (B,3,3), batch
+    (N,) int; result (B,3,3). Units: eV/Angstrom and Angstrom in, eV out. Signs: g = dE/dr (forces
+    are -g), G = dE/dh at fixed Cartesian positions; W is positive where the system wants to shrink.
+    W is exact: for an energy that rotation leaves alone it comes out symmetric, though neither of
+    its terms is, and nothing is symmetrised here. A zero cell gives R^T g. All tensors are read
+    only, the result is new; autograd passes through.
 
     >>> one = torch.ones(1, 3, 3)
     >>> virial(torch.zeros(2, 3), one, torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), 2 * one)[0, 0]
@@ -26,12 +28,14 @@ def virial(position_gradients, cell_gradients, positions, batch, cell):
 
 
 def lattice_gradient_from_virial(forces, positions, batch, cell, virial):
-    """G = dE/dh at fixed Cartesian positions, from forces and virial: G = h^-T (W - R^T g), g = -forces.
+    """G = dE/dh at fixed Cartesian positions, from forces and virial: G = h^-T (W - R^T g), g =
+    -forces.
 
-    The signature is kUPS's, with virial = W (B,3,3) in eV. Shapes: forces and positions (N,3), batch (N,) int, cell h
-    (B,3,3) by rows; result (B,3,3) in eV/Angstrom. (R^T g)_ij = sum_b r_bi g_bj over the atoms of each system. The
-    antisymmetric part is kept: symmetrising R^T g or h^T G, as some codes do, is wrong whenever sum r x g is not zero.
-    A W that a model has symmetrised is the exact one if its energy is invariant under rotation.
+    The signature is kUPS's, with virial = W (B,3,3) in eV. Shapes: forces and positions (N,3),
+    batch (N,) int, cell h (B,3,3) by rows; result (B,3,3) in eV/Angstrom. (R^T g)_ij = sum_b r_bi
+    g_bj over the atoms of each system. The antisymmetric part is kept: symmetrising R^T g or h^T G,
+    as some codes do, is wrong whenever sum r x g is not zero. A W that a model has symmetrised is
+    the exact one if its energy is invariant under rotation.
 
     Raises: ValueError naming the system whose cell is singular, for which G does not follow from W.
 
@@ -39,41 +43,55 @@ def lattice_gradient_from_virial(forces, positions, batch, cell, virial):
     >>> lattice_gradient_from_virial(torch.zeros(1, 3), torch.zeros(1, 3), torch.tensor([0]), 2 * eye, 6 * eye)[0, 0]
     tensor([3., 0., 0.])
     """
-    _refuse(_singular(cell), "an invertible cell", "a singular cell", "without one dE/dh does not follow from the virial")
+    _refuse(
+        _singular(cell),
+        "an invertible cell",
+        "a singular cell",
+        "without one dE/dh does not follow from the virial",
+    )
     return torch.linalg.solve(cell.mT, virial + _moments(positions, forces, batch, cell))
 
 
 def stress(virial, cell, pbc):
     """Cauchy stress W / V with V = |det h|, tension positive as in ASE, for each system.
 
-    Shapes: virial W and cell h (B,3,3), pbc (B,3) bool; result (B,3,3) in eV/Angstrom^3. kUPS and jax-md use the
-    opposite sign. ASE's Voigt order is xx, yy, zz, yz, xz, xy of this matrix.
+    Shapes: virial W and cell h (B,3,3), pbc (B,3) bool; result (B,3,3) in eV/Angstrom^3. kUPS and
+    jax-md use the opposite sign. ASE's Voigt order is xx, yy, zz, yz, xz, xy of this matrix.
 
-    Raises: ValueError naming the system, where no axis is periodic or the cell is singular: it has no stress.
+    Raises: ValueError naming the system, where no axis is periodic or the cell is singular: it has
+    no stress.
 
     >>> stress(6 * torch.eye(3)[None], 2 * torch.eye(3)[None], torch.ones(1, 3, dtype=torch.bool))[0, 0]
     tensor([0.7500, 0.0000, 0.0000])
     """
-    _refuse(~pbc.any(-1), "a periodic system", "no periodic axis", "it has no stress; use the virial")
-    _refuse(_singular(cell), "an invertible cell", "a singular cell", "it has no stress; use the virial")
+    _refuse(
+        ~pbc.any(-1), "a periodic system", "no periodic axis", "it has no stress; use the virial"
+    )
+    _refuse(
+        _singular(cell), "an invertible cell", "a singular cell", "it has no stress; use the virial"
+    )
     return virial / torch.linalg.det(cell).abs()[:, None, None]
 
 
 def with_gradients(energy):
-    """Turn `energy(inputs)` into a model of the contract: value, g and G from one forward and one backward.
+    """Turn `energy(inputs)` into a model of the contract: value, g and G from one forward and one
+    backward.
 
-    `energy` takes the dict of the contract and returns (B,) in eV, or a dict with such an "energy" and other outputs,
-    which are passed on. It must be differentiable in inputs["pos"] (N,3) and inputs["cell"] (B,3,3), and no system may
-    see another. The result returns dict(energy (B,), position_gradients g = dE/dr at fixed cell (N,3), cell_gradients
-    G = dE/dh at fixed Cartesian positions (B,3,3), ...); what the energy does not reach has gradient zero.
+    `energy` takes the dict of the contract and returns (B,) in eV, or a dict with such an "energy"
+    and other outputs, which are passed on. It must be differentiable in inputs["pos"] (N,3) and
+    inputs["cell"] (B,3,3), and no system may see another. The result returns dict(energy (B,),
+    position_gradients g = dE/dr at fixed cell (N,3), cell_gradients G = dE/dh at fixed Cartesian
+    positions (B,3,3), ...); what the energy does not reach has gradient zero.
 
-    `create_graph=None` keeps the graph only if grad mode is on and an input requires grad, that is if someone
-    differentiates further (Hessians by double backward); True keeps it always, for training on forces. Otherwise all
-    outputs are detached. pos and cell enter as fresh views, so that a pos computed from the cell (r = s h) still gives
-    G at fixed positions. Inputs are never written to.
+    `create_graph=None` keeps the graph only if grad mode is on and an input requires grad, that is
+    if someone differentiates further (Hessians by double backward); True keeps it always, for
+    training on forces. Otherwise all outputs are detached. pos and cell enter as fresh views, so
+    that a pos computed from the cell (r = s h) still gives G at fixed positions. Inputs are never
+    written to.
 
-    Raises, when it is called: ValueError where there is no energy, TypeError for one that is no tensor; with
-    create_graph, NotImplementedError for a custom autograd Function whose backward can't be differentiated again.
+    Raises, when it is called: ValueError where there is no energy, TypeError for one that is no
+    tensor; with create_graph, NotImplementedError for a custom autograd Function whose backward
+    can't be differentiated again.
 
     >>> model = with_gradients(lambda x: x["pos"].square().sum()[None])
     >>> model({"pos": torch.ones(1, 3), "cell": torch.zeros(1, 3, 3)})["position_gradients"]
@@ -106,7 +124,8 @@ def _variable(x):
 
 
 def _check_kernels(energy, inputs, found) -> None:
-    """Raise where derivatives of the gradients would be cut off by a kernel inside of the energy."""
+    """Raise where derivatives of the gradients would be cut off by a kernel inside of the
+    energy."""
 
     def again():
         there = zip(("pos", "cell"), kernels.moved([inputs["pos"], inputs["cell"]]))
@@ -121,7 +140,9 @@ def _gradients(energy, variables, create_graph):
     """d sum(energy) / d variables by one backward, zeros where nothing is reached."""
     if not energy.requires_grad:
         return [torch.zeros_like(x) for x in variables]
-    return torch.autograd.grad(energy.sum(), variables, create_graph=create_graph, materialize_grads=True)
+    return torch.autograd.grad(
+        energy.sum(), variables, create_graph=create_graph, materialize_grads=True
+    )
 
 
 def _moments(positions, vectors, batch, cell):
