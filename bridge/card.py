@@ -58,7 +58,8 @@ class Card:
 
     Raises: ValueError for names outside of the contract and settings that contradict one another.
 
-    >>> Card(outputs={"energy", "position_gradients"}).check_outputs(("hessian",), "LJ")
+    >>> card = Card(outputs={"energy", "position_gradients"})
+    >>> card.check_outputs(("hessian",), "LJ")  # doctest: +NORMALIZE_WHITESPACE
     Traceback (most recent call last):
     ...
     ValueError: expected outputs that LJ has (energy, position_gradients), got hessian; ask for

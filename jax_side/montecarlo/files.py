@@ -103,7 +103,7 @@ def load(path, order: int = 1, *, limit: int = archive.LIMIT) -> LocalPotential:
     64bit while x64 is off. OSError where the file can't be opened.
 
     >>> import tempfile
-    >>> with tempfile.NamedTemporaryFile() as f:
+    >>> with tempfile.NamedTemporaryFile() as f:  # doctest: +NORMALIZE_WHITESPACE
     ...     try: load(f.name)
     ...     except ValueError as e: print(str(e).replace(f.name, "F"))
     expected a local potential in F, got what is no whole zip (BadZipFile: File is not a zip file);

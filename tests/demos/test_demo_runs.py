@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import ase.build
 import ase.io
@@ -230,7 +231,7 @@ def test_ctrl_c_in_a_process_leaves_readable_files_and_a_run_that_goes_on(tmp_pa
     """A reader beside it finds whole frames at any moment; another process goes on."""
     code, root = (
         textwrap.dedent(SCRIPT),
-        os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+        str(Path(__file__).resolve().parents[2]),
     )
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     counts, trajectory = [], tmp_path / "run-t.extxyz"
