@@ -72,8 +72,3 @@ def refused_line(capsys, tmp_path, monkeypatch):
         return capsys.readouterr().err.splitlines()[-1]
 
     return last_line
-
-
-def pytest_collection_modifyitems(items):
-    """By the names of files, whatever folder they are in: those that share models come together."""
-    items.sort(key=lambda item: item.path.name)

@@ -4,6 +4,8 @@ them up."""
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 import bridge
+from torch_side.calls import inference
 
 X = jnp.linspace(0.0, 1.0, 8)
 
@@ -73,3 +76,34 @@ def test_first_compilations_in_threads():
         timeout=100,
     )
     assert done.stdout.strip() == "all right", done.stdout + done.stderr[-1000:]
+
+
+def test_shapes_found_in_two_threads_leave_torch_compile_on():
+    """The thread that comes first leaves first: each restored what it had found, and torch.compile
+    was off for the rest of the process."""
+    torch._dynamo.reset()
+    graphs, both, first_is_gone = [], threading.Barrier(2), threading.Event()
+
+    def first():
+        with inference.fake():
+            both.wait(60)
+        first_is_gone.set()
+
+    def second():
+        with inference.fake():
+            both.wait(60)
+            assert first_is_gone.wait(60)
+
+    with ThreadPoolExecutor(2) as pool:
+        came_first = pool.submit(first)
+        while not (both.n_waiting or came_first.done()):
+            time.sleep(0.001)
+        for done in came_first, pool.submit(second):
+            done.result()
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(3))
+    assert len(graphs) == 1

@@ -4,7 +4,8 @@ function at all."""
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager, nullcontext
+import threading
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -102,13 +103,35 @@ def fake():
     form: the kernels of a compiled function would read and write through them."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    compiler = (
-        torch.compiler.set_stance("force_eager")
-        if "torch._dynamo" in sys.modules
-        else nullcontext()
-    )
-    with torch.inference_mode(False), compiler, FakeTensorMode(allow_non_fake_inputs=True):
+    with torch.inference_mode(False), _uncompiled, FakeTensorMode(allow_non_fake_inputs=True):
         yield
+
+
+class _Uncompiled:
+    """Compiled functions run in their Python form while any thread is in here.
+
+    torch keeps that stance once for the process. Threads leave in any order, so the first one sets
+    it and the last one takes it back: one that restored what it had found could leave torch.compile
+    switched off for good."""
+
+    def __init__(self):
+        self.lock, self.inside, self.stance = threading.Lock(), 0, None
+
+    def __enter__(self):
+        with self.lock:
+            if self.stance is None and "torch._dynamo" in sys.modules:
+                self.stance = torch.compiler.set_stance("force_eager")
+            self.inside += 1
+
+    def __exit__(self, *_):
+        with self.lock:
+            self.inside -= 1
+            if self.stance is not None and not self.inside:
+                self.stance.__exit__(None, None, None)
+                self.stance = None
+
+
+_uncompiled = _Uncompiled()
 
 
 def _unchanged(call, names, tensors):
