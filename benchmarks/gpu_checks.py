@@ -21,11 +21,12 @@ import bridge
 from benchmarks.harness import bare, in_loop, measure, one_by_one
 from torch_side.calls import buffers, export, running
 
+# the slow kernel is a chain of STEPS matrix products; calls of the memory check
 SIDE, STEPS, CALLS = (
     4096,
     50,
     10_000,
-)  # the slow kernel is a chain of STEPS matrix products; calls of the memory check
+)
 CHECKS = {}
 
 
@@ -191,9 +192,8 @@ def order_arrays(gpu, values):
     )
     doubled = bridge.to_torch(lambda x: 2 * x)
     for k in range(5):
-        t = chain(
-            doubled(bridge.to_torch(x) + k), tp
-        )  # the result of a JAX function is freed here, too
+        # the result of a JAX function is freed here, too
+        t = chain(doubled(bridge.to_torch(x) + k), tp)
         junk = [jnp.full_like(x, -1) for _ in range(4)]
         same(t.cpu(), 2 * (rolled + k), "the result of a JAX function, freed while torch reads it")
         y = slow(bridge.to_jax(bridge.to_torch(x) + k), p)
@@ -303,9 +303,8 @@ def graph(gpu, values):
         ):
             torch.add(torch.mul(x, 0.5, out=work), 1.0, out=y)
 
-    torch.add(
-        torch.mul(work, 0.5, out=work), 1.0, out=torch.empty_like(work)
-    )  # loads the kernels before any capture
+    # loads the kernels before any capture
+    torch.add(torch.mul(work, 0.5, out=work), 1.0, out=torch.empty_like(work))
     handler, platform = (
         tvm_ffi.convert_func(enter, tensor_cls=torch.Tensor),
         "cpu" if gpu.platform == "cpu" else "gpu",

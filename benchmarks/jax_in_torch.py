@@ -28,9 +28,8 @@ TO_TORCH, WRAPPED, SCALAR = (
 FORWARD = "jit on memory that it has not made takes 1.3 and is waited for (0.2), lending and taking 0.6; the rest is Python that looks"
 BACKWARD = "an autograd.Function by hand, with no check at all, takes 4.1 to 4.4 itself: two dispatches, each with memory lent and taken"
 BARE = "autograd.Function by hand, unchecked"
-interop = functools.partial(
-    Rival, "torch_jax_interop", "torch-jax-interop chex"
-)  # chex: it imports it and doesn't require it
+# chex: it imports it and doesn't require it
+interop = functools.partial(Rival, "torch_jax_interop", "torch-jax-interop chex")
 jax2torch = functools.partial(Rival, "jax2torch", "jax2torch")
 
 

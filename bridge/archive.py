@@ -22,10 +22,11 @@ FUNCTIONS = {
     "edge": ("edge", "FFr", "M"),
     "readout": ("readout", "FM", "E"),
 }
+# precision: of atomic numbers, of all else
 DTYPES = {
     "32bit": ("int32", "float32"),
     "64bit": ("int64", "float64"),
-}  # precision: of atomic numbers, of all else
+}
 LIMIT = 2**30  # bytes of all entries together
 
 

@@ -21,12 +21,13 @@ PROPERTIES = {  # ASE's name: the outputs of the contract that it is made of
     "magmoms": ("magmoms",),
     "dipole": ("dipole",),
 }
+# outputs beside energy and gradients that ASE has a name for
 BY_ATOMS = (
     "node_energies",
     "charges",
     "magmoms",
     "dipole",
-)  # outputs beside energy and gradients that ASE has a name for
+)
 
 
 def properties(outputs) -> list[str]:

@@ -56,6 +56,7 @@ OUTPUTS = {
     "member_position_gradients": (("M", "N", 3), "float", "eV/Angstrom, each of a committee"),
 }
 INFO = ("charge", "spin")  # inputs of a system that a potential may have no use for
+# outputs that add where potentials do
 ADDITIVE = (
     "energy",
     "position_gradients",
@@ -63,17 +64,19 @@ ADDITIVE = (
     "node_energies",
     "hessian",
     "dipole",
-)  # outputs that add where potentials do
+)
 STRUCTURE = ("pos", "atomic_numbers", "cell", "pbc", "batch")  # what a structure model takes
 GRAPH = (*STRUCTURE, "edge_index", "cell_offsets")  # what a graph model takes
+# input -> the output that is its gradient
 GRADIENTS = {
     "pos": "position_gradients",
     "cell": "cell_gradients",
-}  # input -> the output that is its gradient
+}
+# what a model that gives its own gradients returns at least
 ENERGY_AND_GRADIENTS = (
     "energy",
     *GRADIENTS.values(),
-)  # what a model that gives its own gradients returns at least
+)
 DTYPES = {
     "float": ("float16", "bfloat16", "float32", "float64"),
     "int": ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),

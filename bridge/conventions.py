@@ -45,10 +45,11 @@ CONVENTIONS = {
 }
 _VOIGT = [0, 4, 8, 5, 2, 1]  # places of xx, yy, zz, yz, xz, xy in a flattened matrix
 _MATRIX = [0, 5, 4, 5, 1, 3, 4, 3, 2]  # and the way back
+# of |W|, and in eV/Angstrom^3: less is rounding, more is no stress in Voigt's sense
 _ASYMMETRIC = (
     1e-3,
     1e-5,
-)  # of |W|, and in eV/Angstrom^3: less is rounding, more is no stress in Voigt's sense
+)
 _FLAT = 1e-6  # a cell of a smaller volume, relative to the product of its edges, is singular
 
 
@@ -217,9 +218,8 @@ def _voigt(stress):
     other = stress.swapaxes(-1, -2)
     skew, size = (((x * x).sum(-1).sum(-1)) for x in (stress - other, stress))
     flat = (0.5 * (stress + other)).reshape(*stress.shape[:-2], 9)[..., _VOIGT]
-    fine = ~(
-        skew > _ASYMMETRIC[0] ** 2 * size + _ASYMMETRIC[1] ** 2
-    )  # what is not a number goes on
+    # what is not a number goes on
+    fine = ~(skew > _ASYMMETRIC[0] ** 2 * size + _ASYMMETRIC[1] ** 2)
     return _guarded(
         flat,
         fine,

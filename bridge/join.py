@@ -33,9 +33,10 @@ from torch_side.potentials.neighbors import Padded as PaddedEdges
 from torch_side.potentials.potential import JaxPotential
 
 tree = jax.tree_util
+# of graph models
 EDGES = Buckets(
     {"edge_index": "2 E", "cell_offsets": "E 3"}, fill={"edge_index": 2**31 - 1}, growth=1.25
-)  # of graph models
+)
 
 
 def to_jax(x, *, copy=None, outputs=None, batched="vmap", derivatives="func", lane="auto"):

@@ -23,10 +23,11 @@ PAIRS = {
     (AU, AU): (0.2061, 1.790, 10.229, 4.036, 2.884),
 }
 LATTICE = 3.654  # Angstrom, what the potential gives Cu3Au at rest
+# Angstrom, behind the fifth neighbours to which the parameters were fitted
 ONSET, CUTOFF = (
     5.9,
     6.2,
-)  # Angstrom, behind the fifth neighbours to which the parameters were fitted
+)
 
 
 class Bonds(torch.nn.Module):

@@ -55,9 +55,8 @@ class Batch:
         edges = neighbor_list(
             *(self.inputs[k] for k in ("pos", "cell", "pbc")), cutoff, self.inputs["batch"]
         )
-        self.inputs |= dict(
-            zip(("edge_index", "cell_offsets"), edges)
-        )  # they stay: training moves no atom
+        # they stay: training moves no atom
+        self.inputs |= dict(zip(("edge_index", "cell_offsets"), edges))
         self.energy = torch.tensor(
             [a.get_potential_energy() for a in crystals], dtype=torch.float32
         )

@@ -270,9 +270,8 @@ def picture(rows, chosen, n_atoms, path) -> None:
 
 def main(argv=None) -> None:
     chosen = options(argv)
-    warnings.filterwarnings(
-        "ignore", message="Explicitly requested dtype float64"
-    )  # jax-md sums momenta in float64 if it can
+    # jax-md sums momenta in float64 if it can
+    warnings.filterwarnings("ignore", message="Explicitly requested dtype float64")
     warnings.filterwarnings("ignore", message="No tensor product accelerator")  # sevenn, on a CPU
     chosen.out.mkdir(parents=True, exist_ok=True)
     atoms, rows, frames = run(chosen)

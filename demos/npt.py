@@ -138,9 +138,8 @@ def simulation(potential, atoms, chosen):
     md = jax.vmap(lambda key, kT: init(key, R, box, mass=mass, kT=2 * kT))(
         jax.random.split(jax.random.key(chosen.seed), len(kT)), kT
     )
-    md = jax.tree.map(
-        lambda x: jnp.asarray(x, jnp.float32), md
-    )  # jax-md's numbers of Python are float64 where x64 is on
+    # jax-md's numbers of Python are float64 where x64 is on
+    md = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), md)
     pairs = observables.PairHistogram(
         atoms.get_chemical_symbols(), atoms.cell.array, r_max=1.4 * SALTS[chosen.salt]["a"]
     )
@@ -299,9 +298,8 @@ def picture(seen, rdf, found, chosen, n_cells, path) -> None:
 
 def main(argv=None) -> int:
     chosen, began = options(argv), time.perf_counter()
-    warnings.filterwarnings(
-        "ignore", message="Explicitly requested dtype float64"
-    )  # jax-md sums momenta in float64 if it can
+    # jax-md sums momenta in float64 if it can
+    warnings.filterwarnings("ignore", message="Explicitly requested dtype float64")
     warnings.filterwarnings("ignore", message="No tensor product accelerator")  # sevenn, on a CPU
     model = SevenNet("7net-0").eval()
     cell = relaxed(

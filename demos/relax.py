@@ -176,12 +176,13 @@ def run(chosen) -> dict:
     )
     own, ours = SevenNetCalculator("7net-0", device="cpu"), ase_engine.calculator(model)
     own.model, ours.evaluate = Counted(own.model), Counted(ours.evaluate)
+    # the first call of torch is slow
     (
         own.get_potential_energy(atoms),
         ours.get_potential_energy(atoms),
         own.reset(),
         ours.reset(),
-    )  # the first call of torch is slow
+    )
     rows = {"jax-md FIRE, jitted": in_jax(atoms, model, chosen)}
     rows["ASE BFGS, our calculator"] = in_ase(
         atoms, ours, ours.evaluate, chosen, "ASE BFGS, our calculator"
@@ -275,9 +276,8 @@ def picture(rows, chosen, path) -> None:
 def main(argv=None) -> dict:
     chosen = options(argv)
     warnings.filterwarnings("ignore", message="No tensor product accelerator")  # sevenn, on a CPU
-    warnings.filterwarnings(
-        "ignore", message="Explicitly requested dtype float64"
-    )  # jax-md, without x64
+    # jax-md, without x64
+    warnings.filterwarnings("ignore", message="Explicitly requested dtype float64")
     chosen.out.mkdir(parents=True, exist_ok=True)
     rows = run(chosen)
     png = chosen.out / "relax.png"

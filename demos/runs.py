@@ -307,9 +307,8 @@ def _device(leaves, like):
 
     def back(leaf, old):
         typed = isinstance(old, jax.Array) and jax.dtypes.issubdtype(old.dtype, jax.dtypes.prng_key)
-        weak = leaf.ndim == 0 and getattr(
-            old, "weak_type", not hasattr(old, "dtype")
-        )  # jax-md's tau, a number of Python
+        # jax-md's tau, a number of Python
+        weak = leaf.ndim == 0 and getattr(old, "weak_type", not hasattr(old, "dtype"))
         array = jax.numpy.asarray(leaf.item()) if weak else jax.numpy.array(leaf)
         return jax.random.wrap_key_data(array, impl=jax.random.key_impl(old)) if typed else array
 

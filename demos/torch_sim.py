@@ -34,10 +34,11 @@ from torch_side.engines import torch_sim as torch_engine
 LATTICE = 3.615  # Angstrom, copper at room temperature (experiment)
 COHESIVE = -3.49  # eV per atom (experiment)
 A, XI, P, Q, R0 = 0.0855, 1.224, 10.960, 2.278, 3.615 / 2**0.5  # copper: eV, eV, -, -, Angstrom
+# Angstrom, behind the fifth neighbours to which the parameters were fitted
 ONSET, CUTOFF = (
     5.8,
     6.2,
-)  # Angstrom, behind the fifth neighbours to which the parameters were fitted
+)
 
 
 def options(argv=None) -> argparse.Namespace:

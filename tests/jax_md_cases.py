@@ -17,15 +17,13 @@ from jax_side.engines import jax_md as engine
 from torch_side.potentials.geometry import edge_vectors
 from torch_side.potentials.model import Wrapped
 
-LJ = dict(
-    sigma=1.0, epsilon=1.0, r_onset=1.25, r_cutoff=1.5
-)  # exact in float32, which jax-md rounds it to
+# exact in float32, which jax-md rounds it to
+LJ = dict(sigma=1.0, epsilon=1.0, r_onset=1.25, r_cutoff=1.5)
 BOX = jnp.array([[3.25, 0.125, -0.0625], [0, 3.1875, 0.09375], [0, 0, 3.125]])  # columns
 FCC = [[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]]
 SITES = (np.array(list(itertools.product(range(2), repeat=3)))[:, None] + FCC).reshape(-1, 3) / 2
-R = jnp.asarray(
-    (SITES + 0.01 * np.random.default_rng(0).normal(size=SITES.shape)) % 1
-)  # fractional
+# fractional
+R = jnp.asarray((SITES + 0.01 * np.random.default_rng(0).normal(size=SITES.shape)) % 1)
 KEY = jax.random.key(0)
 SHIFT = space.periodic_general(BOX)[1]
 calls = []  # how many systems each call of the torch model was given

@@ -57,9 +57,8 @@ def crowd_readout(node, sums):
     return sums[:, 0] / 2 + 1e4 * (sums[:, 1] > 1.5)
 
 
-CROWD = LocalPotential(
-    crowd_node, crowd_edge, crowd_readout, 2.0
-)  # in a cube of side 1 all see one another: at most two atoms
+# in a cube of side 1 all see one another: at most two atoms
+CROWD = LocalPotential(crowd_node, crowd_edge, crowd_readout, 2.0)
 
 SITE_ENERGIES = (0.3, 1.1)  # of the elements 1 and 2
 

@@ -183,9 +183,8 @@ def torchani(dtype):
 
 @quiet
 def torchani_calculator():
-    return ani().ase(
-        stress_kind="fdotr"
-    )  # "scaling" shears an open axis of a slab away from its atoms: xz is not zx there
+    # "scaling" shears an open axis of a slab away from its atoms: xz is not zx there
+    return ani().ase(stress_kind="fdotr")
 
 
 MODELS = {

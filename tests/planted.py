@@ -82,9 +82,8 @@ def edged(x, **changed):
     )
 
 
-structure = with_gradients(
-    lambda x: right(edged(x))
-)  # the right model as a structure model that gives its gradients
+# the right model as a structure model that gives its gradients
+structure = with_gradients(lambda x: right(edged(x)))
 
 
 # Wrong in their gradients.

@@ -19,11 +19,12 @@ def of_the_contract(model, gradients, cutoff):
     if getattr(model, "card", None) is not None:
         return model
     if cutoff is not None:
+        # a property checks that
         return Wrapped(
             model,
             Card(cutoff=cutoff, neighbor_list="own", optional_inputs=INFO, batches=True),
             gradients,
-        )  # a property checks that
+        )
     return model if gradients == "model" else with_gradients(model)
 
 

@@ -245,9 +245,8 @@ def periodic_wrap(model, s, rng):
     n = rng.integers(-2, 3, s["pos"].shape) * s["pbc"][s["batch"]]
     out = model(s)
     cell = out["cell_gradients"].copy()
-    np.subtract.at(
-        cell, s["batch"], n[:, :, None] * out["position_gradients"][:, None, :]
-    )  # fixed positions are others now
+    # fixed positions are others now
+    np.subtract.at(cell, s["batch"], n[:, :, None] * out["position_gradients"][:, None, :])
     moved = s["pos"] + np.einsum("ia,iab->ib", n, s["cell"][s["batch"]])
     same(
         model,

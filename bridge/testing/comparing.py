@@ -12,10 +12,11 @@ from bridge.errors import message
 
 TRANSFORMS = ("value", "vjp", "jvp", "vmap", "hessian")
 _SIDES = {"torch": "torch_side.testing", "jax": "jax_side.testing"}
+# of to_jax, of to_torch
 _OPTIONS = {
     "torch": ("outputs", "batched", "derivatives"),
     "jax": ("buckets",),
-}  # of to_jax, of to_torch
+}
 EPS = {"float64": 2.3e-16, "float32": 1.2e-7, "float16": 1e-3, "bfloat16": 8e-3}
 
 

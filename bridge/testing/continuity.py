@@ -22,9 +22,8 @@ class Resolution:
     width: float
     energy: float
     gradient: float
-    kink: (
-        float | None
-    )  # width at which second derivatives are compared; None where rounding hides them
+    # width at which second derivatives are compared; None where rounding hides them
+    kink: float | None
 
 
 RESOLUTIONS = {

@@ -15,9 +15,8 @@ try:
 except ImportError as error:
     raise missing("hypothesis", "bridge.testing") from error
 
-SPREAD = np.array(
-    [0.8192, 0.671, 0.5497]
-)  # steps of the R3 sequence: points that stay apart and have no symmetry
+# steps of the R3 sequence: points that stay apart and have no symmetry
+SPREAD = np.array([0.8192, 0.671, 0.5497])
 IMAGES = np.array(list(itertools.product((-2, -1, 0, 1, 2), repeat=3)))
 LAYOUTS = ("C", "F", "strided", "reversed", "broadcast", "offset")
 DTYPES = (

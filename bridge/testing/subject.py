@@ -96,9 +96,8 @@ class Subject:
         return {**s, **{k: np.asarray(s[k], self.dtype) for k in ("pos", "cell")}, **extras}
 
     def __call__(self, s):
-        model = (
-            self.unpadded if self.unpadded and "edge_index" in s else self.model
-        )  # edges that are given come as they are
+        # edges that are given come as they are
+        model = self.unpadded if self.unpadded and "edge_index" in s else self.model
         return self.torch.call(model, self.inputs(s), self.device)
 
     def room(self, relative, *found, noise=None):

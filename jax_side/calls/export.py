@@ -86,9 +86,8 @@ class Exporter:
 
     target: Callable
     flatten = staticmethod(tree.tree_flatten)
-    setting = staticmethod(
-        lambda: jax.config.jax_enable_x64
-    )  # what types depend on beside those of the inputs
+    # what types depend on beside those of the inputs
+    setting = staticmethod(lambda: jax.config.jax_enable_x64)
 
     def leaf_names(self, structure) -> tuple[str, ...]:
         """The name of each leaf of a call: its own key where it lies in a dict, else that of its

@@ -27,9 +27,8 @@ def call(fn: Function, *args, lane: str = "auto"):
 def _impl(*args, fn, lane):
     """Eager, on any lane: no runtime in between, so an exception arrives as it is; arrays on
     several devices need XLA."""
-    args = [
-        a if isinstance(a, jax.Array) else jnp.asarray(a) for a in args
-    ]  # constants of a jaxpr that is run eagerly are none
+    # constants of a jaxpr that is run eagerly are none
+    args = [a if isinstance(a, jax.Array) else jnp.asarray(a) for a in args]
     if any(a.sharding.num_devices > 1 for a in args):
         return jax.jit(functools.partial(call, fn, lane=lane))(*args)
     return lanes.eager(fn, args)

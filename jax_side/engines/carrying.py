@@ -50,9 +50,8 @@ class Carrying:
         def run(end):
             calls = []
             fn = self.make(_plane(start, end, calls))[which]
-            state = getattr(fn, "__wrapped__", fn)(
-                *args, **kwargs
-            )  # inside a jit of jax-md's the planes would be of another trace
+            # inside a jit of jax-md's the planes would be of another trace
+            state = getattr(fn, "__wrapped__", fn)(*args, **kwargs)
             _check([at for at, _ in calls], at_start)
             return state, calls[-1][1]
 
@@ -71,9 +70,8 @@ class Carrying:
 def observe(fn, seen):
     """fn with the energy that force_fn left while fn was traced; within one trace, so that no
     tracer gets out."""
-    fn = getattr(
-        fn, "__wrapped__", fn
-    )  # inside jax-md's own jit the energy would be a tracer of another trace
+    # inside jax-md's own jit the energy would be a tracer of another trace
+    fn = getattr(fn, "__wrapped__", fn)
 
     @jax.jit
     def run(*args, **kwargs):

@@ -214,9 +214,8 @@ class _Model:
         R = fractions(pos, cell, home)
         if self.cell == "box":
             return self.energy_fn(R, box=cell.T)
-        moved = (
-            jnp.eye(3, dtype=cell.dtype) + (jnp.linalg.inv(home) @ (cell - home)).T
-        )  # one, to the bit, but for its derivative
+        # one, to the bit, but for its derivative
+        moved = jnp.eye(3, dtype=cell.dtype) + (jnp.linalg.inv(home) @ (cell - home)).T
         return self.energy_fn(R, box=home.T, perturbation=moved)
 
 

@@ -15,10 +15,11 @@ from bridge.errors import message, missing
 from jax_side.potentials.outputs import check_unused, marked
 from jax_side.potentials.potential import UNKNOWN, Potential
 
+# asked for -> outputs of the contract
 KINDS = {
     "positions and cell": ENERGY_AND_GRADIENTS,
     "positions": ENERGY_AND_GRADIENTS[:2],
-}  # asked for -> outputs of the contract
+}
 
 
 def model(potential, *, gradients="positions and cell", filter=None, extras=None):

@@ -99,9 +99,10 @@ class _NequIP:
             inputs["pos"].dtype
         )
         nodes *= whole
+        # unknown: NaN in forces, too
         nodes *= jnp.where(one_hot.any(-1), 1, jnp.where(numbers == 0, 0, jnp.nan)).astype(
             nodes.dtype
-        )  # unknown: NaN in forces, too
+        )
         return {
             "energy": jax.ops.segment_sum(nodes, inputs["batch"], num_segments=n_systems),
             "node_energies": nodes,

@@ -174,9 +174,10 @@ def near(space, layout, cutoff, pos, slots, here, index, without=None, more=None
     """Neighbours of the atom `index` at r = `here` in the list, but for the atoms `without` (K,);
     `more` gives further candidates (j, r, used)."""
     j, images = candidates(space, layout, slots, here)
+    # -r, to the bit, from the other end
     r = (jnp.take(pos, j, axis=0, mode="clip") - here) + (images.astype(pos.dtype) @ space.cell)[
         :, None
-    ]  # -r, to the bit, from the other end
+    ]
     used = (j < layout.atoms) & ~((j == index) & (images == 0).all(-1)[:, None])
     j, r, used = j.reshape(-1), r.reshape(-1, 3), used.reshape(-1)
     if without is not None:

@@ -118,9 +118,8 @@ def load(path, order: int = 1, *, limit: int = archive.LIMIT) -> LocalPotential:
     for name, (file, takes, gives) in archive.FUNCTIONS.items():
         inputs = [types[k] for k in takes]
         try:
-            programs = exported.read(
-                found[f"{file}.jax"], 0 if takes == "Z" else order
-            )  # integers have no derivatives
+            # integers have no derivatives
+            programs = exported.read(found[f"{file}.jax"], 0 if takes == "Z" else order)
             types[gives] = exported.check(programs, inputs, types[gives])
         except archive.Odd as odd:
             raise archive.refused(path, f"{file}.jax {odd.args[0]}", odd.args[1]) from odd.__cause__

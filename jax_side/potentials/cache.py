@@ -32,9 +32,8 @@ class CachedPotential:
     rows: tuple = ()
 
     def init(self, inputs) -> Cache:
-        return Cache(
-            dict(inputs), jax.lax.optimization_barrier(self.potential(inputs))
-        )  # computed once: XLA may else make a second copy, rounded otherwise
+        # computed once: XLA may else make a second copy, rounded otherwise
+        return Cache(dict(inputs), jax.lax.optimization_barrier(self.potential(inputs)))
 
     def propose(self, inputs) -> tuple[PotentialOut, Cache]:
         proposal = self.init(inputs)

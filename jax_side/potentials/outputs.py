@@ -40,9 +40,8 @@ def marked(out: dict, inputs: dict, names) -> dict:
         wrong = {"B": inputs[name] != 0, "N": (inputs[name] != 0)[inputs["batch"]]}
         for key in {"energy", *GRADIENTS.values()} & set(out):
             rows = wrong[OUTPUTS[key][0][0]].reshape(-1, *[1] * (out[key].ndim - 1))
-            factor = jnp.where(rows, jnp.nan, 1).astype(
-                out[key].dtype
-            )  # so that derivatives are NaN as well
+            # so that derivatives are NaN as well
+            factor = jnp.where(rows, jnp.nan, 1).astype(out[key].dtype)
             out = out | {key: out[key] * factor}
     return out
 

@@ -76,9 +76,8 @@ def potential(model, *, atomic_numbers, pbc=None, batch=None, n_systems=1, card=
     )
 
 
-UNKNOWN = Card(
-    optional_inputs=INFO
-)  # of a model that nobody has described: it may use charge and spin
+# of a model that nobody has described: it may use charge and spin
+UNKNOWN = Card(optional_inputs=INFO)
 
 
 class Potential:

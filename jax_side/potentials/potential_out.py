@@ -16,11 +16,12 @@ from bridge.contract import GRADIENTS, dtype_name
 from bridge.errors import message, spec
 
 tree = jax.tree_util
+# asked for -> outputs of the contract
 KINDS = {
     "positions and cell": tuple(GRADIENTS.values()),
     "positions": ("position_gradients",),
     None: (),
-}  # asked for -> outputs of the contract
+}
 HESSIANS = {"positions": ("hessian",), None: ()}
 NAMES = ("energy", *GRADIENTS.values(), "hessian")
 

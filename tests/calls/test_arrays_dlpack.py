@@ -201,9 +201,8 @@ def test_copies_are_independent_and_shared_memory_is_one(direction, dtype, layou
     """The torch end is written to: a copy keeps its bits, shared memory follows."""
     for copy in (True, None):
         x, why = source(direction, dtype, layout)
-        before = bits(
-            source(direction, dtype, layout)[0]
-        )  # of a twin: NumPy's view of x would be cached in x
+        # of a twin: NumPy's view of x would be cached in x
+        before = bits(source(direction, dtype, layout)[0])
         y = to_jax(x, copy) if direction == "to_jax" else to_torch(x, copy)
         written, other = (x, y) if direction == "to_jax" else (y, x)
         written.untyped_storage().fill_(0x42)
@@ -297,6 +296,7 @@ def test_both_banks_list_the_same_dtypes_and_miss_none():
         str(d).removeprefix("torch.") for d in vars(torch).values() if isinstance(d, torch.dtype)
     }
     both = {n for n in names if hasattr(jnp, n)}
+    # torch only names these: no values
     assert both - set(DTYPES) <= {
         "int1",
         "uint1",
@@ -304,7 +304,7 @@ def test_both_banks_list_the_same_dtypes_and_miss_none():
         "uint2",
         "int4",
         "uint4",
-    }  # torch only names these: no values
+    }
     assert set(DTYPES) <= both
 
 

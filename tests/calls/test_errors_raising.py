@@ -93,9 +93,8 @@ def test_raising_knows_its_own_errors_from_earlier_ones():
         raise KeyError("old")
 
     big = jnp.ones((400, 400))
-    stale = jax.jit(lambda x: bridged(late)(x @ x))(
-        big
-    )  # runs in XLA's threads, and fails each time it is waited for
+    # runs in XLA's threads, and fails each time it is waited for
+    stale = jax.jit(lambda x: bridged(late)(x @ x))(big)
     with pytest.raises(jax.errors.JaxRuntimeError, match="old"):
         jax.block_until_ready(stale)
     with bridge.raising():
@@ -534,9 +533,8 @@ def test_vmap_of_autograd_derivatives_names_the_alternative(lane):
         NotImplementedError, match='got batched="vmap" .* pass batched="sequential"'
     ):
         jax.vmap(jax.grad(f))(jnp.stack([X, X]))
-    assert (
-        jax.hessian(f)(X).reshape(X.size, X.size) == 2 * jnp.eye(X.size)
-    ).all()  # many tangents at one point need no such batch
+    # many tangents at one point need no such batch
+    assert (jax.hessian(f)(X).reshape(X.size, X.size) == 2 * jnp.eye(X.size)).all()
 
 
 def test_native_batch_refuses_what_it_cannot_serve(lane):

@@ -230,9 +230,8 @@ def test_copies_x_output(lane, expected, monkeypatch):
     def recorded(run, given, into=None):
         with ops:
             results = run(given, into)
-        written.extend(
-            b.data_ptr() for b in into or results if isinstance(b, torch.Tensor)
-        )  # a host call's are capsules
+        # a host call's are capsules
+        written.extend(b.data_ptr() for b in into or results if isinstance(b, torch.Tensor))
         return results
 
     monkeypatch.setattr(

@@ -194,9 +194,8 @@ def test_dropped_while_running_x_result(lane):
         del slow, f
         forget()
         assert float(y[0, 0]) == (4 * k) ** 2
-    assert (
-        any(running) or lane == "host"
-    )  # a program with pure_callback runs in the thread that calls it (jax 0.10.2)
+    # a program with pure_callback runs in the thread that calls it (jax 0.10.2)
+    assert any(running) or lane == "host"
 
 
 @watchdog

@@ -162,9 +162,8 @@ def test_values_and_addresses_x_layout(layout):
     y, f = view(x), bridge.to_torch(lambda y: (jnp.sin(y) * y.conj()).real)
     with torch.no_grad():
         bridge.to_torch(seen)(y)
-    assert (y.data_ptr() not in seen.read) is (
-        copied or y.is_complex()
-    )  # complex: what XLA hands to a custom call is repacked
+    # complex: what XLA hands to a custom call is repacked
+    assert (y.data_ptr() not in seen.read) is (copied or y.is_complex())
     out, want = f(y), (torch.sin(y) * y.conj()).real
     torch.testing.assert_close(out, want, rtol=1e-14, atol=1e-14)
     torch.testing.assert_close(

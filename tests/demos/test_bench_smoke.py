@@ -23,11 +23,12 @@ RIVALS, SCALAR, WAYS = (
 
 
 BARE = "autograd.Function by hand, unchecked"
+# minutes, which make bench alone takes
 LARGE = (
     "potential_list_97336",
     "potential_list_1000000",
     "edges_of_a_million",
-)  # minutes, which make bench alone takes
+)
 
 
 def both(*names):
@@ -190,9 +191,8 @@ def test_every_case_is_one_json_line_and_one_row_of_the_table(tmp_path):
         if name != "environment"
     )
     assert (tmp_path / "lines").read_text().splitlines() == lines
-    told = {
-        name for name, r in rows.items() if "status" in r
-    }  # other packages, as they are installed here or not
+    # other packages, as they are installed here or not
+    told = {name for name, r in rows.items() if "status" in r}
     assert all(
         name.split("/")[1].startswith(
             ("torch_jax_interop.", "jax2torch", "wrap-torch2jax", "jitted wrap-torch2jax")

@@ -36,9 +36,8 @@ def test_a_step_of_training_is_two_jax_calls_and_one_of_the_run_is_one(tmp_path,
         "2.00",
         "1.00",
     ]
-    assert (
-        int(rows["Adam in torch"][2]) <= 4 and int(rows["NVE in ASE"][2]) <= 2
-    )  # a forward and a backward for each rung of edges
+    # a forward and a backward for each rung of edges
+    assert int(rows["Adam in torch"][2]) <= 4 and int(rows["NVE in ASE"][2]) <= 2
     energy, forces, stress = (
         float(rows["train, after"][k]) / float(rows["train, before"][k]) for k in range(3)
     )

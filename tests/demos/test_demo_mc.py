@@ -15,10 +15,11 @@ from demos import alloy, mc, runs
 SMALL = (
     "--repeat 2 --temperatures 400 900 --sweeps 4 --equilibrate 1 --chunk 2 --sizes 2 --out".split()
 )
+# Angstrom, eV/atom: Cleri and Rosato, Phys. Rev. B 48, 22 (1993), table I
 PUBLISHED = {
     "Cu": (3.615, -3.544),
     "Au": (4.079, -3.779),
-}  # Angstrom, eV/atom: Cleri and Rosato, Phys. Rev. B 48, 22 (1993), table I
+}
 NONSENSE = {
     "--sweeps 15": "argument --sweeps: expected a multiple of --chunk 10, got 15; change it",
     "--sweeps 20": "argument --sweeps: expected more than --equilibrate 60, got 20; change it",
@@ -127,18 +128,16 @@ def test_a_small_run_and_its_continuation(tmp_path, capsys, monkeypatch):
     assert seen["accepted"].sum((0, 1)).min() > 0 and seen["long"][0, 0] > seen["long"][0, 1]
     frames = ase.io.read(tmp_path / "mc-900K-random.extxyz", ":")
     assert len(frames) == 2 and all((f.numbers == alloy.AU).sum() == 8 for f in frames)
-    np.testing.assert_allclose(
-        by_the_formula(frames[-1]) / 32, seen["energy"][-1, 3], atol=1e-6
-    )  # eight digits in the file
+    # eight digits in the file
+    np.testing.assert_allclose(by_the_formula(frames[-1]) / 32, seen["energy"][-1, 3], atol=1e-6)
 
     with pytest.raises(ValueError, match="'seed': 1"):
         mc.main([*SMALL, str(tmp_path), "--resume", "--seed", "1"])
     before = (tmp_path / "mc.jsonl").read_bytes()
     monkeypatch.setattr(mc, "picture", lambda *args: None)  # seen above
     monkeypatch.setattr(mc, "speeds", lambda *args: [])
-    assert (
-        mc.main([*SMALL, str(tmp_path), "--resume"]) == 0
-    )  # nothing is left to do; that what is left repeats its bits, test_demo_runs holds
+    # nothing is left to do; that what is left repeats its bits, test_demo_runs holds
+    assert mc.main([*SMALL, str(tmp_path), "--resume"]) == 0
     again = capsys.readouterr().out
     assert (
         before == (tmp_path / "mc.jsonl").read_bytes()

@@ -34,11 +34,12 @@ def test_a_small_run_and_its_continuation(tmp_path, capsys, monkeypatch):
         lambda self, x, **k: calls.append(len(x["cell"])) or forward(self, x, **k),
     )
     assert npt.main([*SMALL, str(tmp_path)]) == 0
+    # the relaxation; the start, one for all; six steps, all temperatures in one call each
     assert calls == [
         11,
         1,
         *[2] * 6,
-    ]  # the relaxation; the start, one for all; six steps, all temperatures in one call each
+    ]
     table = capsys.readouterr().out
     assert (
         "relaxed, no motion" in table

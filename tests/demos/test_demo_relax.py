@@ -30,9 +30,8 @@ def test_all_relaxations_end_in_one_lattice(tmp_path, capsys):
     begun = relax.start(relax.options(CHOSEN))
     assert abs(begun.cell.cellpar() - own)[:3].max() > 0.05  # there was something to relax
     for name, row in rows.items():
-        assert row.converged and row.calls == len(row.energies) == len(
-            row.volumes
-        )  # one call of the model for each evaluation
+        # one call of the model for each evaluation
+        assert row.converged and row.calls == len(row.energies) == len(row.volumes)
         np.testing.assert_allclose(cells[name][:3], own[:3], atol=5e-3, err_msg=name)
         np.testing.assert_allclose(cells[name][3:], 90, atol=0.2, err_msg=name)
         assert (

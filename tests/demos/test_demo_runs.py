@@ -361,9 +361,8 @@ def test_observables_are_those_of_ase():
     )
     stress = found.get_stress(voigt=False, include_ideal_gas=True)
     np.testing.assert_allclose(0.5 * (seen["stress"] + seen["stress"].T), stress, atol=1e-7)
-    assert (
-        abs(found.get_stress(voigt=False, include_ideal_gas=False) - stress).max() > 1e-4
-    )  # the kinetic part shows
+    # the kinetic part shows
+    assert abs(found.get_stress(voigt=False, include_ideal_gas=False) - stress).max() > 1e-4
     assert float(seen["pressure"]) == pytest.approx(-np.trace(stress) / 3, abs=1e-7)
     assert float(seen["volume"]) == pytest.approx(found.get_volume(), rel=1e-7)
     assert float(seen["density"]) == pytest.approx(
@@ -457,9 +456,10 @@ def test_block_averages():
     noise = np.random.default_rng(0).normal(size=80_000)
     mean, error = observables.averaged(noise, 100)
     assert abs(mean) < 0.02 and error == pytest.approx(1 / np.sqrt(80_000), rel=0.2)
+    # neighbours alike
     assert observables.averaged(np.repeat(noise[:800], 100), 100)[1] == pytest.approx(
         1 / np.sqrt(800), rel=0.25
-    )  # neighbours alike
+    )
     with pytest.raises(
         ValueError, match="expected from 2 to 3 blocks of 3 values, got 8; take fewer"
     ):

@@ -30,9 +30,8 @@ def test_both_engines_give_one_trajectory(tmp_path, capsys):
         for name in ("torch-sim, JAX by bridge", "jax-md, jitted")
     }
     ours, theirs = ([float(x) for x in row] for row in rows.values())
-    assert (
-        ours[0] == theirs[0] == 40 and ours[2:4] == theirs[2:4]
-    )  # potential energy at the start, total energy at the end
+    # potential energy at the start, total energy at the end
+    assert ours[0] == theirs[0] == 40 and ours[2:4] == theirs[2:4]
     assert abs(ours[2] + 3.544) < 1e-3  # the cohesive energy that the parameters were fitted to
     far = [float(x) for x in re.findall(r"([\d.e+-]+) after", text)]
     assert len(far) == 2 and max(far) < 1e-11

@@ -215,9 +215,8 @@ def test_phonons_x_finite_displacements(tmp_path):
     phonons.run()
     phonons.read(acoustic=True)
     energies = phonons.band_structure([[0, 0, 0]])[0]
-    assert (
-        abs(energies[:3]).max() < 2e-3 < 0.04 < energies[3:].min() and energies[3:].max() < 0.08
-    )  # eV; silicon has 0.064
+    # eV; silicon has 0.064
+    assert abs(energies[:3]).max() < 2e-3 < 0.04 < energies[3:].min() and energies[3:].max() < 0.08
 
 
 def test_vibrations_x_spring(tmp_path):
@@ -424,9 +423,8 @@ def test_values_and_gradients_x_emt(pbc, maybe_jit):
     )
     step, deformed = 1e-5, 1e-5 * np.arange(9.0).reshape(3, 3)
     fd = [float(energy(r, h + sign * deformed)) for sign in (1, -1)]
-    close(
-        np.vdot(G, deformed / step), (fd[0] - fd[1]) / (2 * step), 1e-6
-    )  # G at fixed Cartesian positions
+    # G at fixed Cartesian positions
+    close(np.vdot(G, deformed / step), (fd[0] - fd[1]) / (2 * step), 1e-6)
     assert calculator.calculations == 3  # what it had of these atoms was not calculated again
 
 

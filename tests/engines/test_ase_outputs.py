@@ -103,12 +103,13 @@ def test_what_is_not_asked_for_is_not_there(bank):
     atoms = crystal()
     atoms.calc = BANKS[bank]("energy_std")
     atoms.get_potential_energy()
+    # ASE's own, which the model gives in any case
     named = {
         "energies",
         "charges",
         "magmoms",
         "dipole",
-    }  # ASE's own, which the model gives in any case
+    }
     assert set(atoms.calc.results) - named == {
         "energy",
         "free_energy",

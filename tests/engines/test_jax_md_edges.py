@@ -46,9 +46,8 @@ def test_the_lists_edges_are_those_of_the_torch_side():
         for x in np.concatenate([e["edge_index"].T, e["cell_offsets"]], 1).tolist()
         if x[0] < 27
     }
-    assert pairs(own) <= pairs(edges) and len(pairs(edges)) > len(
-        pairs(own)
-    )  # and those of the skin
+    # and those of the skin
+    assert pairs(own) <= pairs(edges) and len(pairs(edges)) > len(pairs(own))
 
 
 def test_a_run_that_updates_its_list():

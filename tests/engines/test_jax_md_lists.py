@@ -29,9 +29,8 @@ SITES = (
 NUMBERS = rng.integers(1, 20, len(SITES))
 ENERGY = bridge.potential(MODEL, atomic_numbers=NUMBERS)
 SKEWED = np.array([[7.0, 3.0, -1.0], [0, 7.0, 2.0], [0, 0, 6.6]])  # columns
-THIN = np.array(
-    [[7.0, 4.0, -1.0], [0, 5.2, 2.0], [0, 0, 6.5]]
-)  # columns longer than twice the cutoff, but not so far apart
+# columns longer than twice the cutoff, but not so far apart
+THIN = np.array([[7.0, 4.0, -1.0], [0, 5.2, 2.0], [0, 0, 6.5]])
 BOXES = {  # (fractional coordinates, dtype, wide enough, too narrow, its height)
     "number": (True, float, 6.5, 5.5, "5.5"),
     "vector": (True, float, np.array([6.5, 7, 7.5]), np.array([6.5, 7, 5.75]), "5.75"),
@@ -158,9 +157,8 @@ def test_flags_of_jax_md(code, got):
     with pytest.raises(ValueError) as error:
         engine.energy(ENERGY)(R @ wide.T, neighbor=with_flags(free, code))
     assert got in str(error.value)
-    assert np.isfinite(
-        f(R, wide, with_flags(n, 8))
-    )  # jax-md sets it for boxes that are well formed
+    # jax-md sets it for boxes that are well formed
+    assert np.isfinite(f(R, wide, with_flags(n, 8)))
 
 
 def test_perturbation_counts():

@@ -59,9 +59,8 @@ def test_athermal_moduli():
     )
     mine, theirs = (jax.jit(f)(at_rest, BOX) for f in (moduli, own))
     close(mine, theirs, 1e-7)
-    close(
-        moduli(at_rest, BOX), theirs, 1e-7
-    )  # without jit the constants of jax-md's own loops reach the primitive as they are
+    # without jit the constants of jax-md's own loops reach the primitive as they are
+    close(moduli(at_rest, BOX), theirs, 1e-7)
     constants_of = partial(elastic_constants, potential(len(R) - 1))
     constants, clamped = jax.jit(
         lambda r, cell: [constants_of(r, cell, relaxed) for relaxed in (True, False)]

@@ -120,9 +120,8 @@ def test_values_x_padding():
     position a number or not."""
     whole = shuffled()
     system = whole.particles.data.system
-    system.indices = jnp.where(
-        jnp.arange(7) == 6, 2, system.indices
-    )  # the last is one of the first system
+    # the last is one of the first system
+    system.indices = jnp.where(jnp.arange(7) == 6, 2, system.indices)
     energy, g, G = evaluate(
         with_positions(whole, whole.particles.data.positions.at[6].set(jnp.nan))
     )

@@ -58,9 +58,8 @@ def toolkit():
 
 
 ALL = {"energy", "forces", "stress"}
-SECOND = system(
-    POS[:3] + 5.0, CELL @ (np.eye(3) + 0.1 * np.triu(np.ones((3, 3)))), NUMBERS[:3]
-)  # atoms out of their cell
+# atoms out of their cell
+SECOND = system(POS[:3] + 5.0, CELL @ (np.eye(3) + 0.1 * np.triu(np.ones((3, 3)))), NUMBERS[:3])
 PAIR = joined(system(), SECOND)
 OPEN = system(cell=np.zeros((3, 3)), pbc=(False,) * 3)
 

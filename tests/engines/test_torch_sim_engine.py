@@ -32,12 +32,13 @@ from torch_side.potentials import strain
 from torch_side.potentials.geometry import edge_vectors
 from torch_side.potentials.model import Wrapped
 
+# Morse copper (Girifalco and Weizer, Phys. Rev. 114, 687 (1959)), cut off here
 DEPTH, WIDTH, R0, CUTOFF = (
     0.3429,
     1.3588,
     2.866,
     5.0,
-)  # Morse copper (Girifalco and Weizer, Phys. Rev. 114, 687 (1959)), cut off here
+)
 KT, DT = 0.02585, 1e-3 * ts.units.UnitSystem.metal.time  # 300 K, 1 fs
 OUTPUTS = {"energy", "position_gradients", "cell_gradients", "node_energies"}
 TIGHT = dict(rtol=0, atol=1e-10)
@@ -190,9 +191,8 @@ def test_torch_sims_own_validator_passes(name):
         else {}
     )
     validate_model_outputs(model, model.device, model.dtype, **changes)
-    assert (
-        model.compute_stress and model.compute_forces
-    )  # the validator has switched on what was off
+    # the validator has switched on what was off
+    assert model.compute_stress and model.compute_forces
 
 
 @pytest.mark.parametrize("kind", ["jax", "torch"])
@@ -459,9 +459,8 @@ def test_relaxation_of_a_batch_with_its_cells(kind):
         after["stress"].norm(dim=-1).amax(-1) * s.volume / s.n_atoms_per_system < 2e-3
     ).all() and before["stress"].abs().max() > 1e-2
     per_atom = after["energy"] / s.n_atoms_per_system
-    torch.testing.assert_close(
-        per_atom[0], per_atom[1], rtol=0, atol=1e-5
-    )  # both are the same fcc crystal now
+    # both are the same fcc crystal now
+    torch.testing.assert_close(per_atom[0], per_atom[1], rtol=0, atol=1e-5)
 
 
 def test_the_memory_figure():
@@ -532,15 +531,17 @@ def test_the_largest_batch_is_found_by_xlas_own_error(monkeypatch):
         }
 
     model = engine.model(bridge.torch_potential(hungry, gradients="autodiff"), dtype=torch.float64)
+    # it refuses a CPU
     monkeypatch.setattr(
         autobatching, "measure_model_memory_forward", lambda s, m: float(m(s)["energy"].sum())
-    )  # it refuses a CPU
+    )
+    # of 4, 12, 36: two before the error
     assert (
         autobatching.determine_max_batch_size(
             state(bulk("Cu")), model, start_size=4, scale_factor=3
         )
         == 4
-    )  # of 4, 12, 36: two before the error
+    )
     with pytest.raises(
         torch.OutOfMemoryError, match="CUDA out of memory, found by XLA: RESOURCE_EXHAUSTED"
     ):

@@ -138,10 +138,11 @@ def test_values_x_kups(name):
     want = list(itself(embedded(), state))
     close(out.total_energies.data, jnp.concatenate([w["energy"] for w in want]))
     close(out.gradients.positions.data, jnp.concatenate([w["position_gradients"] for w in want]))
+    # kUPS's frame has six parameters
     close(
         out.gradients.cell.data.vectors,
         jnp.tril(jnp.concatenate([w["cell_gradients"] for w in want])),
-    )  # kUPS's frame has six parameters
+    )
     assert out.gradients.positions.keys == state.particles.keys and out.hessians == EMPTY
 
 
@@ -154,9 +155,8 @@ def test_values_x_brute_force():
     )
     close((out.total_energies.data[0], out.gradients.positions.data), (energy, g))
     close(out.gradients.cell.data.vectors[0], jnp.tril(G))
-    close(
-        energy, brute(POS, CELL, NUMBERS)
-    )  # kUPS turned the crystal, so that its cell is a lower triangle
+    # kUPS turned the crystal, so that its cell is a lower triangle
+    close(energy, brute(POS, CELL, NUMBERS))
 
 
 def test_values_x_sevennet():

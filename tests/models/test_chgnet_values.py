@@ -211,10 +211,11 @@ def test_own_network_x_options(options):
     assert (
         "node_energies" in mine.card.outputs
     ) == network.mlp_first and mine.card.receptive_field == 18
+    # a copy was taken
     assert (
         next(network.parameters()).dtype == torch.float32
         and network.mlp.layers[0].weight.requires_grad
-    )  # a copy was taken
+    )
     wanted = network.predict_structure(AseAtomsAdaptor.get_structure(atoms), task="ef")
     out = mine(inputs(atoms, SYSTEMS["skewed"], dtype=F64))
     energy = wanted["e"] * (len(atoms) if network.is_intensive else 1)

@@ -177,9 +177,8 @@ def test_nequip_x_small_cells():
 
 def test_nequip_x_unused_slots_and_padding_atoms():
     module, inputs = potentials("nequip")[1], crystal()
-    edges, offsets = neighbor_list(
-        *(inputs[k] for k in ("pos", "cell", "pbc")), CUTOFF + 1.0
-    )  # edges beyond the cutoff, too
+    # edges beyond the cutoff, too
+    edges, offsets = neighbor_list(*(inputs[k] for k in ("pos", "cell", "pbc")), CUTOFF + 1.0)
     padded = {
         "edge_index": torch.nn.functional.pad(edges, (3, 5), value=10),
         "cell_offsets": torch.nn.functional.pad(offsets, (0, 0, 3, 5)),

@@ -86,9 +86,8 @@ def test_values_x_own_calculator(kind, name):
     assert abs(-out["position_gradients"].numpy() - atoms.get_forces()).max() < 1e-9
     assert abs(out["node_energies"].numpy() - atoms.calc.results["energies"]).max() < 1e-9
     if atoms.pbc.any():
-        cell = atoms.calc._atoms_to_batch(
-            atoms
-        ).cell  # its own on open axes, and its stress is by the volume of that
+        # its own on open axes, and its stress is by the volume of that
+        cell = atoms.calc._atoms_to_batch(atoms).cell
         assert (abs(np.linalg.det(cell)) != pytest.approx(atoms.get_volume())) == (name == "slab")
         wanted = atoms.get_stress(voigt=False) * abs(np.linalg.det(cell))
         assert abs(own_virial(out, x)[0].numpy() - wanted).max() < 1e-9 and abs(wanted).max() > 1e-5

@@ -8,9 +8,9 @@ from bridge.testing import ALL, check_potential
 from tests.adapters import MODELS
 
 ELEMENTS = {"franken": (29, 79), "torchani": (1, 8), "mace": (11, 14)}
-KINKS = {
-    "chgnet": 10.0
-}  # its acos((1 - 1e-6) cos) bends within 1e-3 rad of straight angles: finite differences of gradients see it
+# its acos((1 - 1e-6) cos) bends within 1e-3 rad of straight angles: finite differences of gradients
+# see it
+KINKS = {"chgnet": 10.0}
 
 
 @pytest.mark.parametrize("name", MODELS)

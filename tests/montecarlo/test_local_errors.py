@@ -30,9 +30,10 @@ def chain():
     return local, graph, replace(local.allocate(graph, capacity=6), per_cell=4, neighbors=2)
 
 
+# in one cell of the list, none within the cutoff
 SPREAD = jnp.array(
     [[5.5, 5.5, 5.5], [7.5, 5.5, 5.5], [5.5, 7.5, 5.5], [7.5, 7.5, 7.5], [5.5, 5.5, 7.5]]
-)  # in one cell of the list, none within the cutoff
+)
 TWICE = "each atom once in a change, and a position for each that is inserted, got an atom twice, or without; mend the change"
 MISUSES = {  # name: (change, text)
     "crowded": (

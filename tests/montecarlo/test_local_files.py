@@ -62,10 +62,11 @@ def test_derivatives_x_orders(order):
 
 
 def test_energies_and_gradients_x_vmap_scan():
+    # atomic numbers are the same backwards
     f, many = (
         energy(loaded(1)),
         jnp.stack([POS, POS[::-1]] * 2).reshape(2, 2, 5, 3),
-    )  # atomic numbers are the same backwards
+    )
 
     def every(x):
         total = lambda x: jax.lax.scan(lambda c, p: (c + jax.vmap(f)(p).sum(), None), 0.0, x)[0]
@@ -239,9 +240,8 @@ def test_torch_energy_and_gradients_x_jax():
     e, g = jax.jit(jax.value_and_grad(f))(jnp.asarray(POS))
     np.testing.assert_allclose(e, wanted("energy"), rtol=1e-12)
     np.testing.assert_allclose(g, wanted("gradient"), rtol=1e-10, atol=1e-12)
-    many = jax.jit(jax.vmap(jax.grad(f)))(
-        jnp.stack([POS, POS[::-1]])
-    )  # atomic numbers are the same backwards
+    # atomic numbers are the same backwards
+    many = jax.jit(jax.vmap(jax.grad(f)))(jnp.stack([POS, POS[::-1]]))
     np.testing.assert_allclose(many, [g, g[::-1]], rtol=1e-10, atol=1e-12)
 
 

@@ -195,9 +195,8 @@ def test_mean_energy_x_two_atoms():
     energy = np.asarray(cache.energy)
     mean = exact @ weights / weights.sum()
     error = energy.std() / CHAINS**0.5
-    assert (
-        error < 0.02 < abs(mean - exact.mean()) / 4
-    )  # so that atoms that do not see each other would be told
+    # so that atoms that do not see each other would be told
+    assert error < 0.02 < abs(mean - exact.mean()) / 4
     assert abs(energy.mean() - mean) < 4 * error
 
 

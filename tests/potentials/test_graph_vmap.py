@@ -87,9 +87,8 @@ def test_vmap_over_batches_of_unequal_systems():
     assert got.shape == (2, 3) and jax.vmap(jax.vmap(energy, (None, 0)), (0, None))(
         RS, many
     ).shape == (3, 2, 3)
-    assert [s["cell"] for s in seen] == [
-        (12, 3, 3)
-    ]  # six times two systems; the empty ones are not shown
+    # six times two systems; the empty ones are not shown
+    assert [s["cell"] for s in seen] == [(12, 3, 3)]
     for row, cells in zip(got, many):
         close(row, energy(R, cells))
 

@@ -29,9 +29,8 @@ from torch_side.potentials import strain as torch_strain
 
 NUMBERS = np.array([1, 2, 2])  # species: A, B, B
 IMAGES = np.array(list(itertools.product((-1, 0, 1), repeat=3)), float)
-AT_REST = jnp.array(
-    [[1.62, 0.01, -0.33], [-0.26, 2.29, -0.76], [0.57, -0.33, 2.34]]
-)  # the cell, nearly without stress
+# the cell, nearly without stress
+AT_REST = jnp.array([[1.62, 0.01, -0.33], [-0.26, 2.29, -0.76], [0.57, -0.33, 2.34]])
 CELL = AT_REST @ jnp.array([[1.02, 0.01, 0.0], [0.01, 0.98, 0.03], [0.0, 0.03, 1.01]])
 START = jnp.array([[0.42, 0.28, 0.17], [0.15, 0.6, 0.83], [0.69, 0.94, 0.49]]) @ CELL
 MASSES = np.array([1.0, 12.0, 16.0])
@@ -276,9 +275,8 @@ def test_elastic_constants_x_finite_differences_of_stresses(relaxed, stiffness):
     close(found, want, 1e-6)
     others = [moduli(relaxed, s)(r, h) for s in STIFFNESSES if s != stiffness]
     others.append(moduli(not relaxed, stiffness)(r, h))
-    assert (
-        min(abs(x - found).max() for x in others) > 0.01 * abs(found).max()
-    )  # none of the others would pass
+    # none of the others would pass
+    assert min(abs(x - found).max() for x in others) > 0.01 * abs(found).max()
 
 
 def test_stiffnesses_agree_without_stress_and_the_newton_step_finds_it():
@@ -354,9 +352,8 @@ def test_frequencies_of_a_diatomic_molecule():
     }.items():
         close(compiled(r, unit)[-1], omega / (2 * np.pi) * scale, 1e-6)
     assert compiled(r, "cm^-1")[-1] == pytest.approx(2143, rel=0.02)
-    assert (
-        jax.jit(lambda r: frequencies(lambda r, h: -spring(r, h), r, None, masses))(r)[0] < -60
-    )  # imaginary
+    # imaginary
+    assert jax.jit(lambda r: frequencies(lambda r, h: -spring(r, h), r, None, masses))(r)[0] < -60
 
 
 def test_dynamical_matrix_x_masses():

@@ -141,9 +141,8 @@ def test_stress_is_the_virial_per_volume(side):
     pos, cell, batch = crystal()
     W = derivatives(pos, cell, batch, side)[2]
     close(apply(side, "stress", W, cell, np.ones((1, 3), bool)), W / abs(np.linalg.det(cell[0])))
-    close(
-        apply(side, "stress", W, -cell, np.ones((1, 3), bool)), W / abs(np.linalg.det(cell[0]))
-    )  # left-handed
+    # left-handed
+    close(apply(side, "stress", W, -cell, np.ones((1, 3), bool)), W / abs(np.linalg.det(cell[0])))
     close(
         apply(side, "stress", W, cell, np.array([[True, True, False]])),
         W / abs(np.linalg.det(cell[0])),

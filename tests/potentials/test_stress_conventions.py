@@ -108,9 +108,8 @@ def test_jax_md_x_quantity_stress_of_a_virial_that_is_not_symmetric():
     close(to("jax-md", found, CELL), stress, 1e-6)
     close(from_("jax-md", stress, cell_from("jax-md", box)), found, 1e-6)
     close(pressure(found, CELL), jnp.trace(stress) / 3, 1e-6)
-    assert (
-        abs(to("kups", found, CELL) - stress).max() > 0.01 * abs(stress).max()
-    )  # the twin: indices the other way round
+    # the twin: indices the other way round
+    assert abs(to("kups", found, CELL) - stress).max() > 0.01 * abs(stress).max()
 
 
 def test_mace_x_its_own_displacement():

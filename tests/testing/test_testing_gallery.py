@@ -26,10 +26,11 @@ from tests.planted import (
 )
 from torch_side.potentials.geometry import edge_vectors
 
+# for JAX, which compiles for each shape
 FEW = [
     skewed(bulk("NaCl", "rocksalt", 5.0)),
     ase.Atoms("Si2", positions=[[0, 0, 0], [0.7, 1.5, 1.2]]),
-]  # for JAX, which compiles for each shape
+]
 
 
 def settings(wrong):

@@ -17,9 +17,8 @@ class Found:
 
     def __init__(self):
         self.known: dict[tuple, Function] = {}  # by signature
-        self.flat: dict[
-            tuple, Function
-        ] = {}  # those of positional tensors with one output, by shapes and dtypes
+        # those of positional tensors with one output, by shapes and dtypes
+        self.flat: dict[tuple, Function] = {}
 
 
 class TorchCallable:

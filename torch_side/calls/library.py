@@ -19,9 +19,8 @@ from torch_side.calls import buffers, numbers, wrap
 def traced(token: str, args, kwargs):
     """A call of a registered callable, in code that torch.compile can trace."""
     leaves, structure = pytree.tree_flatten((args, kwargs))
-    guard = (
-        torch.fx.experimental.symbolic_shapes.guard_scalar
-    )  # a size or number as it is now, in place of a symbol
+    # a size or number as it is now, in place of a symbol
+    guard = torch.fx.experimental.symbolic_shapes.guard_scalar
     types = tuple(
         [
             (tuple([guard(n) for n in x.shape]), x.dtype)

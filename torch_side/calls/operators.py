@@ -25,9 +25,8 @@ SUSPECTS = MISBATCHED | {
     "aten::linalg_eig",
     "aten::_linalg_eigvals",
 }
-RIGHT, NESTED_WRONG, WRONG = range(
-    3
-)  # how far torch.func is right: always, for one backward, not at all
+# how far torch.func is right: always, for one backward, not at all
+RIGHT, NESTED_WRONG, WRONG = range(3)
 
 
 def trust(call, inputs) -> int:

@@ -91,9 +91,8 @@ class Func(Batching):
         g, xs = _restrict(f, primals, wrt, outs)
         with _FORWARD_AD, torch.enable_grad():
             ys, found = torch.func.jvp(g, xs, tuple(tangents))
-        return tuple(
-            t.to(y.dtype) for y, t in zip(ys, found)
-        )  # of `energy.sum() * 1.0` torch's is float64
+        # of `energy.sum() * 1.0` torch's is float64
+        return tuple(t.to(y.dtype) for y, t in zip(ys, found))
 
     @_trusted(_is_base)
     def vjp(self, f, primals, wrt, cotangents, outs):
@@ -192,9 +191,8 @@ def _push(f, primals, wrt, rows, outs):
         kernels.check_pushed([ys[o] for o in outs])
         if keep:
             _check_twice(f, primals, wrt, outs, xs, ys)
-        us = tuple(
-            torch.ones_like(ys[o], requires_grad=True) for o in outs
-        )  # anywhere: pulled is linear in them
+        # anywhere: pulled is linear in them
+        us = tuple(torch.ones_like(ys[o], requires_grad=True) for o in outs)
         pulled = _grad(tuple(ys[o] for o in outs), xs, us, True)
         return [_grad(pulled, us, row, keep, more=row is not rows[-1]) for row in rows]
 

@@ -125,9 +125,8 @@ class Bridged(torch.autograd.Function):
     @untraced
     def setup_context(ctx, inputs, output):
         fn, ctx.recording, *tensors = inputs
-        ctx.fn = (
-            weakref.ref(fn) if _traced() else lambda: fn
-        )  # torch.compile keeps graphs of fake tensors, for ever
+        # torch.compile keeps graphs of fake tensors, for ever
+        ctx.fn = weakref.ref(fn) if _traced() else lambda: fn
         ctx.save_for_backward(*tensors, *(ctx.recording.to_save(output) if ctx.recording else ()))
         ctx.save_for_forward(*tensors)
         ctx.mark_non_differentiable(*(o for o, s in zip(output, fn.outputs) if not s.inexact))
@@ -213,9 +212,8 @@ def over_rows(fn: Function, tensors, level=None) -> list:
         torch._C._vmapmode_decrement_nesting()
     if not any(map(_rows, tensors)):
         return call(fn, tensors)
-    tensors = [
-        torch._remove_batch_dim(t, level, 1, 0) for t in tensors
-    ]  # an axis of size 1 where there was none
+    # an axis of size 1 where there was none
+    tensors = [torch._remove_batch_dim(t, level, 1, 0) for t in tensors]
     size = max(t.shape[0] for t in tensors)
     mapped = tuple(t.shape[0] == size > 1 for t in tensors)
     tensors = [t if m else t[0] for t, m in zip(tensors, mapped, strict=True)]

@@ -143,9 +143,8 @@ class _Wrapping(nn.Module):
             )
         inputs = self.adapt_input(data, **kwargs)
         nodes = self.model.asking("embeddings")(inputs)["embeddings"]
-        home = getattr(
-            data, "_atoms_group", None
-        )  # of a Batch, whose attributes would be a system's
+        # of a Batch, whose attributes would be a system's
+        home = getattr(data, "_atoms_group", None)
         data.__setattr__("node_embeddings", nodes) if home is None else home.__setitem__(
             "node_embeddings", nodes
         )

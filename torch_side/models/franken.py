@@ -18,10 +18,11 @@ from torch_side.potentials.hessian import hessian
 from torch_side.potentials.model import Model
 
 SPREAD = ("energy_std", "position_gradients_std")
+# need a gradient for each weight vector
 MEMBERS = (
     "member_position_gradients",
     "position_gradients_std",
-)  # need a gradient for each weight vector
+)
 FAMILIES = ("mace", "sevenn")
 ONE_HOT = "onehot_idx_to_onehot"  # sevenn's layer
 
@@ -168,13 +169,11 @@ class Franken(Model):
 
     def _features(self, inputs, descriptors):
         numbers = inputs["atomic_numbers"].long()
-        scaled = self.potential.input_scaler(
-            descriptors.clone(), atomic_numbers=numbers
-        )  # Franken scales in place
+        # Franken scales in place
+        scaled = self.potential.input_scaler(descriptors.clone(), atomic_numbers=numbers)
         head = copy.copy(self.potential.rf)
-        head._buffers = {
-            **head._buffers
-        }  # there Franken puts what it makes of them inside torch.func
+        # there Franken puts what it makes of them inside torch.func
+        head._buffers = {**head._buffers}
         return head.feature_map(scaled, atomic_numbers=numbers, batch_ids=inputs["batch"].long())
 
     def _part(self, name, shape, inputs, compute):

@@ -16,20 +16,22 @@ from bridge.errors import message, missing
 from torch_side.potentials import graph, strain
 from torch_side.potentials.model import Model
 
+# else the same
 NAMES = {
     "energy": "energy",
     "position_gradients": "forces",
     "cell_gradients": "stress",
     "node_energies": "atomic_energies",
-}  # else the same
+}
 EXTRAS = ("charge", "spin")  # inputs of a system that both sides know
+# before 0.1: supports_..., compute_...
 OLD = {
     "energy": "energies",
     "forces": "forces",
     "stress": "stresses",
     "hessian": "hessians",
     "dipole": "dipoles",
-}  # before 0.1: supports_..., compute_...
+}
 
 
 class Nvalchemi(Model):
@@ -169,9 +171,10 @@ def _declared(wrapper):
         )
         return _with(new, config, config.optional_inputs)
     card = wrapper.model_card
+    # whose convention was another
     outputs = {name for name, old in OLD.items() if getattr(card, f"supports_{old}", False)} - {
         "stress"
-    }  # whose convention was another
+    }
     needs = {
         name
         for name, old in (("charge", "needs_system_charges"), ("charges", "needs_node_charges"))

@@ -202,10 +202,11 @@ def _exported(name, f, inputs, wanted):
     device = (
         next((p.device for p in f.parameters()), None) if isinstance(f, torch.nn.Module) else None
     )
+    # no two the same tensor
     examples = tuple(
         torch.ones((5, *shape), dtype=getattr(torch, dtype), device=device)
         for shape, dtype in inputs
-    )  # no two the same tensor
+    )
     try:
         program = torch.export.export(
             _Taking(f), examples, dynamic_shapes=(tuple({0: rows} for _ in inputs),)

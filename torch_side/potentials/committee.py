@@ -113,9 +113,8 @@ class Committee(Model):
         inputs = inputs | {
             name: inputs[name].expand(size, *inputs[name].shape) for name in ("pos", "cell")
         }
-        own = (
-            getattr(self.members.model, "gradients", "autograd") == "model"
-        )  # a Wrapped that gives them
+        # a Wrapped that gives them
+        own = getattr(self.members.model, "gradients", "autograd") == "model"
         return (
             self._energies(inputs)
             if own
@@ -137,10 +136,11 @@ class Committee(Model):
                 one, in_dims=({n: 0 if n in self.stacked else None for n in tensors}, 0, 0)
             )(tensors, *geometry)
         except Exception as error:
+            # or the model's own error
             one(
                 {n: t[0] if n in self.stacked else t for n, t in tensors.items()},
                 *(x[0] for x in geometry),
-            )  # or the model's own error
+            )
             name, text = type(self.members.model).__name__, str(error).split("\n")[0]
             raise NotImplementedError(
                 message(

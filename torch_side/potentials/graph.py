@@ -125,9 +125,8 @@ def _check_own_gradients(model, inputs, found, name) -> None:
 
 def _check_finite(found, layout, name) -> None:
     """ValueError naming the system whose energy, or the atom whose gradient, is not a number."""
-    sums = [
-        found[key].detach().sum() for key in _FINITE if key in found
-    ]  # which hide no inf and no NaN
+    # which hide no inf and no NaN
+    sums = [found[key].detach().sum() for key in _FINITE if key in found]
     if all(map(math.isfinite, sums)):
         return
     out = layout.put_back({key: found[key].detach() for key in _FINITE if key in found})

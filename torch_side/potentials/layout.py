@@ -20,9 +20,8 @@ from torch_side.potentials import geometry, padding
 from torch_side.potentials.neighbors import bounds_of, check_cells, system_of, values
 
 INTEGERS = ("atomic_numbers", "batch", "pbc", "edge_index", "cell_offsets")
-LARGEST = (
-    2**20
-)  # numbers in one array, beyond which it costs less to look again than to keep a copy
+# numbers in one array, beyond which it costs less to look again than to keep a copy
+LARGEST = 2**20
 _last: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by model
 
 

@@ -13,9 +13,8 @@ import torch
 from bridge.contract import check_inputs
 from bridge.errors import message, missing
 
-_functorch = (
-    torch._C._functorch
-)  # private in torch 2.13, as _DisableFuncTorch: the tensors beneath the wrappers of torch.func
+# private in torch 2.13, as _DisableFuncTorch: the tensors beneath the wrappers of torch.func
+_functorch = torch._C._functorch
 
 
 def neighbor_list(pos, cell, pbc, cutoff, batch=None, *, ordered: bool = True):

@@ -59,9 +59,8 @@ def _marked(out, inputs, names) -> dict:
         wrong = {"B": inputs[name] != 0, "N": (inputs[name] != 0)[inputs["batch"].long()]}
         for key in {"energy", *GRADIENTS.values()} & set(out):
             rows = wrong[OUTPUTS[key][0][0]].reshape(-1, *[1] * (out[key].ndim - 1))
-            factor = torch.ones_like(out[key]).masked_fill(
-                rows, torch.nan
-            )  # so that derivatives are NaN as well
+            # so that derivatives are NaN as well
+            factor = torch.ones_like(out[key]).masked_fill(rows, torch.nan)
             out = out | {key: out[key] * factor}
     return out
 
