@@ -297,7 +297,7 @@ def graph(gpu, values):
         calls.append(stream)
         with (
             torch.no_grad(),
-            torch.cuda.stream(buffers._external(stream, x.device.index))
+            torch.cuda.stream(buffers.external(stream, x.device.index))
             if x.is_cuda
             else contextlib.nullcontext(),
         ):

@@ -1,4 +1,4 @@
-"""The house can be read: lines fit, folders are small, every file says what it is."""
+"""The house can be read: lines fit, every file says what it is, types are marked for users."""
 
 import ast
 from pathlib import Path
@@ -38,6 +38,6 @@ def test_every_file_says_what_it_is(part):
     assert not silent
 
 
-@pytest.mark.parametrize("bank", ["jax_side", "torch_side"])
-def test_types_of_the_package_are_for_users(bank):
-    assert (ROOT / bank / "py.typed").exists()
+@pytest.mark.parametrize("package", ["bridge", "jax_side", "torch_side"])
+def test_types_of_the_package_are_for_users(package):
+    assert (ROOT / package / "py.typed").exists()

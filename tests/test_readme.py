@@ -1,5 +1,5 @@
-"""README's examples run as shown; its file map and targets are those of the tree; docstring
-examples run."""
+"""Examples of README, of the documentation and of docstrings run as shown; the files, links and
+targets that they name are there."""
 
 import contextlib
 import doctest
@@ -29,23 +29,30 @@ MODULES = sorted(
 )
 
 
+@pytest.fixture
+def as_a_new_user():
+    """x64 is off, and what an example does to it ends with its test."""
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", False)
+    yield
+    jax.config.update("jax_enable_x64", before)
+
+
+@pytest.mark.usefixtures("as_a_new_user")
 def test_the_first_example_has_eight_lines_and_prints_what_it_says():
     lines = [line for line in EXAMPLES[0].splitlines() if line.strip()]
     assert len(lines) == 8
     out = io.StringIO()
-    with contextlib.redirect_stdout(out), jax.enable_x64(False):
+    with contextlib.redirect_stdout(out):
         exec(EXAMPLES[0], {})
     assert out.getvalue().strip() == lines[-1].split("# ")[1].strip()
 
 
+@pytest.mark.usefixtures("as_a_new_user")
 @pytest.mark.parametrize("block", BLOCKS)
 def test_every_block_of_the_documentation_runs(block):
-    scope, before = {}, jax.config.jax_enable_x64
-    try:
-        jax.config.update("jax_enable_x64", False)  # as a new user has it; a block may switch it on
-        exec(block, scope)
-    finally:
-        jax.config.update("jax_enable_x64", before)
+    scope = {}
+    exec(block, scope)
     if "init" in scope:
         state, e0 = scope["init"](
             jax.random.key(0),
@@ -57,11 +64,10 @@ def test_every_block_of_the_documentation_runs(block):
         assert float(e0) < -20 and abs(float(e1 - e0)) < 1
 
 
+@pytest.mark.usefixtures("as_a_new_user")
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples_run(name):
-    with jax.enable_x64(False):  # as a new user has it
-        result = doctest.testmod(importlib.import_module(name))
-    assert result.failed == 0
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
 def test_the_house_names_every_file():

@@ -14,6 +14,7 @@ from jax_md import quantity, simulate, space
 from jax_side.engines import jax_md as engine
 from jax_side.potentials import strain
 from jax_side.potentials.potential import potential
+from tests.potential_cases import Counted
 
 N, SIGMA = 12, 1.625  # exact in float32, which jax-md rounds it to
 BOX = jnp.array([[4.0, 0.7, -0.5], [0.0, 4.2, 0.9], [0.0, 0.0, 3.9]])  # upper triangular, columns
@@ -197,27 +198,8 @@ def test_general_box_and_keywords_that_are_not_for_the_energy():
 # One evaluation for a step. The model counts the times that the host runs it.
 
 
-class Counted:
-    """The model beside a pure_callback that counts its evaluations; XLA never merges two of
-    those."""
-
-    def __init__(self):
-        self.calls = 0
-
-    def _count(self, *_):
-        self.calls += 1
-        return np.zeros(())
-
-    def __call__(self, inputs):
-        args = inputs["pos"], inputs["cell"]
-        zero = jax.pure_callback(
-            self._count, jax.ShapeDtypeStruct((), jnp.float64), *args, vmap_method="sequential"
-        )
-        return jax.tree.map(lambda x: x + zero, MODEL(inputs))
-
-
 def counting():
-    model = Counted()
+    model = Counted(MODEL)
     return model, engine.energy(potential(model, atomic_numbers=NUMBERS, images=np.array(1)), BOX)
 
 

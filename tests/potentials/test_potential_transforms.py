@@ -10,6 +10,7 @@ from jax import lax
 from bridge.contract import check_outputs, output_shapes
 from jax_side.potentials import strain
 from jax_side.potentials.potential import potential
+from tests.potential_cases import Counted
 
 rng = np.random.default_rng(0)
 NUMBERS = np.array([1, 8, 6, 14])
@@ -187,25 +188,6 @@ def test_a_models_wider_energy_keeps_its_width():
 # Evaluations
 
 
-class Counted:
-    """The model beside a pure_callback that counts its evaluations; XLA never merges two of
-    those."""
-
-    def __init__(self):
-        self.calls = 0
-
-    def _count(self, *_):
-        self.calls += 1
-        return np.zeros(())
-
-    def __call__(self, inputs):
-        args = inputs["pos"], inputs["cell"]
-        zero = jax.pure_callback(
-            self._count, jax.ShapeDtypeStruct((), jnp.float64), *args, vmap_method="sequential"
-        )
-        return jax.tree.map(lambda x: x + zero, MODEL(inputs))
-
-
 ONCE = {
     "value": lambda f: f,
     "grad": lambda f: jax.grad(f, (0, 1)),
@@ -220,14 +202,14 @@ ONCE = {
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("name", ONCE)
 def test_one_evaluation(name, jit):
-    model = Counted()
+    model = Counted(MODEL)
     f = ONCE[name](potential(model, atomic_numbers=NUMBERS))
     jax.block_until_ready((jax.jit(f) if jit else f)(R, H))
     assert model.calls == 1
 
 
 def test_one_evaluation_for_each_pass_of_a_scan():
-    model = Counted()
+    model = Counted(MODEL)
     energy = potential(model, atomic_numbers=NUMBERS)
 
     def step(r, _):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
+from functools import partial
 
 import torch
 
@@ -104,9 +105,10 @@ def import_(obj, copy: bool | None = None) -> torch.Tensor:
             message("an object with __dlpack__", type(obj).__name__, "make an array of it first")
         )
     try:
-        tensor = torch.from_dlpack(obj, copy=None if copy else copy)
+        shared = partial(torch.from_dlpack, obj, copy=None if copy else copy)
+        tensor = shared()
         if tensor.is_cuda:
-            _outlive(tensor, torch.from_dlpack(obj, copy=None if copy else copy))
+            _outlive(tensor, owner=shared())
     except (BufferError, RuntimeError, ValueError, TypeError) as error:
         do = "make a dense copy in a dtype and on a device that torch knows first"
         raise ValueError(

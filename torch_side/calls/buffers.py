@@ -86,7 +86,7 @@ def on_stream(stream: int, tensors):
     weights that torch wrote before the call are there, and what it writes after the call waits. The
     host waits for nothing."""
     device = tensors[0].device.index if tensors else torch.cuda.current_device()
-    foreign, own = _external(stream, device), torch.cuda.current_stream(device)
+    foreign, own = external(stream, device), torch.cuda.current_stream(device)
     foreign.wait_stream(own)
     with torch.cuda.stream(foreign):
         yield
@@ -94,7 +94,8 @@ def on_stream(stream: int, tensors):
 
 
 @functools.lru_cache(maxsize=64)
-def _external(stream: int, device: int):
+def external(stream: int, device: int):
+    """A foreign CUDA stream as torch's."""
     return torch.cuda.ExternalStream(stream, device=device)
 
 
