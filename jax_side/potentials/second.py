@@ -14,7 +14,9 @@ from jax_side.potentials.potential import array
 
 THZ = 15.6333042  # sqrt(eV/Angstrom^2/amu) / 2 pi in THz (CODATA 2018)
 UNITS = {"THz": THZ, "cm^-1": THZ * 33.3564095, "meV": THZ * 4.13566770}
-FIRST, SECOND = np.array([0, 1, 2, 1, 0, 0]), np.array([0, 1, 2, 2, 2, 1])  # xx, yy, zz, yz, xz, xy
+FIRST, SECOND = np.array(
+    [[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]], "int32"
+)  # xx, yy, zz, yz, xz, xy
 STIFFNESSES = ("energy", "lagrangian", "stress")
 
 

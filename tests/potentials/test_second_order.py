@@ -304,6 +304,22 @@ def test_stiffnesses_agree_without_stress_and_the_newton_step_finds_it():
     )
 
 
+def test_elastic_constants_x_x64_switched():
+    """Of a program that was compiled with x64 on, JAX keeps index arrays of 64 bits."""
+
+    def spring(x):
+        return (x["cell"] ** 2).sum((1, 2)) + (x["pos"] ** 2).sum()
+
+    constants = partial(
+        elastic_constants, potential(strain.with_gradients(spring), atomic_numbers=np.array([1]))
+    )
+    wide = jax.jit(constants)(jnp.zeros((1, 3)), jnp.eye(3))
+    with jax.enable_x64(False):
+        narrow = constants(jnp.zeros((1, 3)), jnp.eye(3))
+    assert wide.dtype == "float64" and narrow.dtype == "float32"
+    np.testing.assert_allclose(narrow, wide, atol=1e-5)
+
+
 def test_elastic_constants_x_jax_md():
     """athermal_moduli of its own pair potential, 32 atoms, triclinic and rattled: not at rest, but
     the formula is the same."""
