@@ -7,9 +7,12 @@ NumPy arrays to NumPy arrays.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 from bridge.contract import INFO, INPUTS, OUTPUTS
 from bridge.conventions import to
-from bridge.errors import message
+from bridge.errors import message, missing
 
 PROPERTIES = {  # ASE's name: the outputs of the contract that it is made of
     "energy": ("energy",),
@@ -193,3 +196,31 @@ def calculator_class(base, refusal, module: str):
 
     Calculator.__module__, Calculator.__qualname__ = module, "Calculator"
     return Calculator
+
+
+def calculators(
+    module: str, of_ase: Callable[[], tuple[type, type]]
+) -> tuple[Callable[[], type], Callable[[str], type]]:
+    """`kind()`, the class of calculators of the engine `module`, and the engine's `__getattr__`.
+
+    `of_ase` imports ase and returns its Calculator and PropertyNotImplementedError. It runs when
+    the class is first wanted, so that importing the engine does not import ase. `__getattr__`
+    gives the class under the name `Calculator`, for isinstance and pickle.
+
+    Raises: both functions raise ImportError without ase; `__getattr__` raises AttributeError for
+    any other name."""
+
+    @cache
+    def kind() -> type:
+        try:
+            base, refusal = of_ase()
+        except ImportError as error:
+            raise missing("ase", "calculators of ASE") from error
+        return calculator_class(base, refusal, module)
+
+    def attribute(name: str) -> type:
+        if name != "Calculator":
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        return kind()
+
+    return kind, attribute

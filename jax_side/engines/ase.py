@@ -7,15 +7,15 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 
 import jax
 import numpy as np
 
-from bridge.atoms import INFO, PROPERTIES, calculator_class
+from bridge.atoms import INFO, PROPERTIES, calculators
 from bridge.card import Card
 from bridge.contract import ENERGY_AND_GRADIENTS, GRADIENTS, GRAPH, check_inputs, check_outputs
-from bridge.errors import message, missing
+from bridge.errors import message
 from jax_side.calls.nesting import cpu_device, here
 from jax_side.potentials.calculated import Calculated
 from jax_side.potentials.potential import Potential, array
@@ -271,17 +271,11 @@ def model(calculator, *, outputs=()):
     return Calculated(calculator, card.asking(*outputs), Atoms)
 
 
-@cache
-def _kind():
-    try:
-        from ase.calculators.calculator import Calculator, PropertyNotImplementedError
-    except ImportError as error:
-        raise missing("ase", "calculators of ASE") from error
-    return calculator_class(Calculator, PropertyNotImplementedError, __name__)
+def _of_ase():
+    """The two classes of ase that a calculator is made of; ase is imported here."""
+    from ase.calculators.calculator import Calculator, PropertyNotImplementedError
+
+    return Calculator, PropertyNotImplementedError
 
 
-def __getattr__(name):
-    """`Calculator`, the class, for isinstance and pickle; ase is imported then."""
-    if name != "Calculator":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _kind()
+_kind, __getattr__ = calculators(__name__, _of_ase)

@@ -4,13 +4,12 @@ torch potential."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
-from bridge.atoms import BY_ATOMS, calculator_class
+from bridge.atoms import BY_ATOMS, calculators
 from bridge.contract import dtype_name
-from bridge.errors import message, missing
+from bridge.errors import message
 from torch_side.potentials.model import Model
 
 
@@ -93,17 +92,11 @@ def _dtype(model, dtype) -> str:
     return model.card.dtype or next(map(dtype_name, weights), "float64")
 
 
-@cache
-def _kind():
-    try:
-        from ase.calculators.calculator import Calculator, PropertyNotImplementedError
-    except ImportError as error:
-        raise missing("ase", "calculators of ASE") from error
-    return calculator_class(Calculator, PropertyNotImplementedError, __name__)
+def _of_ase():
+    """The two classes of ase that a calculator is made of; ase is imported here."""
+    from ase.calculators.calculator import Calculator, PropertyNotImplementedError
+
+    return Calculator, PropertyNotImplementedError
 
 
-def __getattr__(name):
-    """`Calculator`, the class, for isinstance and pickle; ase is imported then."""
-    if name != "Calculator":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _kind()
+_kind, __getattr__ = calculators(__name__, _of_ase)
