@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
 
 
 def doctor() -> int:
-    from bridge.join import diagnosis
+    from bridge.join.calls import diagnosis
 
     rows = diagnosis()
     width = max(len(what) for what, *_ in rows)

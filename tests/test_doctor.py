@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import bridge.__main__ as entry
-from bridge import join
+from bridge.join import calls
 from jax_side import doctor as jax_doctor
 from jax_side.calls import lanes
 from torch_side import doctor as torch_doctor
@@ -59,7 +59,7 @@ def test_a_wrong_number_and_an_exception_are_seen(monkeypatch, capsys):
         )
     for rows in (jax_doctor.checks(lambda lane: broken), torch_doctor.checks(broken)):
         assert {found for *_, found in rows} == {"OSError: no disk"}
-    monkeypatch.setattr(join, "diagnosis", lambda: [("all", True, "fine"), ("one", False, "not")])
+    monkeypatch.setattr(calls, "diagnosis", lambda: [("all", True, "fine"), ("one", False, "not")])
     assert entry.main(["doctor"]) == 1
     assert capsys.readouterr().out.splitlines() == ["ok  all  fine", "!!  one  not"]
 

@@ -103,7 +103,7 @@ def check_function(
 
 def _bridged(fn, kind, lanes, options):
     """(where, fn in the other framework)"""
-    from bridge.join import to_jax, to_torch
+    from bridge.join.calls import to_jax, to_torch
 
     if kind == "jax":
         return [("", to_torch(fn, **options))]
@@ -165,7 +165,7 @@ def _other(kind):
 
 def _arrays(given, kind):
     """The arguments in a framework: copies, where they are not of it."""
-    from bridge.join import to_jax, to_torch
+    from bridge.join.calls import to_jax, to_torch
 
     own, across = {"torch": ("torch", to_torch), "jax": ("jax", to_jax)}[kind]
     of = lambda x: type(x).__module__.split(".")[0]

@@ -54,7 +54,7 @@ class Subject:
             return self.torch.of_the_contract(
                 self.raw, "model" if self.gradients == "model" else "autograd", self.cutoff
             )
-        from bridge.join import torch_potential
+        from bridge.join.potentials import torch_potential
         from torch_side.calls.buckets import Buckets
 
         module = partial(
@@ -121,7 +121,7 @@ class Subject:
             return self.torch.potential_transforms(
                 self.unpadded, self._graph(inputs), other, second
             )
-        from bridge.join import potential
+        from bridge.join.potentials import potential
 
         fixed = {k: x for k, x in inputs.items() if k not in ("pos", "cell")}
         with side("jax").wide(True) if self.dtype == "float64" else contextlib.nullcontext():
