@@ -1,16 +1,20 @@
-"""ASE (Hjorth Larsen et al., J. Phys.: Condens. Matter 29, 273002 (2017)): a calculator over a JAX
-potential, and any calculator in JAX."""
+"""ASE: a JAX potential as an ASE calculator, and any ASE calculator as a JAX potential.
+
+ASE is described in Hjorth Larsen et al., J. Phys.: Condens. Matter 29, 273002 (2017).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from bridge.atoms import INFO, PROPERTIES, calculators
 from bridge.card import Card
@@ -20,42 +24,67 @@ from jax_side.calls.nesting import cpu_device, here
 from jax_side.potentials.calculated import Calculated
 from jax_side.potentials.potential import Potential, array
 
-GROWTH = 1.25  # of the ladder of numbers of edges
+GROWTH = 1.25  # ratio of one allowed number of edge slots to the next smaller one
+
+Model = Callable[
+    [dict[str, jax.Array]], dict[str, jax.Array]
+]  # from the contract's dict to its own
+Arrays = dict[str, np.ndarray]  # the same dict in NumPy
 
 
-def calculator(model, *, outputs=(), cutoff=None, card=None, dtype=None):
-    """A JAX potential as an ASE calculator: `atoms.calc = calculator(model)`, for optimisers,
-    dynamics, phonons, databases.
+def calculator(
+    model: Model | Potential,
+    *,
+    outputs: Sequence[str] = (),
+    cutoff: float | None = None,
+    card: Card | None = None,
+    dtype: DTypeLike | None = None,
+) -> Any:
+    """Returns a JAX potential as an ASE calculator: `atoms.calc = calculator(model)`.
 
-    `model` is a JAX callable of the potential contract, from a dict to a dict with energy (B,),
-    position_gradients and cell_gradients (jax_side.potentials.strain.with_gradients makes them),
-    which then serves any atoms; or an energy that is bound to its atoms
-    (jax_side.potentials.potential.potential, bridge.potential). It is jitted, and compiled once for
-    each number of atoms. It gives, in eV, Angstrom and ASE's signs, as float64,
+    The calculator serves ASE's optimisers, dynamics, phonons and databases. `model` is one of two
+    things:
+
+    - a JAX callable of the potential contract, from a dict to a dict with energy (B,),
+      position_gradients and cell_gradients (jax_side.potentials.strain.with_gradients makes them).
+      It serves any atoms.
+    - an energy that is bound to its atoms (jax_side.potentials.potential.potential,
+      bridge.potential). It serves these atoms alone.
+
+    The model is jitted, and compiled once for each number of atoms. One evaluation gives the
+    following results as float64, in eV, Angstrom and ASE's signs, as far as they are active:
 
         energy, free_energy (the same), forces (N,3) = -g, stress (6,) = W / V in Voigt order xx,
         yy, zz, yz, xz, xy, tension positive, energies (N,), charges (N,), magmoms (N,), dipole (3,)
-        as far as they are active
 
-    from one evaluation; the results are kept until the atoms change, as ASE does it. `outputs`
-    names the further outputs that model returns, by their names in the contract ("node_energies",
-    ...); those active on its `card` (bridge.Card) come anyway. What ASE has no name for is in
-    `results` (and implemented_properties) by the contract's, with its units and signs: energy_std
-    (a float), position_gradients_std (N,3), member_energies (M,), member_position_gradients
-    (M,N,3), hessian (N,3,N,3), embeddings (N,F). Files and databases leave these out. For a graph
-    model, `cutoff` in Angstrom (or a card with neighbor_list="given") says that ASE's neighbour
-    list makes edge_index and cell_offsets at each evaluation, with unused slots (index N) up to a
-    quarter more, so that few programs serve every number of edges. pos and cell have the card's
-    dtype, else float64 with x64 and float32 without; `dtype` says another. Where the card requires
-    or uses charge and spin, or where there is no card, they are atoms.info["charge"] and
-    atoms.info["spin"], and a change of these is seen. Else atoms.info is not looked at: what other
-    codes and files have left there is no error.
+    As always in ASE, results are kept until the atoms change.
 
-    Raises: TypeError for what is no callable; ValueError for outputs that the card does not have, a
-    cutoff beside another one, an energy of several systems; ImportError without ase. When used:
-    ValueError for atoms that the card can't serve, or that are not those of a bound energy, and for
-    outputs outside of the contract; ASE's PropertyNotImplementedError for what the model does not
-    have, and for the stress of a system without a periodic axis or with a singular cell.
+    Further outputs. The outputs that are active on the model's `card` (bridge.Card) are computed
+    anyway. `outputs` names others that the model returns, by their names in the contract
+    ("node_energies", ...). Outputs for which ASE has no name are in `results` (and in
+    implemented_properties) under the contract's name, with its units and signs: energy_std (a
+    float), position_gradients_std (N,3), member_energies (M,), member_position_gradients (M,N,3),
+    hessian (N,3,N,3), embeddings (N,F). Files and databases leave these out.
+
+    Neighbours. For a graph model pass `cutoff` in Angstrom, or a card with neighbor_list="given".
+    ASE's neighbour list then makes edge_index and cell_offsets at each evaluation. Up to a quarter
+    more slots than edges are allocated, and unused ones have index N, so that few compiled programs
+    serve every number of edges.
+
+    Dtype. pos and cell have the dtype of the card. Without one they are float64 if x64 is enabled
+    and float32 otherwise. `dtype` overrides this.
+
+    Charge and spin. Where the card requires or uses them, or where there is no card, they are read
+    from atoms.info["charge"] and atoms.info["spin"], and a change of either triggers a new
+    evaluation. Otherwise atoms.info is ignored, since other codes and files leave their own entries
+    there.
+
+    Raises: TypeError if `model` is not callable; ValueError for outputs that the card does not
+    have, for a cutoff that differs from the card's, and for an energy of several systems;
+    ImportError without ase. An evaluation raises ValueError for atoms that the card can't serve or
+    that are not those of a bound energy, and for outputs outside of the contract. It raises ASE's
+    PropertyNotImplementedError for properties that the model does not have, and for the stress of a
+    system without a periodic axis or with a singular cell.
 
     >>> from ase import Atoms
     >>> from jax_side.potentials.strain import with_gradients
@@ -73,9 +102,21 @@ def calculator(model, *, outputs=(), cutoff=None, card=None, dtype=None):
             )
         )
     kind = _kind()
-    bound = isinstance(model, Potential)
-    card = _card(model.card if bound else card or getattr(model, "card", None), outputs, cutoff)
-    if bound and not model.single:
+    own = model.card if isinstance(model, Potential) else card or getattr(model, "card", None)
+    card = _card(own, outputs, cutoff)
+    evaluate = _evaluator(model, card)
+    if dtype:
+        dtype_name = str(np.dtype(dtype))
+    else:
+        dtype_name = card.dtype or ("float64" if _x64() else "float32")
+    return kind(evaluate, card, dtype_name, evaluate.name)
+
+
+def _evaluator(model: Model | Potential, card: Card) -> _OfModel | _OfEnergy:
+    """The potential as a function from NumPy to NumPy."""
+    if not isinstance(model, Potential):
+        return _OfModel(model, card, getattr(model, "__name__", type(model).__name__))
+    if not model.single:
         raise ValueError(
             message(
                 "an energy of one system",
@@ -83,19 +124,16 @@ def calculator(model, *, outputs=(), cutoff=None, card=None, dtype=None):
                 "bind one system, or pass its model",
             )
         )
-    name = getattr(model.model if bound else model, "__name__", type(model).__name__)
-    dtype = (
-        str(np.dtype(dtype))
-        if dtype
-        else card.dtype or ("float64" if jax.config.jax_enable_x64 else "float32")
-    )
-    return kind((_OfEnergy if bound else _OfModel)(model, card, name), card, dtype, name)
+    # without a name of its own, an energy is called by its own type
+    return _OfEnergy(model, card, getattr(model.model, "__name__", type(model).__name__))
 
 
-def _card(card, outputs, cutoff):
-    """The card, its outputs active."""
+def _card(card: Card | None, outputs: Iterable[str], cutoff: float | None) -> Card:
+    """The card with `outputs` active, and with edges required where a cutoff is given."""
     if card is None:
-        card = Card(outputs={*ENERGY_AND_GRADIENTS, *outputs}, optional_inputs=INFO)
+        card = Card(
+            outputs=frozenset({*ENERGY_AND_GRADIENTS, *outputs}), optional_inputs=frozenset(INFO)
+        )
     if cutoff is not None:
         if card.cutoff not in (None, cutoff):
             raise ValueError(
@@ -114,13 +152,13 @@ def _card(card, outputs, cutoff):
 
 @dataclass
 class _OfModel:
-    """A model of the contract from NumPy to NumPy."""
+    """Evaluates a model of the contract, from NumPy to NumPy."""
 
-    model: Callable
+    model: Model
     card: Card
     name: str
 
-    def __call__(self, arrays):
+    def __call__(self, arrays: Arrays) -> Arrays:
         self.card.check_elements(arrays["atomic_numbers"].tolist(), arrays["batch"], self.name)
         self.card.check_pbc(arrays["pbc"].tolist(), self.name)
         if self.card.neighbor_list == "given":
@@ -135,35 +173,30 @@ class _OfModel:
 
 @dataclass
 class _OfEnergy:
-    """A bound energy from NumPy to NumPy."""
+    """Evaluates a bound energy, from NumPy to NumPy."""
 
     energy: Potential
     card: Card
     name: str
 
-    def __call__(self, arrays):
+    def __call__(self, arrays: Arrays) -> Arrays:
         changing = {
             name: x for name, x in arrays.items() if name in INFO and name not in self.energy.fixed
         }
         self._check(arrays["atomic_numbers"], arrays["pbc"][0])
         if self.card.neighbor_list == "given" and "edge_index" not in self.energy.fixed:
             changing |= _edges(arrays, self.card.cutoff)
-        cell = arrays["cell"][0] if arrays["pbc"].any() else None
         with _beneath():
-            changing = {name: _array(name, x) for name, x in changing.items()}
-            out = _outputs(
-                self.energy,
-                _array("pos", arrays["pos"]),
-                None if cell is None else _array("cell", cell),
-                changing,
-            )
+            given = {name: _array(name, x) for name, x in changing.items()}
+            pos = _array("pos", arrays["pos"])
+            cell = _array("cell", arrays["cell"][0]) if arrays["pbc"].any() else None
+            out = _outputs(self.energy, pos, cell, given)
             return {name: np.asarray(x) for name, x in out.items()}
 
-    def _check(self, numbers, pbc):
-        bound, do = (
-            np.asarray(self.energy.fixed["atomic_numbers"]),
-            "bind another energy, or pass its model, which takes any atoms",
-        )
+    def _check(self, numbers: np.ndarray, pbc: np.ndarray) -> None:
+        """ValueError for atoms or boundaries other than those the energy is bound to."""
+        bound = np.asarray(self.energy.fixed["atomic_numbers"])
+        do = "bind another energy, or pass its model, which takes any atoms"
         if not np.array_equal(bound, numbers):
             raise ValueError(
                 message(
@@ -172,11 +205,12 @@ class _OfEnergy:
                     do,
                 )
             )
-        periodic = pbc.any() if self.energy.pbc is None else np.asarray(self.energy.pbc)
+        if self.energy.pbc is None:
+            periodic, expected = pbc.any(), "all or none"
+        else:
+            periodic = np.asarray(self.energy.pbc)
+            expected = np.broadcast_to(periodic, 3).tolist()
         if (pbc != periodic).any():
-            expected = (
-                "all or none" if self.energy.pbc is None else np.broadcast_to(periodic, 3).tolist()
-            )
             raise ValueError(
                 message(f"pbc {expected}, as the energy is bound", str(pbc.tolist()), do)
             )
@@ -187,26 +221,35 @@ def _outputs(energy, pos, cell, changing):
     return energy.outputs(pos, cell, **changing)
 
 
-def _array(name, x):
-    """Integers as int32, whether x64 is on or off; a float that JAX would narrow is an error."""
+def _x64() -> bool:
+    """Whether JAX keeps 64-bit dtypes."""
+    return jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _array(name: str, x: np.ndarray) -> jax.Array:
+    """x in JAX. Integers become int32 with or without x64; a float that JAX would narrow is an
+    error."""
     return array(name, x.astype("int32") if x.dtype.kind == "i" else x)
 
 
-def _beneath():
-    """Beneath a callback of another program, JAX runs on a client of its own."""
+def _beneath() -> contextlib.AbstractContextManager:
+    """A context for JAX calls that may run inside a callback of another program.
+
+    There JAX must use a client of its own (see jax_side.calls.nesting)."""
     return jax.default_device(cpu_device(here.depth)) if here.depth else contextlib.nullcontext()
 
 
-def _edges(arrays, cutoff) -> dict:
-    """The edges of the contract by ASE's neighbour list, with unused slots up to the next rung of a
-    ladder."""
+def _edges(arrays: Arrays, cutoff: float | None) -> Arrays:
+    """The edges of the contract by ASE's neighbour list. The number of slots is rounded up to a
+    power of GROWTH."""
     from ase.neighborlist import primitive_neighbor_list
 
     pos, cell = arrays["pos"].astype("float64"), arrays["cell"][0].astype("float64")
     i, j, offsets = primitive_neighbor_list(
         "ijS", arrays["pbc"][0], cell, pos, cutoff, self_interaction=False
     )
-    free = math.ceil(GROWTH ** math.ceil(math.log(max(len(i), 1), GROWTH))) - len(i)
+    rung = math.ceil(math.log(max(len(i), 1), GROWTH))
+    free = math.ceil(GROWTH**rung) - len(i)
     index = np.pad(np.stack([i, j]), ((0, 0), (0, free)), constant_values=len(pos))
     return {
         "edge_index": index.astype("int32"),
@@ -214,29 +257,32 @@ def _edges(arrays, cutoff) -> dict:
     }
 
 
-def model(calculator, *, outputs=()):
-    """Any ASE calculator as a JAX model of the potential contract: classical, ab initio, or the own
-    calculator of a network.
+def model(calculator: Any, *, outputs: Sequence[str] = ()) -> Calculated:
+    """Returns any ASE calculator as a JAX model of the potential contract.
 
-    The model takes the dict of the contract (pos (N,3), atomic_numbers (N,), cell (B,3,3) by rows,
-    pbc (B,3), batch (N,); charge and spin go to atoms.info; atoms of number 0 are padding) and
-    gives, in eV and Angstrom, as far as the calculator implements them,
+    `calculator` is an ase.calculators.calculator.BaseCalculator: classical, ab initio, or the
+    calculator that comes with a network. The model takes the dict of the contract: pos (N,3),
+    atomic_numbers (N,), cell (B,3,3) by rows, pbc (B,3), batch (N,). charge and spin are put into
+    atoms.info, and atoms of number 0 are padding. It returns, in eV and Angstrom, as far as the
+    calculator implements them,
 
         energy (B,), position_gradients g = -forces (N,3), cell_gradients G = h^-T (V stress - R^T
         g) (B,3,3)
 
-    and those named in `outputs`: node_energies, charges, magmoms, dipole.
-    jax_side.potentials.potential.potential(model(c), atomic_numbers=...) is the differentiable
-    energy: its gradients are the calculator's. Each system is one calculation, on the host
-    (jax.pure_callback), also under jit; none if the atoms are those of the last one. vmap runs one
-    after another. One calculator is never run by two threads at once. A system without periodic
-    axes has G = 0; a periodic one with a singular cell has no stress, and its G is NaN. Models of
-    the same calculator are equal, for jit's caches.
+    and those named in `outputs`: node_energies, charges, magmoms, dipole. For a differentiable
+    energy use jax_side.potentials.potential.potential(model(c), atomic_numbers=...), whose
+    gradients are the calculator's.
 
-    Raises: TypeError for what is no ASE calculator; ValueError for outputs that it does not
+    Each system is one calculation, on the host (jax.pure_callback), also under jit. No calculation
+    is run if the atoms are those of the last one. vmap runs one calculation after another, and two
+    threads never run the same calculator at once. A system without periodic axes has G = 0. A
+    periodic system with a singular cell has no stress, and its G is NaN. Models of the same
+    calculator are equal, for jit's caches.
+
+    Raises: TypeError if it is not an ASE calculator; ValueError for outputs that it does not
     implement; NotImplementedError for a derivative of its outputs (the energy of `potential` has
-    first derivatives); ImportError without ase. What the calculator raises arrives in the error of
-    JAX, and as it is `with bridge.raising():`.
+    first derivatives); ImportError without ase. An exception of the calculator is quoted in JAX's
+    own error, and is raised unchanged `with bridge.raising():`.
 
     >>> from ase.calculators.lj import LennardJones
     >>> from jax_side.potentials.potential import potential
@@ -258,21 +304,19 @@ def model(calculator, *, outputs=()):
         raise TypeError(
             message("an ASE calculator", got, "pass an object of one of ase.calculators")
         )
-    has = {"energy"}.union(
-        *(
-            needed
-            for name, needed in PROPERTIES.items()
-            if name in calculator.implemented_properties
-        )
-    )
-    if "forces" not in calculator.implemented_properties:
+    implemented = calculator.implemented_properties
+    has = {"energy"}
+    for name, needed in PROPERTIES.items():
+        if name in implemented:
+            has.update(needed)
+    if "forces" not in implemented:
         has -= set(GRADIENTS.values())
-    card = Card(outputs=has, optional_inputs=INFO, derivative_order=1)
+    card = Card(outputs=frozenset(has), optional_inputs=frozenset(INFO), derivative_order=1)
     return Calculated(calculator, card.asking(*outputs), Atoms)
 
 
-def _of_ase():
-    """The two classes of ase that a calculator is made of; ase is imported here."""
+def _of_ase() -> tuple[type, type]:
+    """The two classes of ase that a calculator is made of. ase is imported here."""
     from ase.calculators.calculator import Calculator, PropertyNotImplementedError
 
     return Calculator, PropertyNotImplementedError

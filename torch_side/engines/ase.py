@@ -1,10 +1,15 @@
-"""ASE (Hjorth Larsen et al., J. Phys.: Condens. Matter 29, 273002 (2017)): a calculator over a
-torch potential."""
+"""ASE: a torch potential as an ASE calculator.
+
+ASE is described in Hjorth Larsen et al., J. Phys.: Condens. Matter 29, 273002 (2017).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
 from bridge.atoms import BY_ATOMS, calculators
@@ -13,37 +18,48 @@ from bridge.errors import message
 from torch_side.potentials.model import Model
 
 
-def calculator(model, *, outputs=None, dtype=None):
-    """A torch potential as an ASE calculator: `atoms.calc = calculator(model)`, for optimisers,
-    dynamics, phonons, databases.
+def calculator(
+    model: Model,
+    *,
+    outputs: Sequence[str] | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> Any:
+    """Returns a torch potential as an ASE calculator: `atoms.calc = calculator(model)`.
 
-    `model` is a torch_side.potentials.model.Model: one of torch_side/models, a sum of them, a
-    user's own by torch_side.potentials.model.Wrapped, or a JAX potential by bridge.torch_potential.
-    It gives, in eV, Angstrom and ASE's signs, as float64,
+    The calculator serves ASE's optimisers, dynamics, phonons and databases. `model` is a
+    torch_side.potentials.model.Model: one of torch_side/models, a sum of them, a user's own by
+    torch_side.potentials.model.Wrapped, or a JAX potential by bridge.torch_potential. One call of
+    the model, without an autograd graph, gives the following results as float64, in eV, Angstrom
+    and ASE's signs, as far as the model's card has them:
 
         energy, free_energy (the same), forces (N,3) = -g, stress (6,) = W / V in Voigt order xx,
         yy, zz, yz, xz, xy, tension positive, energies (N,), charges (N,), magmoms (N,), dipole (3,)
-        as far as the model's card has them
 
-    from one call of the model, without a graph; the results are kept until the atoms change, as ASE
-    does it. `outputs` names the further outputs that are wanted, by their names in the contract;
-    None means those of the second line ("node_energies", "charges", "magmoms", "dipole") that are
-    on the card. What ASE has no name for is in `results` (and implemented_properties) by the
-    contract's, with its units and signs: energy_std (a float), position_gradients_std (N,3),
-    member_energies (M,), member_position_gradients (M,N,3), hessian (N,3,N,3), embeddings (N,F).
-    Files and databases leave these out, and SinglePointCalculator takes none of them.
+    As always in ASE, results are kept until the atoms change.
 
-    Positions and cells are cast to the dtype of the card, for a model without one to that of its
-    parameters, else float64; `dtype` (torch.float32, "float32") says another. Where the card
-    requires or uses charge and spin, they are atoms.info["charge"] and atoms.info["spin"], and a
-    change of these is seen; else atoms.info is not looked at: what other codes and files have left
-    there is no error. Initial charges and magnetic moments are not looked at. The calculator's
-    name, in databases, is that of the model's class.
+    Further outputs. `outputs` names those that are wanted beside energy, forces and stress, by
+    their names in the contract. None means "node_energies", "charges", "magmoms" and "dipole", as
+    far as they are on the card. Outputs for which ASE has no name are in `results` (and in
+    implemented_properties) under the contract's name, with its units and signs: energy_std (a
+    float), position_gradients_std (N,3), member_energies (M,), member_position_gradients (M,N,3),
+    hessian (N,3,N,3), embeddings (N,F). Files and databases leave these out, and
+    SinglePointCalculator takes none of them.
 
-    Raises: TypeError for what is no Model; ValueError for outputs that the card does not have;
-    ImportError without ase. When used: ValueError as torch_side.potentials.graph.evaluate and where
-    atoms.info lacks a required charge; ASE's PropertyNotImplementedError for what the model does
-    not have, and for the stress of a system without a periodic axis or with a singular cell.
+    Dtype. Positions and cells are cast to the dtype of the card. Without one they get the dtype of
+    the model's parameters, and float64 if it has none. `dtype` (torch.float32, "float32") overrides
+    this.
+
+    Charge and spin. Where the card requires or uses them, they are read from atoms.info["charge"]
+    and atoms.info["spin"], and a change of either triggers a new evaluation. Otherwise atoms.info
+    is ignored, since other codes and files leave their own entries there. Initial charges and
+    initial magnetic moments are always ignored. In databases the calculator has the name of the
+    model's class.
+
+    Raises: TypeError if `model` is not a Model; ValueError for outputs that the card does not have;
+    ImportError without ase. An evaluation raises ValueError as torch_side.potentials.graph.evaluate
+    does, and where atoms.info lacks a required charge or spin. It raises ASE's
+    PropertyNotImplementedError for properties that the model does not have, and for the stress of a
+    system without a periodic axis or with a singular cell.
 
     >>> import ase.build                                                                     # doctest: +SKIP
     >>> atoms = ase.build.bulk("Si")                                                         # doctest: +SKIP
@@ -58,9 +74,11 @@ def calculator(model, *, outputs=None, dtype=None):
                 "wrap it: torch_side.potentials.model.Wrapped(model, card, gradients)",
             )
         )
-    kind, has = _kind(), model.card.outputs
-    wanted = [name for name in BY_ATOMS if name in has] if outputs is None else outputs
-    model = model.asking(*wanted) if set(wanted) - model.card.active_outputs else model
+    kind = _kind()
+    if outputs is None:
+        outputs = [name for name in BY_ATOMS if name in model.card.outputs]
+    if not set(outputs) <= set(model.card.active):
+        model = model.asking(*outputs)
     return kind(
         _Evaluate(model),
         model.card,
@@ -71,29 +89,28 @@ def calculator(model, *, outputs=None, dtype=None):
 
 @dataclass
 class _Evaluate:
-    """The model from NumPy to NumPy."""
+    """Evaluates the model, from NumPy to NumPy."""
 
     model: Model
 
-    def __call__(self, arrays):
-        tensors = {
-            name: torch.from_numpy(x).to(self.model.card.device or "cpu")
-            for name, x in arrays.items()
-        }
+    def __call__(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        device = self.model.card.device or "cpu"
+        tensors = {name: torch.from_numpy(x).to(device) for name, x in arrays.items()}
         with torch.no_grad():
             return {name: x.cpu().numpy() for name, x in self.model(tensors).items()}
 
 
-def _dtype(model, dtype) -> str:
-    """Said, or the card's, or that of the parameters, or float64."""
+def _dtype(model: Model, dtype: torch.dtype | str | None) -> str:
+    """The name of the dtype: what is asked for, else the card's, else that of the parameters, else
+    float64."""
     if dtype is not None:
         return str(dtype).removeprefix("torch.")
     weights = (p for p in model.parameters() if p.is_floating_point())
     return model.card.dtype or next(map(dtype_name, weights), "float64")
 
 
-def _of_ase():
-    """The two classes of ase that a calculator is made of; ase is imported here."""
+def _of_ase() -> tuple[type, type]:
+    """The two classes of ase that a calculator is made of. ase is imported here."""
     from ase.calculators.calculator import Calculator, PropertyNotImplementedError
 
     return Calculator, PropertyNotImplementedError
