@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 
+Finding = tuple[str, bool, str]  # what, whether all is well, what was found or what to do
 
-def facts() -> list[tuple[str, bool, str]]:
-    """(what, whether all is well, what was found or what to do)."""
-    cores, threads = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        torch.get_num_threads(),
-    )
+
+def facts() -> list[Finding]:
+    """Returns a finding for the version of torch, for CUDA and for torch's number of threads."""
+    cores = _cores()
+    threads = torch.get_num_threads()
+    fits = threads <= cores
     cuda = (
         torch.cuda.get_device_name()
         if torch.cuda.is_available()
         else "none; the GPU part of the bridge was never seen to run: make gpu-check"
     )
+    advice = "" if fits else ": they fight XLA's, call torch.set_num_threads"
     return [
         ("torch", True, torch.__version__),
         ("CUDA for torch", True, cuda),
-        (
-            "threads of torch",
-            threads <= cores,
-            f"{threads} on {cores} cores"
-            + ("" if threads <= cores else ": they fight XLA's, call torch.set_num_threads"),
-        ),
+        ("threads of torch", fits, f"{threads} on {cores} cores{advice}"),
     ]
 
 
-def checks(called) -> list[tuple[str, bool, str]]:
-    """`called` is x -> 2 x + x, made by the other bank, as a torch function."""
+def checks(called: Callable[[torch.Tensor], torch.Tensor]) -> list[Finding]:
+    """Calls `called`, differentiates it and batches it; returns a finding for each of the three.
+
+    `called` is x -> 2 x + x, made by the other bank, as a torch function. What it raises becomes the
+    text of a finding."""
     x = torch.arange(3.0)
     calls = {
         "a call": called,
@@ -41,7 +42,14 @@ def checks(called) -> list[tuple[str, bool, str]]:
     return [_check(f"JAX in torch, {name}", call, x) for name, call in calls.items()]
 
 
-def _check(what, call, x):
+def _cores() -> int:
+    """The number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _check(what: str, call: Callable, x: torch.Tensor) -> Finding:
     try:
         y = call(x)
     except Exception as e:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from bridge.call import parameter_names
@@ -10,36 +13,49 @@ from bridge.errors import message
 
 
 class Adapted:
-    """A callable around a model. `__self__` lets checks of the model see it."""
+    """A callable around a model, equal to another one of the same class around the same model.
 
-    def __init__(self, model):
+    It holds the model as `__self__`, as a bound method does, so that checks of a callable see it."""
+
+    __self__: Any  # the model
+
+    def __init__(self, model: Any) -> None:
         self.__self__ = model
         self.__name__ = self.__qualname__ = getattr(model, "__qualname__", type(model).__name__)
 
-    def __eq__(self, other):
-        return type(self) is type(other) and self.__self__ == other.__self__
+    def __eq__(self, other: object) -> bool:
+        alike = isinstance(other, Adapted) and type(self) is type(other)
+        return alike and self.__self__ == other.__self__
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash(self.__self__)
 
 
 class Applied(Adapted):
-    """torch.func.functional_call of one module."""
+    """torch.func.functional_call of one module: its parameters become the first argument."""
 
-    def __call__(self, params, *args, **kwargs):
+    __self__: torch.nn.Module
+
+    def __call__(self, params: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Returns what the module gives for `args` and `kwargs` with `params` as its parameters."""
         return torch.func.functional_call(self.__self__, params, args, kwargs)
 
     @property
-    def parameters(self):
+    def parameters(self) -> list[str]:
+        """The names of the parameters of a call: "params", then those of the module's forward."""
         return ["params", *parameter_names(self.__self__.forward)]
 
 
 class Contracted(Adapted):
-    """A torch_side.potentials.model.Model, its outputs reduced to those that its card has active;
-    its parameters are constants."""
+    """A torch_side.potentials.model.Model that gives only the outputs that its card has active.
 
-    def __call__(self, inputs):
-        found, active = self.__self__(inputs, trained=False), self.__self__.card.active
+    The model's parameters are constants: nobody differentiates in them."""
+
+    def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns the active outputs. Raises ValueError where the model does not give one of
+        them."""
+        found = self.__self__(inputs, trained=False)
+        active = self.__self__.card.active
         if absent := [k for k in active if k not in found]:
             expected = f"{', '.join(active)} from {self.__qualname__}"
             raise ValueError(message(expected, f"no {', '.join(absent)}", missing(absent, found)))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -13,48 +14,50 @@ from bridge.errors import message, spec
 
 _NAMES = """bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 bfloat16 float32 float64 complex64 complex128
 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu"""
-DTYPES = {name: getattr(torch, name) for name in _NAMES.split() if hasattr(torch, name)}
+DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, name) for name in _NAMES.split() if hasattr(torch, name)
+}
 _KNOWN = {dtype: name for name, dtype in DTYPES.items()}
-# bytes, of the pickiest consumer we know: 64 as measured, 16 as its source has it
-_CPU_ALIGN, _GPU_ALIGN = (
-    64,
-    16,
-)
+# The boundaries, in bytes, of the pickiest consumer that we know.
+_CPU_ALIGN = 64  # as measured
+_GPU_ALIGN = 16  # as its source has it
 _OR_COPY = ", or copy=None to let it be copied"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The neutral name, the same in torch, NumPy and ml_dtypes: "float32", "bfloat16",
-    "float8_e4m3fn"."""
+    """Returns the neutral name, such as "float32", "bfloat16" or "float8_e4m3fn".
+
+    It is the same in torch, NumPy and ml_dtypes."""
     return _KNOWN.get(dtype) or str(dtype).removeprefix("torch.")
 
 
 def export(
     tensor: torch.Tensor, copy: bool | None = None, dst: str = "the consumer"
 ) -> torch.Tensor:
-    """A tensor whose `__dlpack__` can be consumed without a copy; `tensor` itself wherever that is
-    possible.
+    """Returns a tensor whose `__dlpack__` can be consumed without a copy.
 
-    Shape, dtype, device and values are kept; conj and neg bits are resolved; the result never
-    requires grad. `dst` names the consumer in error texts. Memory can be lent if it is dense
-    (row-major, or a permutation of it: transposed, channels_last), starts on a 64-byte boundary (16
-    on a GPU), and if the tensor has neither requires_grad (an optimizer would change it under the
-    consumer) nor the conj or neg bit. Empty tensors can always be lent.
+    That is `tensor` itself wherever possible. Shape, dtype, device and values are kept, and conj and
+    neg bits are resolved. The result never requires grad. `dst` names the consumer in error texts.
+
+    Memory can be lent if it is dense and starts on a 64-byte boundary (16 on a GPU). Dense means
+    row-major, or a permutation of it: transposed, channels_last. The tensor must have neither
+    requires_grad, since an optimizer would change it under the consumer, nor the conj or neg bit.
+    Empty tensors can always be lent.
 
     copy=None   copies only what can't be lent
-    copy=True   always fresh, row-major memory
-    copy=False  never copies: ValueError instead
+    copy=True   always gives fresh, row-major memory
+    copy=False  never copies; it raises ValueError instead
 
-    Who owns the memory: a lent tensor and the consumer's array share it, either keeps it alive, and
+    Who owns the memory: a lent tensor and the consumer's array share it, and either keeps it alive.
     WRITING TO THE TENSOR IN PLACE CHANGES THE ARRAY, which its framework believes constant. A copy
-    belongs to the consumer alone and is complete when this returns (on a GPU: in the order of the
-    current stream). The whole of `copy` is done here: where the consumer has a copy argument too,
-    its copy=False is then a check that costs nothing, and its True a second copy.
+    belongs to the consumer alone. It is complete when this returns; on a GPU it is made in the order
+    of the current stream. The whole of `copy` is done here. Where the consumer has a copy argument
+    too, its copy=False is then a check that costs nothing, and its copy=True makes a second copy.
 
-    Raises: ValueError if copy=False and a copy is needed, naming the reason ("requires_grad",
+    Raises: ValueError if copy=False and a copy is needed; it names the reason ("requires_grad",
     "stride 0", "unaligned offset of 4 bytes") and the cure. TypeError for what has no dense memory
-    (sparse, nested, quantized, meta, fake, tensors inside torch.func transforms), for a dtype that
-    only torch knows, and for what is no tensor.
+    (sparse, nested, quantized, meta and fake tensors, and those inside torch.func transforms), for a
+    dtype that only torch knows, and for what is no tensor.
 
     >>> x = torch.arange(6.0).reshape(2, 3)
     >>> export(x.T).data_ptr() == x.data_ptr(), export(x[:, :2]).data_ptr() == x.data_ptr()
@@ -73,26 +76,26 @@ def export(
     raise ValueError(message(f"a tensor whose memory {dst} can share", got, do + _OR_COPY))
 
 
-def import_(obj, copy: bool | None = None) -> torch.Tensor:
-    """A tensor over the memory of any object that has `__dlpack__`: an array of NumPy, CuPy or the
-    other bank.
+def import_(obj: Any, copy: bool | None = None) -> torch.Tensor:
+    """Returns a tensor over the memory of any object that has `__dlpack__`.
 
-    Shape, dtype, device and layout are the producer's, so a transposed layout arrives as strides.
-    The result doesn't require grad. Any dtype that DLPack carries and torch knows, any shape, empty
-    and 0-d included.
+    Such an object is an array of NumPy, of CuPy or of the other bank. Shape, dtype, device and layout
+    are the producer's, so that a transposed layout arrives as strides. The result doesn't require
+    grad. Every dtype that DLPack carries and torch knows will do, and every shape, empty and 0-d
+    ones included.
 
     copy=None, copy=False  share the memory (False also forbids the producer to copy)
-    copy=True              always fresh memory
+    copy=True              always gives fresh memory
 
-    Who owns the memory: the producer's; the tensor keeps it alive, also after the producer's object
-    was deleted. WRITING TO THE TENSOR IN PLACE CHANGES THE PRODUCER'S ARRAY, which its framework
-    may believe constant: use copy=True for a tensor to be written to. On a GPU the two streams are
-    ordered by the protocol, without a host synchronisation; memory that the tensor gives up goes
-    back to the producer when the work is done that torch's current stream had then.
+    Who owns the memory: it is the producer's, and the tensor keeps it alive, also after the
+    producer's object was deleted. WRITING TO THE TENSOR IN PLACE CHANGES THE PRODUCER'S ARRAY, which
+    its framework may believe constant: use copy=True for a tensor to be written to. On a GPU the
+    protocol orders the two streams, without a host synchronisation. Memory that the tensor gives up
+    goes back to the producer once torch's current stream has done the work that it had then.
 
-    Raises: TypeError if `obj` has no `__dlpack__`; ValueError, with the producer's own text, if it
-    can't lend its memory or torch can't take it (a dtype that only the producer knows, copy=False
-    where it must copy).
+    Raises: TypeError if `obj` has no `__dlpack__`. ValueError, with the producer's own text, if the
+    producer can't lend its memory or torch can't take it: for a dtype that only the producer knows,
+    or for copy=False where it must copy.
 
     >>> import numpy
     >>> a = numpy.zeros(3)
@@ -117,30 +120,37 @@ def import_(obj, copy: bool | None = None) -> torch.Tensor:
     return tensor.clone() if copy else tensor
 
 
-_waiting: deque = deque()  # (event of torch's stream, who owns the memory that is read before it)
+# (an event of torch's stream, the owner of the memory that is read before that event)
+_waiting: deque[tuple[torch.cuda.Event, Any]] = deque()
 
 
-def _outlive(tensor: torch.Tensor, owner) -> None:
-    """Let `owner` live as long as the memory of `tensor`, and until the GPU has read that memory
+def _outlive(tensor: torch.Tensor, owner: Any) -> None:
+    """Lets `owner` live as long as the memory of `tensor`, and until the GPU has read that memory
     for the last time.
 
     A producer takes memory back in the order of its own stream. Kernels that torch has still to run
-    would read what the producer writes there next (seen on an H200: JAX's next arrays in the
-    results of torch)."""
+    would read what the producer writes there next. On an H200, JAX's next arrays were seen in the
+    results of torch."""
     while _waiting and _waiting[0][0].query():
         _waiting.popleft()
-    tensor.untyped_storage().owner = _Owner(owner, tensor.device)
+    _keep(tensor.untyped_storage(), _Owner(owner, tensor.device))
+
+
+def _keep(storage: Any, owner: _Owner) -> None:
+    """A storage of torch takes any attribute, though its type names none."""
+    storage.owner = owner
 
 
 class _Owner:
-    """What a storage holds: dies with it."""
+    """What a storage holds; it dies with the storage."""
 
     __slots__ = ("device", "owner")
 
-    def __init__(self, owner, device: torch.device):
-        self.owner, self.device = owner, device
+    def __init__(self, owner: Any, device: torch.device) -> None:
+        self.owner = owner
+        self.device = device
 
-    def __del__(self):
+    def __del__(self) -> None:
         if sys.is_finalizing():
             return
         done = _mark(self.device)
@@ -148,22 +158,23 @@ class _Owner:
             _waiting.append((done, self.owner))
 
 
-def _mark(device: torch.device):
-    """An event that comes when torch's current stream there has done what it has been given so
-    far."""
+def _mark(device: torch.device) -> torch.cuda.Event:
+    """An event that comes when torch's current stream on `device` has done all that it has been
+    given so far."""
     return torch.cuda.current_stream(device).record_event()
 
 
 def check_dense(t: torch.Tensor) -> None:
-    """TypeError, with the cure, for what has no shape and dtype as others have them: nested,
-    sparse, quantized."""
+    """Raises TypeError, with the cure, for a tensor without a shape and dtype as others have them.
+
+    Such tensors are nested, sparse or quantized."""
     if t.is_nested or t.layout is not torch.strided or t.is_quantized:
         raise _type_error(t)
 
 
 def _address(t: torch.Tensor) -> int:
-    """Where the elements lie; TypeError if there is no such place, or a dtype that no one else
-    knows."""
+    """The address of the elements. Raises TypeError if there is none, or if the dtype is one that
+    nobody else knows."""
     dense = (
         isinstance(t, torch.Tensor)
         and t.layout is torch.strided
@@ -181,8 +192,8 @@ def _address(t: torch.Tensor) -> int:
     return address
 
 
-def _type_error(t) -> TypeError:
-    """What keeps `t` from having memory to lend."""
+def _type_error(t: Any) -> TypeError:
+    """An error that says what keeps `t` from having memory to lend."""
     if not isinstance(t, torch.Tensor):
         return TypeError(
             message("a torch.Tensor", type(t).__name__, "make one with torch.as_tensor")
@@ -217,7 +228,7 @@ def _type_error(t) -> TypeError:
 
 
 def _obstacle(t: torch.Tensor, address: int) -> tuple[str, str] | None:
-    """(reason, cure) if the memory can't be lent as it is."""
+    """(reason, cure) if the memory can't be lent as it is, else None."""
     if t.requires_grad:
         return "requires_grad", "pass tensor.detach() to share its memory without the graph"
     if t.is_conj():
@@ -233,12 +244,14 @@ def _obstacle(t: torch.Tensor, address: int) -> tuple[str, str] | None:
             "pass tensor.contiguous()",
         )
     past = address % (_CPU_ALIGN if t.is_cpu else _GPU_ALIGN)
-    return (f"unaligned offset of {past} bytes", "pass tensor.clone()") if past else None
+    if past:
+        return f"unaligned offset of {past} bytes", "pass tensor.clone()"
+    return None
 
 
 def _permuted(t: torch.Tensor) -> bool:
-    """Whether the strides are those of a row-major array with its axes permuted: no gaps, no
-    overlap."""
+    """True where the strides are those of a row-major array with its axes permuted, so that there
+    are neither gaps nor overlap."""
     dense = 1
     for stride, size in sorted((s, n) for s, n in zip(t.stride(), t.shape) if n != 1):
         if stride != dense:
@@ -248,6 +261,7 @@ def _permuted(t: torch.Tensor) -> bool:
 
 
 def _fresh(t: torch.Tensor) -> torch.Tensor:
-    """A row-major copy of the values alone, bits resolved; torch starts every allocation on a
-    64-byte boundary."""
+    """A row-major copy of the values alone, with conj and neg bits resolved.
+
+    torch starts every allocation on a 64-byte boundary."""
     return t.detach().clone(memory_format=torch.contiguous_format)
