@@ -1,12 +1,15 @@
 """The card of a potential: what it computes and what it needs, so that what is not there is refused
 before anything runs.
 
-Standard library only. The vocabulary is nvalchemi's ModelConfig, with the names of the contract.
+Standard library only. The vocabulary is that of nvalchemi's ModelConfig, with the names of the
+contract.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from bridge.contract import (
     ADDITIVE,
@@ -15,6 +18,7 @@ from bridge.contract import (
     INPUTS,
     OUTPUTS,
     STRUCTURE,
+    Shaped,
     dtype_name,
     output_shapes,
 )
@@ -27,36 +31,39 @@ UNITS = ("eV", "Angstrom")
 class Card:
     """What a potential of the contract computes and needs. Immutable, hashable, equal by value.
 
-    outputs           names of bridge.contract.OUTPUTS that it can compute; energy is one of them
-    active_outputs    those that it is asked for in each call; None: energy and its gradients, as
-                      far as it has them
-    required_inputs   keys of the contract without which it can't be called (charge and spin are
-                      never guessed)
-    optional_inputs   keys that it uses where they are given. A charge or spin that is in neither,
-                      and not zero, is an error (MACE's total_spin is a multiplicity, so that its
-                      singlet, 1, is an error for models without spin)
-    supports_pbc, needs_pbc   whether axes may be periodic, whether some must be
-    cutoff            radius of its neighbour list in Angstrom, None without one
+    outputs           names of bridge.contract.OUTPUTS that it can compute. Energy is one of them
+    active_outputs    the outputs that it is asked for in each call. None stands for energy and its
+                      gradients, as far as it has them
+    required_inputs   keys of the contract without which it can't be called. Charge and spin are
+                      never guessed
+    optional_inputs   keys that it uses where they are given. A charge or spin that is in neither
+                      set, and not zero, is an error. (MACE's total_spin is a multiplicity, so its
+                      singlet, 1, is an error for models without spin.)
+    supports_pbc, needs_pbc   whether axes may be periodic, and whether some must be
+    cutoff            radius of its neighbour list in Angstrom, None if it has no list
     neighbor_list     "own": it finds its neighbours where no edges are given. "given": it can't do
-                      without edge_index and cell_offsets. None: it has no use for any
+                      without edge_index and cell_offsets. None: it uses no neighbours
     receptive_field   distance in Angstrom beyond which an atom is not felt (layers x cutoff), None
-                      if unknown or unlimited
+                      if that is unknown or unlimited
     elements          atomic numbers that it knows, None for all
     derivative_order  how often the energy can be differentiated: 0 not at all, 1 gradients only,
-                      None as often as one likes
+                      None without a limit
     dtype, device     what it takes and gives ("float32", "cpu"), None for any
-    units             of energy and length. The contract is in eV and Angstrom; another unit is
-                      refused in sums
+    units             units of energy and length. The contract is in eV and Angstrom, and sums of
+                      potentials refuse other units
     sizes             sizes of the other axes of its outputs: (("F", 128), ("M", 4))
-    empty_systems     True to be shown systems without atoms; else they are taken out before it is
-                      called
-    batches           True vouches that systems of one call don't see one another, and that each
-                      energy is that of its own system. Where nobody vouches, the first call with
-                      several systems also evaluates one of them alone, and an energy that differs
-                      is an error (inputs outside of the contract can't be shared out: with such
-                      there is no check)
+    empty_systems     True if it wants to see systems without atoms. They are taken out before other
+                      models are called
+    batches           True vouches that the systems of one call don't see one another, and that each
+                      energy is that of its own system. If nobody vouches, the first call with
+                      several systems evaluates one of them alone as well, and an energy that
+                      differs is an error. (Inputs outside of the contract can't be divided among
+                      systems, so a call with such inputs is not checked.)
 
-    Raises: ValueError for names outside of the contract and settings that contradict one another.
+    Sets of names and of elements may be any iterables; they are kept as frozensets.
+
+    Raises: ValueError for names outside of the contract and for settings that contradict one
+    another.
 
     >>> card = Card(outputs={"energy", "position_gradients"})
     >>> card.check_outputs(("hessian",), "LJ")  # doctest: +NORMALIZE_WHITESPACE
@@ -67,13 +74,13 @@ class Card:
     """
 
     outputs: frozenset[str] = frozenset(ENERGY_AND_GRADIENTS)
-    active_outputs: frozenset[str] | None = None
+    active_outputs: frozenset[str] = cast("frozenset[str]", None)  # a set from __post_init__ on
     required_inputs: frozenset[str] = frozenset(STRUCTURE)
     optional_inputs: frozenset[str] = frozenset()
     supports_pbc: bool = True
     needs_pbc: bool = False
     cutoff: float | None = None
-    neighbor_list: str | None = None
+    neighbor_list: Literal["own", "given"] | None = None
     receptive_field: float | None = None
     elements: frozenset[int] | None = None
     derivative_order: int | None = None
@@ -84,7 +91,31 @@ class Card:
     empty_systems: bool = False
     batches: bool = False
 
-    def __post_init__(self):
+    if TYPE_CHECKING:  # the fields again, as wide as __post_init__ takes them
+
+        def __init__(
+            self,
+            outputs: Iterable[str] = ...,
+            active_outputs: Iterable[str] | None = None,
+            required_inputs: Iterable[str] = ...,
+            optional_inputs: Iterable[str] = (),
+            supports_pbc: bool = True,
+            needs_pbc: bool = False,
+            cutoff: float | None = None,
+            neighbor_list: Literal["own", "given"] | None = None,
+            receptive_field: float | None = None,
+            elements: Iterable[int] | None = None,
+            derivative_order: int | None = None,
+            dtype: str | None = None,
+            device: str | None = None,
+            units: tuple[str, str] = UNITS,
+            sizes: tuple[tuple[str, int], ...] = (),
+            empty_systems: bool = False,
+            batches: bool = False,
+        ) -> None: ...
+
+    def __post_init__(self) -> None:
+        """Makes frozensets of the sets, and refuses what contradicts itself."""
         for name in ("outputs", "active_outputs", "required_inputs", "optional_inputs", "elements"):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else frozenset(value))
@@ -99,9 +130,8 @@ class Card:
                     "add it: a potential has an energy",
                 )
             )
-        if self.neighbor_list not in ("own", "given", None) or (self.neighbor_list is None) != (
-            self.cutoff is None
-        ):
+        both = (self.neighbor_list is None) == (self.cutoff is None)
+        if self.neighbor_list not in ("own", "given", None) or not both:
             got = f"neighbor_list={self.neighbor_list!r} and cutoff={self.cutoff!r}"
             raise ValueError(
                 message(
@@ -121,12 +151,15 @@ class Card:
         self.check_outputs(self.active_outputs, "this card")
 
     def asking(self, *names: str) -> Card:
-        """The same with these outputs active as well."""
+        """Returns the same card with the outputs `names` active as well.
+
+        Raises: ValueError for an output that the model does not have.
+        """
         self.check_outputs(names, "this model")
         return replace(self, active_outputs=self.active_outputs | set(names))
 
-    def check_outputs(self, names, who: str) -> None:
-        """ValueError where an output is asked for that the model does not have."""
+    def check_outputs(self, names: Iterable[str], who: str) -> None:
+        """Raises ValueError where an output is asked for that the model `who` does not have."""
         if absent := [n for n in names if n not in self.outputs]:
             have = ", ".join(sorted(self.outputs))
             raise ValueError(
@@ -137,8 +170,11 @@ class Card:
                 )
             )
 
-    def check_bound(self, given, who: str) -> None:
-        """ValueError where an input is missing; `given` are the names of what the caller passes."""
+    def check_bound(self, given: Iterable[str], who: str) -> None:
+        """Raises ValueError where an input that the model `who` needs is missing.
+
+        `given` are the names of the inputs that the caller passes.
+        """
         edges = {"edge_index", "cell_offsets"} if self.neighbor_list == "given" else set()
         if absent := sorted((self.required_inputs | edges) - set(given)):
             do = " and ".join(f"pass {name}=... ({INPUTS[name][2]})" for name in absent)
@@ -151,43 +187,46 @@ class Card:
                 )
             )
 
-    def unused(self, given) -> list[str]:
-        """Which of charge and spin are among the names `given`, though the model has no use for
-        them."""
-        return [
-            name
-            for name in INFO
-            if name in given and name not in self.required_inputs | self.optional_inputs
-        ]
+    def unused(self, given: Collection[str]) -> list[str]:
+        """Returns which of charge and spin are among the names `given`, though the model has no use
+        for them."""
+        used = self.required_inputs | self.optional_inputs
+        return [name for name in INFO if name in given and name not in used]
 
-    def check_unused(self, name: str, values, who: str) -> None:
-        """ValueError naming the first system whose charge or spin is not zero, where the model
-        would pass over it."""
+    def check_unused(self, name: str, values: Iterable[float], who: str) -> None:
+        """Raises ValueError where the model `who` would pass over a charge or spin that is not zero.
+
+        `name` is the input, and `values` has one number for each system. The error names the first
+        system that is not zero.
+        """
         for system, value in enumerate(values):
             if value:
                 expected = f"no {name}, or zero, since {who} has no use for one"
                 do = f"leave it out, take another model, or say that it is used: card=bridge.Card(optional_inputs={{{name!r}}})"
                 raise ValueError(message(expected, f"{name} {value:g} in system {system}", do))
 
-    def check_home(self, pos, device=None) -> None:
-        """ValueError where positions are not in the model's dtype or on its device (a name, None if
-        it is not known)."""
+    def check_home(self, pos: Shaped, device: str | None = None) -> None:
+        """Raises ValueError where positions are not in the model's dtype or not on its device.
+
+        `device` is the name of theirs, None if it is not known.
+        """
         if self.dtype not in (None, dtype_name(pos)):
             do = f"cast pos and cell, or load the model with dtype={dtype_name(pos)}"
             raise ValueError(
                 message(f"pos as {self.dtype}, the model's dtype", dtype_name(pos), do)
             )
-        if device is not None and self.device not in (
-            None,
-            device,
-            device.partition(":")[0],
-        ):  # cuda is any of cuda:0, cuda:1
+        if device is None:
+            return
+        kind = device.partition(":")[0]  # "cuda" on a card is any of cuda:0, cuda:1
+        if self.device not in (None, device, kind):
             do = f"move the inputs, or load the model with device={device!r}"
             raise ValueError(message(f"pos on {self.device}, the model's device", device, do))
 
-    def check_pbc(self, periodic, who: str) -> None:
-        """ValueError where an axis of a system (rows of three booleans) must or must not be
-        periodic."""
+    def check_pbc(self, periodic: Iterable[Sequence[bool]], who: str) -> None:
+        """Raises ValueError where axes of a system are periodic and must not be, or the reverse.
+
+        `periodic` has three booleans for each system.
+        """
         for s, axes in enumerate(periodic):
             if any(axes) and not self.supports_pbc:
                 raise ValueError(
@@ -206,9 +245,12 @@ class Card:
                     )
                 )
 
-    def check_elements(self, numbers, batch, who: str) -> None:
-        """ValueError naming the first atom whose element the model does not know; 0 is a padding
-        atom."""
+    def check_elements(self, numbers: Iterable[int], batch: Sequence[int], who: str) -> None:
+        """Raises ValueError that names the first atom whose element the model does not know.
+
+        `numbers` are the atomic numbers, where 0 marks a padding atom, and `batch` is the system of
+        each atom.
+        """
         if self.elements is None:
             return
         for atom, number in enumerate(numbers):
@@ -225,17 +267,21 @@ class Card:
         return tuple(name for name in OUTPUTS if name in self.active_outputs)
 
     def shapes(self, n_atoms: int, n_systems: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the active outputs."""
+        """Returns the shapes of the active outputs, for N atoms in B systems."""
         return output_shapes(n_atoms, n_systems, self.active, **dict(self.sizes))
 
     def __add__(self, other: Card) -> Card:
-        """The card of a sum: what both have and what adds, the needs of both, the longer cutoff.
+        """Returns the card of a sum of two potentials.
 
-        What only one of them has is kept if it does not add (charges, embeddings). What is active
-        in both and does not add is an error, for the sum of it means nothing; so is an active
-        output that adds and that one of them does not have (but for gradients: these the sum has if
-        both do). Raises ValueError for unlike units, dtypes or devices, and where one needs what
-        the other can't have."""
+        The sum has the outputs that add and that both have, the needs of both, and the longer
+        cutoff. An output that does not add (charges, embeddings) is kept if only one of the two has
+        it.
+
+        Raises: ValueError for unlike units, dtypes or devices; where one needs what the other can't
+        have; for an output that is active in both and does not add, since its sum has no meaning;
+        and for an active output that adds and that one of them lacks. Gradients are excepted from
+        the last rule: the sum has them if both potentials do.
+        """
         for name in ("units", "dtype", "device"):
             mine, yours = getattr(self, name), getattr(other, name)
             if mine != yours and None not in (mine, yours):
@@ -277,11 +323,9 @@ class Card:
                     "take another model",
                 )
             )
-        lists = {self.neighbor_list, other.neighbor_list} - {None}
-        longest = lambda name: max(
-            (x for c in (self, other) if (x := getattr(c, name)) is not None), default=None
-        )
-        both_fields = None not in (self.receptive_field, other.receptive_field)
+        lists = (self.neighbor_list, other.neighbor_list)
+        cutoffs = [c.cutoff for c in (self, other) if c.cutoff is not None]
+        fields = [c.receptive_field for c in (self, other) if c.receptive_field is not None]
         elements = [c.elements for c in (self, other) if c.elements is not None]
         orders = [c.derivative_order for c in (self, other) if c.derivative_order is not None]
         return Card(
@@ -291,9 +335,9 @@ class Card:
             optional_inputs=self.optional_inputs | other.optional_inputs,
             supports_pbc=self.supports_pbc and other.supports_pbc,
             needs_pbc=self.needs_pbc or other.needs_pbc,
-            cutoff=longest("cutoff"),
-            neighbor_list="given" if "given" in lists else "own" if lists else None,
-            receptive_field=longest("receptive_field") if both_fields else None,
+            cutoff=max(cutoffs, default=None),
+            neighbor_list="given" if "given" in lists else "own" if "own" in lists else None,
+            receptive_field=max(fields) if len(fields) == 2 else None,
             elements=frozenset.intersection(*elements) if elements else None,
             derivative_order=min(orders, default=None),
             dtype=self.dtype or other.dtype,
@@ -305,9 +349,11 @@ class Card:
         )
 
 
-def shared_out(inputs: dict, cards) -> list[dict]:
-    """The inputs of each term of a sum: charge and spin are left out for those that have no use for
-    them, where another has."""
+def shared_out(inputs: Mapping[str, Any], cards: Iterable[Card]) -> list[dict[str, Any]]:
+    """Returns the inputs of each term of a sum, given those of the sum.
+
+    Charge and spin are left out for the terms that have no use for them, if another term has one.
+    """
     kept = [set(card.unused(inputs)) for card in cards]
     nobody = set.intersection(*kept) if kept else set()
     return [
@@ -316,11 +362,13 @@ def shared_out(inputs: dict, cards) -> list[dict]:
 
 
 def symbol(number: int) -> str:
-    """Pu (Z = 94)."""
-    return f"{_SYMBOLS[number - 1] if 0 < number <= len(_SYMBOLS) else 'no element'} (Z = {number})"
+    """Returns an element as error texts name it: Pu (Z = 94)."""
+    name = _SYMBOLS[number - 1] if 0 < number <= len(_SYMBOLS) else "no element"
+    return f"{name} (Z = {number})"
 
 
-def _known(what, names, table):
+def _known(what: str, names: Iterable[str], table: Iterable[str]) -> None:
+    """Raises ValueError for names that the contract does not have."""
     if strange := sorted(set(names) - set(table)):
         raise ValueError(
             message(
@@ -331,12 +379,11 @@ def _known(what, names, table):
         )
 
 
-def _plain(value) -> str:
-    return (
-        "(" + ", ".join(map(str, value)) + ")"
-        if hasattr(value, "__iter__") and not isinstance(value, str)
-        else str(value)
-    )
+def _plain(value: Any) -> str:
+    """Several values in brackets, one as it is."""
+    if isinstance(value, str) or not hasattr(value, "__iter__"):
+        return str(value)
+    return "(" + ", ".join(map(str, value)) + ")"
 
 
 _SYMBOLS = (

@@ -1,19 +1,37 @@
 """The potential contract: keys, shapes, units, signs (DESIGN section 5). Standard library only.
 
-Row convention: lattice vectors are the rows of the cell h; r = s h. Units eV and Angstrom. N atoms,
-B systems, E edges. Nothing here imports a framework: an array is anything with `.shape` and
-`.dtype`.
+Lattice vectors are the rows of the cell h, so that a position is r = s h for fractional coordinates
+s. Units are eV and Angstrom. There are N atoms, B systems and E edges. Nothing here imports a
+framework: an array is anything with `.shape` and `.dtype`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from bridge.errors import message, spec
 
-# name: (shape, kind of dtype, meaning)
-INPUTS = {
+# The shape, each size an int or the letter that stands for it; the kind of dtype; the meaning.
+Row = tuple[tuple[Any, ...], str, str]
+
+
+class Shaped(Protocol):
+    """An array of any framework, as far as the contract looks at it."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Sizes of its axes."""
+        ...
+
+    @property
+    def dtype(self) -> Any:
+        """A dtype whose text is its name, with or without the framework in front."""
+        ...
+
+
+INPUTS: dict[str, Row] = {
     "pos": (("N", 3), "float", "Cartesian positions in Angstrom, any periodic image"),
     "atomic_numbers": (("N",), "int", "0 marks a padding atom"),
     "cell": (
@@ -32,7 +50,7 @@ INPUTS = {
     "charge": (("B",), "float", "total charge in e, passed on as given"),
     "spin": (("B",), "float", "passed on as given"),
 }
-OUTPUTS = {
+OUTPUTS: dict[str, Row] = {
     "energy": (("B",), "float", "eV, extensive"),
     "position_gradients": (
         ("N", 3),
@@ -56,7 +74,7 @@ OUTPUTS = {
     "member_position_gradients": (("M", "N", 3), "float", "eV/Angstrom, each of a committee"),
 }
 INFO = ("charge", "spin")  # inputs of a system that a potential may have no use for
-# outputs that add where potentials do
+# Outputs of a sum of potentials that are the sums of their outputs.
 ADDITIVE = (
     "energy",
     "position_gradients",
@@ -67,16 +85,8 @@ ADDITIVE = (
 )
 STRUCTURE = ("pos", "atomic_numbers", "cell", "pbc", "batch")  # what a structure model takes
 GRAPH = (*STRUCTURE, "edge_index", "cell_offsets")  # what a graph model takes
-# input -> the output that is its gradient
-GRADIENTS = {
-    "pos": "position_gradients",
-    "cell": "cell_gradients",
-}
-# what a model that gives its own gradients returns at least
-ENERGY_AND_GRADIENTS = (
-    "energy",
-    *GRADIENTS.values(),
-)
+GRADIENTS = {"pos": "position_gradients", "cell": "cell_gradients"}  # input: its gradient
+ENERGY_AND_GRADIENTS = ("energy", *GRADIENTS.values())  # of a model that gives its own gradients
 DTYPES = {
     "float": ("float16", "bfloat16", "float32", "float64"),
     "int": ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
@@ -85,46 +95,52 @@ DTYPES = {
 
 
 def output_shapes(
-    n_atoms: int, n_systems: int, names=(*ENERGY_AND_GRADIENTS, "node_energies"), **sizes
+    n_atoms: int,
+    n_systems: int,
+    names: Iterable[str] = (*ENERGY_AND_GRADIENTS, "node_energies"),
+    **sizes: int,
 ) -> dict[str, tuple[int, ...]]:
-    """Shape of the outputs named, for N atoms in B systems; `sizes` are those of other symbols (F
-    features, M models).
+    """Returns the shapes of the outputs `names`, for N atoms in B systems.
+
+    `sizes` are the sizes of other axes: F features, M models of a committee.
 
     >>> output_shapes(5, 2)["cell_gradients"], output_shapes(5, 2, ["embeddings"], F=64)["embeddings"]
     ((2, 3, 3), (5, 64))
     """
-    sizes |= {"N": n_atoms, "B": n_systems}
-    return {name: tuple(sizes.get(d, d) for d in OUTPUTS[name][0]) for name in names}
+    known: dict[Any, Any] = {**sizes, "N": n_atoms, "B": n_systems}
+    return {name: tuple(known.get(d, d) for d in OUTPUTS[name][0]) for name in names}
 
 
-def check_inputs(inputs: dict, required=STRUCTURE) -> tuple[int, int]:
-    """Check the dict that a model is called with, by shapes and dtype names alone, and return (N,
-    B).
+def check_inputs(
+    inputs: Mapping[str, Shaped | None], required: Iterable[str] = STRUCTURE
+) -> tuple[int, int]:
+    """Checks the dict that a model is called with, by shapes and dtype names alone; returns (N, B).
 
-    `inputs` holds arrays of any framework under the keys of `INPUTS`; keys outside of the contract
-    are passed over. N is taken from pos and B from cell. Nothing is read from the arrays, cast or
+    `inputs` holds arrays of any framework under the keys of `INPUTS`. Keys outside of the contract
+    are passed over. N is taken from pos and B from cell. No value of an array is read, cast or
     moved, so that tracers are welcome.
 
-    Raises: ValueError where a key of `required` is missing, a shape or a kind of dtype is not the
-    contract's, or pos and cell differ in dtype.
+    Raises: ValueError where a key of `required` is missing, where a shape or a kind of dtype is not
+    the contract's, or where pos and cell differ in dtype.
 
     >>> from types import SimpleNamespace as A
     >>> check_inputs({"pos": A(shape=(2, 3), dtype="float32"), "cell": A(shape=(1, 3, 3), dtype="float32")}, ("pos",))
     (2, 1)
     """
-    return _check_inputs(
-        tuple(
-            (name, tuple(x.shape), dtype_name(x))
-            for name, x in inputs.items()
-            if x is not None and name in INPUTS
-        ),
-        tuple(required),
+    kinds = tuple(
+        (name, tuple(x.shape), dtype_name(x))
+        for name, x in inputs.items()
+        if x is not None and name in INPUTS
     )
+    return _check_inputs(kinds, tuple(required))
+
+
+_Kinds = tuple[tuple[str, tuple[int, ...], str], ...]  # (name, shape, dtype) of several arrays
 
 
 @lru_cache(maxsize=256)
-def _check_inputs(arrays, required):
-    """Once for each set of shapes and dtypes."""
+def _check_inputs(arrays: _Kinds, required: tuple[str, ...]) -> tuple[int, int]:
+    """Runs once for each set of shapes and dtypes."""
     inputs = {name: _Type(shape, dtype) for name, shape, dtype in arrays}
     absent = [name for name in required if name not in inputs]
     if absent:
@@ -141,18 +157,25 @@ def _check_inputs(arrays, required):
 
 
 class _Type(NamedTuple):
-    shape: tuple
+    shape: tuple[int, ...]
     dtype: str
 
 
 def check_outputs(
-    outputs: dict, n_atoms: int, n_systems: int, required=("energy",), dtype: str | None = None
+    outputs: Mapping[str, Any],
+    n_atoms: int,
+    n_systems: int,
+    required: Iterable[str] = ("energy",),
+    dtype: str | None = None,
 ) -> None:
-    """Check what a model returned for N atoms in B systems, by shapes and dtype names alone.
+    """Checks what a model returned for N atoms in B systems, by shapes and dtype names alone.
 
-    `required` are the outputs that must be there; `dtype` is what floats must have (that of pos),
-    None for any. Raises: ValueError as in check_inputs; TypeError for what is neither a dict nor
-    holds arrays."""
+    `required` are the outputs that must be there. `dtype` is the dtype that floats must have (that
+    of pos); None allows any.
+
+    Raises: ValueError as check_inputs does; TypeError where `outputs` is no dict, or holds something
+    else than arrays under a name of the contract.
+    """
     if not isinstance(outputs, dict):
         raise TypeError(
             message("a dict of outputs of the contract", type(outputs).__name__, _RETURN)
@@ -172,10 +195,12 @@ def check_outputs(
     _check_outputs(types, n_atoms, n_systems, dtype)
 
 
-def named(outputs) -> dict:
-    """What a model of energies returned, as a dict: the energy alone, or a dict with it.
+def named(outputs: Any) -> dict[str, Any]:
+    """Returns what a model of energies gave as a dict. The model gives the energy alone, or a dict
+    that has it.
 
-    Raises: TypeError for an energy that is no array; ValueError where there is none."""
+    Raises: TypeError for an energy that is no array; ValueError for a dict without energy.
+    """
     found = dict(outputs) if isinstance(outputs, dict) else {"energy": outputs}
     if "energy" not in found:
         got = f"only {', '.join(sorted(found)) or 'nothing'}"
@@ -187,8 +212,8 @@ def named(outputs) -> dict:
     return found
 
 
-def missing(absent, found) -> str:
-    """What to do about outputs that are not there, where a model returned what is in `found`."""
+def missing(absent: Collection[str], found: Collection[str]) -> str:
+    """Returns the advice of an error text on the outputs `absent`, of a model that gave `found`."""
     do = f"let the model return {', '.join(absent)}"
     if set(absent) & set(GRADIENTS.values()):
         do = f'pass gradients="autograd" (of a JAX model "autodiff") for a model that gives its energy alone, or {do}'
@@ -198,9 +223,10 @@ def missing(absent, found) -> str:
 
 
 @lru_cache(maxsize=256)
-def _check_outputs(types, n_atoms, n_systems, dtype):
-    """Once for each set of shapes and dtypes."""
-    _check({name: _Type(*kind) for name, *kind in types}, OUTPUTS, {"N": n_atoms, "B": n_systems})
+def _check_outputs(types: _Kinds, n_atoms: int, n_systems: int, dtype: str | None) -> None:
+    """Runs once for each set of shapes and dtypes."""
+    arrays = {name: _Type(shape, got) for name, shape, got in types}
+    _check(arrays, OUTPUTS, {"N": n_atoms, "B": n_systems})
     for name, shape, got in types:
         if dtype is not None and got in DTYPES["float"] and got != dtype:
             do = "compute it in the dtype of pos, or cast what you return"
@@ -211,18 +237,21 @@ def _check_outputs(types, n_atoms, n_systems, dtype):
             )
 
 
-def added(outputs: list[dict]) -> dict:
-    """The outputs of a sum of potentials: what adds, where all have it; of what does not add, the
-    one that there is."""
+def added(outputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the outputs of a sum of potentials, given the outputs of each.
+
+    An output that adds is kept where all potentials have it. One that does not add is kept where a
+    single potential has it.
+    """
     names = dict.fromkeys(name for out in outputs for name in out)
     kept = [n for n in names if n not in ADDITIVE or all(n in out for out in outputs)]
     terms = {n: [out[n] for out in outputs if n in out] for n in kept}
     return {n: sum(xs[1:], xs[0]) for n, xs in terms.items() if n in ADDITIVE or len(xs) == 1}
 
 
-def same_dtype(arrays: dict, names=("pos", "cell")) -> None:
-    """ValueError where the arrays named differ in dtype: nothing is cast silently."""
-    dtypes = {name: dtype_name(arrays[name]) for name in names if arrays.get(name) is not None}
+def same_dtype(arrays: Mapping[str, Shaped | None], names: Iterable[str] = ("pos", "cell")) -> None:
+    """Raises ValueError where the arrays `names` differ in dtype, for nothing is cast silently."""
+    dtypes = {name: dtype_name(x) for name in names if (x := arrays.get(name)) is not None}
     if len(set(dtypes.values())) > 1:
         got = " and ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
         raise ValueError(
@@ -230,14 +259,16 @@ def same_dtype(arrays: dict, names=("pos", "cell")) -> None:
         )
 
 
-def dtype_name(array) -> str:
-    """float32, whatever the framework calls it."""
+def dtype_name(array: Shaped) -> str:
+    """Returns the name of an array's dtype without its framework: float32, not torch.float32."""
     return str(array.dtype).removeprefix("torch.")
 
 
-def _check(arrays, table, sizes):
-    """Shapes and dtypes of the arrays that `table` knows; binds the symbols of `sizes` on first
-    sight."""
+def _check(
+    arrays: Mapping[str, _Type], table: Mapping[str, Row], sizes: MutableMapping[str, int]
+) -> MutableMapping[str, int]:
+    """Checks shapes and dtypes of the arrays that `table` knows. A letter takes the first size that
+    it stands for."""
     for name, (shape, kind, _) in table.items():
         array = arrays.get(name)
         if array is None:
@@ -254,8 +285,8 @@ def _check(arrays, table, sizes):
     return sizes
 
 
-def _fits(shape, wanted, sizes):
-    """True where a shape matches the pattern; new symbols take their size here."""
+def _fits(shape: tuple[int, ...], wanted: tuple[Any, ...], sizes: MutableMapping[str, int]) -> bool:
+    """True where a shape matches the pattern. New letters take their sizes here."""
     if len(shape) != len(wanted):
         return False
     return all(

@@ -3,14 +3,18 @@ may use it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 
 def message(expected: str, got: str, do: str) -> str:
-    """The one form of every error of this package: "expected ..., got ...; ..."."""
+    """Returns the text of an error in the one form that this package has: "expected ..., got ...;
+    ..."."""
     return f"expected {expected}, got {got}; {do}"
 
 
 def missing(package: str, what: str) -> ImportError:
-    """The error for a third-party package that an adapter needs and does not find."""
+    """Returns the error for a third-party package that an adapter needs and does not find."""
     return ImportError(
         message(
             f"the package {package!r} for {what}", "no such package", f"run: pip install {package}"
@@ -18,6 +22,6 @@ def missing(package: str, what: str) -> ImportError:
     )
 
 
-def spec(shape, dtype) -> str:
-    """How arrays are written in every text: float32[8,3]."""
+def spec(shape: Iterable[Any], dtype: Any) -> str:
+    """Returns an array as every text of this package writes it: float32[8,3]."""
     return f"{dtype}[{','.join(str(n) for n in shape)}]"
