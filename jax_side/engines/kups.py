@@ -1,15 +1,21 @@
 """kUPS (CuspAI, PyPI `kups`, Python >= 3.12): a potential as the model of its direct potentials,
 for its MD and relaxation."""
 
+# kUPS needs a newer Python than the one that this package is developed with.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
 from bridge.call import one_of
+from bridge.card import Card
 from bridge.contract import ENERGY_AND_GRADIENTS, check_inputs, check_outputs
 from bridge.errors import message, missing
 from jax_side.potentials.outputs import check_unused, marked
@@ -21,18 +27,33 @@ KINDS = {
     "positions": ENERGY_AND_GRADIENTS[:2],
 }
 
+Model = Callable[
+    [dict[str, jax.Array]], dict[str, jax.Array]
+]  # from the contract's dict to its own
+Kind = Literal["positions and cell", "positions"]  # the keys of KINDS
 
-def model(potential, *, gradients="positions and cell", filter=None, extras=None):
-    """The potential as a model function: the first argument of
+
+def model(
+    potential: Model | Potential,
+    *,
+    gradients: Kind = "positions and cell",
+    filter: Any = None,
+    extras: Callable[[Any], dict[str, jax.Array]] | None = None,
+) -> Callable[[Any], Any]:
+    """Returns the potential as a model function, the first argument of
     kups.potential.mliap.direct.make_direct_mliap_potential.
 
-    `potential` is a JAX model of the contract, from a dict of arrays to one with energy (B,) eV,
-    position_gradients g = dE/dr at fixed cell (N,3) and cell_gradients G = dE/dh at fixed Cartesian
-    positions (B,3,3), eV/Angstrom: a torch model by bridge.jax_potential, or one of JAX (for an
-    energy alone see jax_side.potentials.strain.with_gradients); or an energy of bridge.potential,
-    for its model and its extras: the atoms are those of kUPS's state. It runs wherever the bridge
-    does, on the CPU too. The result is called by kUPS with its graph (see `inputs`) and returns a
-    kUPS WithPatch of a kUPS PotentialOut:
+    `potential` is one of two things:
+
+    - a JAX model of the contract, from a dict of arrays to one with energy (B,) eV,
+      position_gradients g = dE/dr at fixed cell (N,3) and cell_gradients G = dE/dh at fixed
+      Cartesian positions (B,3,3), eV/Angstrom. A torch model becomes one by bridge.jax_potential, a
+      JAX model of an energy alone by jax_side.potentials.strain.with_gradients.
+    - an energy of bridge.potential. Its model and its extras are used; the atoms are those of
+      kUPS's state.
+
+    The result runs wherever the bridge does, on the CPU too. kUPS calls it with its graph (see
+    `inputs`) and gets a kUPS WithPatch of a kUPS PotentialOut:
 
         total_energies   a Table of the systems, eV
         gradients        "positions and cell": kUPS's PositionsAndCell, Tables of g and of the cell,
@@ -46,16 +67,16 @@ def model(potential, *, gradients="positions and cell", filter=None, extras=None
 
     `extras` is a function of kUPS's input (its fields: parameters, what model_view gives, and
     graph) that returns further inputs of the contract, e.g. `lambda inp: {"charge":
-    inp.parameters}`; charge and spin are never guessed. No dtype is cast: with kUPS's own programs,
-    which enable x64, load the model in float64.
+    inp.parameters}`. Charge and spin are never guessed. No dtype is cast: kUPS's own programs
+    enable x64, so load the model in float64 for these.
 
     Models of equal arguments are equal, so that kUPS compiles once. One evaluation serves energy
-    and gradients. One that kUPS differentiates again (a hessian lens) is the model's own
-    derivative.
+    and gradients. If kUPS differentiates the result again (a hessian lens), the derivative is that
+    of the model.
 
-    Raises: ValueError for another `gradients`, a filter without cell gradients, and, when kUPS
-    traces it, for inputs that the card (if there is one) doesn't have and outputs outside the
-    contract; TypeError for what can't be called; ImportError without kUPS.
+    Raises: TypeError if `potential` can't be called; ValueError for another `gradients`, and for a
+    filter without cell gradients; ImportError without kUPS. When kUPS traces the result, ValueError
+    for inputs that the card (if there is one) does not have, and for outputs outside the contract.
 
     >>> import bridge, torch_side.models.sevennet as sevennet                                       # doctest: +SKIP
     >>> fn = model(bridge.jax_potential(sevennet.SevenNet("7net-0", dtype=torch.float64)))           # doctest: +SKIP
@@ -74,26 +95,35 @@ def model(potential, *, gradients="positions and cell", filter=None, extras=None
     return _Model(_callable(potential), gradients, filter, extras)
 
 
-def build(potential, state, filter=None, *, cutoff=None, extras=None, neighbors=None):
-    """`(kUPS potential, cutoff)` for a kUPS state, as `config.potential.build(state, filter)` of
-    kUPS's own programs gives it.
+def build(
+    potential: Model | Potential,
+    state: Any,
+    filter: Any = None,
+    *,
+    cutoff: float | None = None,
+    extras: Callable[[Any], dict[str, jax.Array]] | None = None,
+    neighbors: Callable[..., Any] | None = None,
+) -> tuple[Any, Any]:
+    """Returns `(kUPS potential, cutoff)` for a kUPS state, as `config.potential.build(state,
+    filter)` of kUPS's own programs does.
 
-    `potential`, `filter` and `extras` as in `model`; `state` is a kUPS Lens into a state with
+    `potential`, `filter` and `extras` are as in `model`. `state` is a kUPS Lens into a state with
     particles (that have atomic_numbers), systems and neighborlist_params, such as
     identity_lens(MdState) or identity_lens(RelaxState). `cutoff` is in Angstrom, by default that of
-    the potential's card; it comes back as the Table of kUPS, for
+    the potential's card. It is returned as a Table of kUPS, for
     UniversalNeighborlistParameters.estimate. `neighbors` is kUPS's neighborlist_factory (default
     AdaptiveNeighborList.from_state).
 
-    Raises: as `model`; ValueError where neither card nor caller gives a cutoff (kUPS makes a list
-    in any case), and for one that is shorter than the card's.
+    Raises: as `model`; ValueError for a cutoff that is shorter than the card's, and where neither
+    card nor caller gives one, since kUPS makes a neighbour list in any case.
 
     >>> potential, cutoff = build(model, identity_lens(MdState))                     # doctest: +SKIP
     >>> propagator = make_md_propagator(identity_lens(MdState), "verlet", potential)  # doctest: +SKIP
     """
-    fn, (core, parts) = model(potential, filter=filter, extras=extras), _kups()
-    own = _card(fn.potential).cutoff
-    if None not in (own, cutoff) and cutoff < own:
+    fn = model(potential, filter=filter, extras=extras)
+    core, parts = _kups()
+    own = _card(potential).cutoff
+    if own is not None and cutoff is not None and cutoff < own:
         expected = f"a cutoff of at least {own:.7g} Angstrom, the potential's"
         do = "leave cutoff out: edges would be missing"
         raise ValueError(message(expected, f"{cutoff:.7g}", do))
@@ -116,16 +146,16 @@ def build(potential, state, filter=None, *, cutoff=None, extras=None, neighbors=
     return parts.mliap.direct.make_direct_mliap_potential(fn, *views, lambda s: None), table
 
 
-def inputs(graph):
-    """A kUPS graph as the contract has it: `(inputs, place)`, a dict of pos, atomic_numbers, cell,
-    pbc, batch, edge_index and cell_offsets.
+def inputs(graph: Any) -> tuple[dict[str, jax.Array], Int[jax.Array, " N"]]:
+    """Returns a kUPS graph as the contract has it: `(inputs, place)`, where inputs is a dict of
+    pos, atomic_numbers, cell, pbc, batch, edge_index and cell_offsets.
 
-    `graph` is a kUPS HyperGraph of N particles, B systems and E edge slots. Atoms are sorted by
-    system: place (N,) int is where each of kUPS's particles went, so that
-    out["position_gradients"][place] is in kUPS's order. Slots that kUPS does not use have an index
-    >= N; particles that it does not use (a system beyond the last) have atomic number 0, and come
-    last. Shapes as in bridge.contract; pbc is what the cell says, for all systems the same; the
-    cell of an open system is kUPS's bounding box.
+    `graph` is a kUPS HyperGraph of N particles, B systems and E edge slots. Shapes are as in
+    bridge.contract. Atoms are sorted by system: place (N,) int says where each of kUPS's particles
+    went, so that out["position_gradients"][place] is in kUPS's order. Slots that kUPS does not use
+    have an index >= N. Particles that it does not use (those of a system beyond the last) have
+    atomic number 0, and come last. pbc is what the cell says, the same for all systems. The cell of
+    an open system is kUPS's bounding box.
     """
     atoms, cell = graph.particles.data, graph.systems.data.cell
     n_atoms, n_systems = atoms.positions.shape[0], cell.vectors.shape[0]
@@ -150,41 +180,45 @@ def inputs(graph):
 class _Model:
     """What `model` returns; its docstring is the documentation."""
 
-    potential: Any
-    gradients: str
+    potential: Model | Potential
+    gradients: Kind
     filter: Any
-    extras: Callable | None
+    extras: Callable[[Any], dict[str, jax.Array]] | None
 
-    def __call__(self, inp):
+    def __call__(self, inp: Any) -> Any:
         core, parts = _kups()
         energy, g, G = evaluate(self.potential, inp, self.gradients, self.extras)
+        systems, particles = inp.graph.systems, inp.graph.particles
         gradients = g
         if self.gradients == "positions and cell":
-            tables = (
-                inp.graph.particles.set_data(g),
-                inp.graph.systems.set_data(_on_frame(core, inp.graph.systems.data.cell, G)),
-            )
-            gradients = parts.common.geometry.PositionsAndCell(*tables)
+            frames = systems.set_data(_on_frame(core, systems.data.cell, G))
+            gradients = parts.common.geometry.PositionsAndCell(particles.set_data(g), frames)
         if self.filter is not None:
-            gradients = parts.mliap.direct.filter_pullback(
-                parts.common.graph.GRAPH_GEOMETRY.get(inp), gradients, self.filter
-            )
-        out = core.potential.PotentialOut(
-            inp.graph.systems.set_data(energy), gradients, core.potential.EMPTY
-        )
+            geometry = parts.common.graph.GRAPH_GEOMETRY.get(inp)
+            gradients = parts.mliap.direct.filter_pullback(geometry, gradients, self.filter)
+        out = core.potential.PotentialOut(systems.set_data(energy), gradients, core.potential.EMPTY)
         return core.patch.WithPatch(out, core.patch.IdPatch())
 
 
-def evaluate(potential, inp, gradients="positions and cell", extras=None):
-    """energy (B,), g (N,3) in kUPS's order and G (B,3,3), or None if it isn't asked for, of a kUPS
-    input."""
+def evaluate(
+    potential: Model | Potential,
+    inp: Any,
+    gradients: Kind = "positions and cell",
+    extras: Callable[[Any], dict[str, jax.Array]] | None = None,
+) -> tuple[Float[jax.Array, " B"], Float[jax.Array, "N 3"], Float[jax.Array, "B 3 3"] | None]:
+    """Returns energy (B,) eV, g (N,3) in kUPS's order and G (B,3,3), eV/Angstrom, of a kUPS input.
+
+    G is None where the model does not give it, which is allowed if `gradients` is "positions".
+
+    Raises: ValueError as the result of `model` does."""
     given, place = inputs(inp.graph)
-    run, bound = (
-        (potential.model, _bound(potential))
-        if isinstance(potential, Potential)
-        else (potential, {})
-    )
-    given |= bound | (extras(inp) if extras else {})
+    if isinstance(potential, Potential):
+        run = potential.model
+        given |= _bound(potential)
+    else:
+        run = potential
+    if extras is not None:
+        given |= extras(inp)
     sizes = check_inputs(given)
     card, name = _card(potential), getattr(run, "__name__", type(run).__name__)
     card.check_bound(given, name)
@@ -192,13 +226,12 @@ def evaluate(potential, inp, gradients="positions and cell", extras=None):
     card.check_pbc([inp.graph.systems.data.cell.periodic] * sizes[1], name)
     out = marked(run(given), given, check_unused(card, given, name))
     check_outputs(out, *sizes, KINDS[gradients])
-    g = jnp.where(
-        inp.graph.particles.data.system.valid_mask[:, None], out["position_gradients"][place], 0
-    )
+    real = inp.graph.particles.data.system.valid_mask
+    g = jnp.where(real[:, None], out["position_gradients"][place], 0)
     return out["energy"], g, out.get("cell_gradients")
 
 
-def _bound(potential):
+def _bound(potential: Potential) -> dict[str, jax.Array]:
     """What an energy of bridge.potential was given beside its atoms."""
     return {
         name: jnp.asarray(x)
@@ -207,16 +240,18 @@ def _bound(potential):
     }
 
 
-def _on_frame(core, cell, G):
-    """kUPS's cell with dE/d(parameters of its frame) for parameters."""
+def _on_frame(core: Any, cell: Any, G: Any) -> Any:
+    """kUPS's cell, with dE/d(parameters of its frame) in the place of these parameters."""
     return core.lens.bind(cell, lambda c: c.frame).set(cell.frame.parameter_gradient(G))
 
 
-def _card(potential):
+def _card(potential: Model | Potential) -> Card:
+    """The potential's card, or that of a model which nobody has described."""
     return getattr(potential, "card", None) or UNKNOWN
 
 
-def _callable(potential):
+def _callable(potential: Model | Potential) -> Model | Potential:
+    """The potential; TypeError if it can't be called."""
     if not callable(potential):
         expected = "a JAX model of the contract, or an energy of bridge.potential"
         raise TypeError(
@@ -225,8 +260,8 @@ def _callable(potential):
     return potential
 
 
-def _kups():
-    """kups.core and kups.potential."""
+def _kups() -> tuple[Any, Any]:
+    """kups.core and kups.potential, with the modules of them that are used here."""
     try:
         import kups.core.data
         import kups.core.lens
