@@ -1,8 +1,8 @@
 """The command line: `python -m bridge`.
 
-doctor     what this machine, these versions and these settings will do
-check      is a potential right?
---version  of this package
+doctor     says what this machine, these versions and these settings will do
+check      checks whether a potential is right
+--version  prints the version of this package
 """
 
 from __future__ import annotations
@@ -13,9 +13,13 @@ import inspect
 import os
 import sys
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from bridge.card import symbol
 from bridge.errors import message
+
+if TYPE_CHECKING:
+    from bridge.testing import Found
 
 USAGE = """usage: python -m bridge doctor
        python -m bridge --version
@@ -24,8 +28,10 @@ USAGE = """usage: python -m bridge doctor
 
 
 def main(arguments: list[str]) -> int:
-    """Print the diagnosis, or what was checked; 0 if all is well, 1 if not, 2 for what is no
-    command."""
+    """Runs the command in `arguments` and prints what it found.
+
+    Returns the exit code: 0 if all is well, 1 if not, 2 for what is no command.
+    """
     if arguments == ["--version"]:
         print(f"jax-torch-bridge {version('jax-torch-bridge')}")
         return 0
@@ -35,15 +41,18 @@ def main(arguments: list[str]) -> int:
         print(USAGE, file=sys.stderr)
         return 2
     try:
-        return check(_parsed(arguments[1:]))
+        options = _parser().parse_args(arguments[1:])
     except SystemExit as end:  # of argparse, after its own message
-        return end.code
+        return int(end.code or 0)
+    try:
+        return check(options)
     except (ImportError, TypeError, ValueError) as error:
         print(f"python -m bridge check: {error}", file=sys.stderr)
         return 2
 
 
 def doctor() -> int:
+    """Prints a line for each thing that was looked at; returns 0 if all are well, else 1."""
     from bridge.join.calls import diagnosis
 
     rows = diagnosis()
@@ -53,8 +62,11 @@ def doctor() -> int:
     return 0 if all(well for _, well, _ in rows) else 1
 
 
-def check(options) -> int:
-    """A line for each property as it is done, the text of each failure."""
+def check(options: argparse.Namespace) -> int:
+    """Prints a line for each property as it is done, and the text of each failure.
+
+    Returns 0 if all properties hold, else 1.
+    """
     from bridge.testing import run_checks
     from bridge.testing.subject import kind_of
 
@@ -72,28 +84,28 @@ def check(options) -> int:
             message("--kind torch or --kind jax", got, "say which framework its arrays are of")
         )
     for found in run_checks(model, max_examples=options.examples, **given):
-        state = (
-            "FAILED"
-            if found.failure
-            else "--    "
-            if found.skipped
-            else "warned"
-            if found.warning
-            else "ok    "
-        )
         why = found.skipped or found.warning
-        print(state, found.name + (f" ({why})" if why else ""), flush=True)
+        print(_state(found), found.name + (f" ({why})" if why else ""), flush=True)
         if found.failure:
             failed += 1
-            print(
-                "\n".join("       " + line for line in found.failure.splitlines()[1:]), flush=True
-            )
+            lines = found.failure.splitlines()[1:]
+            print("\n".join("       " + line for line in lines), flush=True)
     return 1 if failed else 0
 
 
-def model_of(spec: str):
-    """The object that "module:name" names; called, if it is a class or a function of no
-    arguments."""
+def _state(found: Found) -> str:
+    if found.failure:
+        return "FAILED"
+    if found.skipped:
+        return "--    "
+    return "warned" if found.warning else "ok    "
+
+
+def model_of(spec: str) -> Any:
+    """Returns the object that "module:name" names. A class or a function of no arguments is called.
+
+    Raises: ValueError where there is no such object, or where a class wants arguments.
+    """
     module, colon, name = spec.partition(":")
     if not (module and colon and name):
         raise ValueError(
@@ -103,8 +115,9 @@ def model_of(spec: str):
                 "write the module, a colon, and the name of the model in it",
             )
         )
-    sys.path[:0] = [] if os.getcwd() in sys.path else [os.getcwd()]
-    found = importlib.import_module(module)
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    found: Any = importlib.import_module(module)
     for part in name.split("."):
         if not hasattr(found, part):
             raise ValueError(
@@ -118,7 +131,7 @@ def model_of(spec: str):
     return found() if _without_arguments(found) else found
 
 
-def _without_arguments(x) -> bool:
+def _without_arguments(x: Any) -> bool:
     """True for a class or a function that is called with nothing."""
     if not (inspect.isclass(x) or inspect.isroutine(x)):
         return False
@@ -137,7 +150,8 @@ def _without_arguments(x) -> bool:
     return True
 
 
-def _parsed(arguments):
+def _parser() -> argparse.ArgumentParser:
+    """The arguments of check."""
     parser = argparse.ArgumentParser(
         "python -m bridge check",
         description="Check a potential of the contract: bridge.testing.check_potential.",
@@ -155,11 +169,11 @@ def _parsed(arguments):
     parser.add_argument("--elements", type=_elements, help="symbols or atomic numbers, as Si,O")
     parser.add_argument("--dtype", choices=("float64", "float32"))
     parser.add_argument("--examples", type=int, default=20, help="structures for each property")
-    return parser.parse_args(arguments)
+    return parser
 
 
 def _elements(text: str) -> tuple[int, ...]:
-    """Atomic numbers of Si,O or 14,8."""
+    """The atomic numbers of a text such as Si,O or 14,8."""
     known = {symbol(z).split()[0]: z for z in range(1, 119)}
     words = text.split(",")
     if strange := [w for w in words if w not in known and not w.isdigit()]:

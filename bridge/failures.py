@@ -2,8 +2,8 @@
 the object comes back.
 
 Standard library only. A lane calls `carried(exception)` for the text that it raises inside the
-foreign runtime; the object itself is kept only while somebody waits for it (`Listener`), so that no
-traceback outlives its call otherwise.
+foreign runtime. The object itself is kept only while a `Listener` waits for it, so that no other
+traceback outlives its call.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import threading
 import time
 import traceback
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 _numbers = itertools.count(1)
 _listeners: list[Listener] = []
@@ -28,21 +30,25 @@ _FOREIGN = tuple(
 
 
 class Listener:
-    """Collects the exceptions of a stretch of code by number."""
+    """Collects the exceptions of a stretch of code by number.
 
-    def __init__(self):
+    `heard` holds them, and `thread` is the thread that waits for them.
+    """
+
+    def __init__(self) -> None:
         self.heard: dict[str, BaseException] = {}
         self.thread = threading.current_thread()
 
-    def __enter__(self):
+    def __enter__(self) -> Listener:
         _listeners.append(self)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         _listeners.remove(self)
 
     def original(self, error: BaseException) -> BaseException | None:
-        """The exception whose number stands in the text of `error`."""
+        """Returns the exception whose number stands in the text of `error`, None if there is
+        none."""
         text = str(error)
         found = next((e for tag, e in self.heard.items() if tag in text), None)
         if found is not None:
@@ -55,8 +61,10 @@ class Carried(RuntimeError):
 
 
 def carried(error: BaseException) -> Carried:
-    """The stand-in that crosses the foreign runtime; a KeyboardInterrupt is also sent to the main
-    thread again."""
+    """Returns the stand-in of an exception that crosses the foreign runtime.
+
+    A KeyboardInterrupt is sent to the main thread again, unless that is waiting for it.
+    """
     tag = f"[bridge error {next(_numbers)}]"
     for listener in _listeners:
         listener.heard[tag] = error
@@ -70,41 +78,44 @@ def carried(error: BaseException) -> Carried:
 
 
 def release(error: BaseException) -> None:
-    """Clear the local variables of finished frames behind an exception: some are tensors over
-    memory that is freed."""
-    while error is not None:
-        for frame, _ in traceback.walk_tb(error.__traceback__):
+    """Clears the local variables of finished frames behind an exception and behind its causes.
+
+    Some of these variables are tensors over memory that is freed.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        for frame, _ in traceback.walk_tb(cause.__traceback__):
             _clear(frame)
-        if error.__traceback__:
-            _clear_callers(error.__traceback__.tb_frame.f_back)
-        error = error.__cause__ or error.__context__
+        if cause.__traceback__:
+            _clear_callers(cause.__traceback__.tb_frame.f_back)
+        cause = cause.__cause__ or cause.__context__
 
 
-def _clear_callers(frame) -> None:
-    """JAX's own part of a callback holds the arrays, too; beyond it lies the user's program."""
+def _clear_callers(frame: FrameType | None) -> None:
+    """Clears JAX's own part of a callback, which holds the arrays as well. Beyond it lies the
+    user's program."""
     while frame is not None and frame.f_code.co_filename.endswith("callback.py"):
         _clear(frame)
         frame = frame.f_back
 
 
-def _clear(frame) -> None:
+def _clear(frame: FrameType) -> None:
     with contextlib.suppress(RuntimeError):  # still running
         frame.clear()
 
 
 def describe(error: BaseException) -> str:
-    """Type, text, notes and the user's own frame of an exception."""
+    """Returns type, text and notes of an exception, and the user's own frame that raised it."""
     lines = [f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())]
     if frame := _users_frame(error):
-        lines.append(
-            f'  raised in File "{frame.filename}", line {frame.lineno}, in {frame.name}: {frame.line}'
-        )
+        place = f'File "{frame.filename}", line {frame.lineno}, in {frame.name}'
+        lines.append(f"  raised in {place}: {frame.line}")
     return "\n".join(lines)
 
 
-def _users_frame(error: BaseException):
-    """The innermost frame that belongs to neither framework nor to the bridge; else the innermost
-    of all."""
+def _users_frame(error: BaseException) -> traceback.FrameSummary | None:
+    """The innermost frame that belongs to neither framework nor to the bridge. The innermost of all
+    if there is no such frame."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [
         f
@@ -115,27 +126,27 @@ def _users_frame(error: BaseException):
 
 
 def _interrupt_again() -> None:
-    """Interrupt the main thread anew once it has left the callback: the runtime would turn Ctrl-C
-    into an internal error."""
+    """Interrupts the main thread anew once it has left the callback.
+
+    The runtime would turn the first interrupt into an internal error.
+    """
     callback = sys._getframe(2)
-    while callback.f_back and callback.f_back.f_code.co_filename.endswith(
-        "callback.py"
-    ):  # JAX's own part of it
+    # JAX's own part of the callback belongs to it.
+    while callback.f_back and callback.f_back.f_code.co_filename.endswith("callback.py"):
         callback = callback.f_back
-    threading.Thread(
-        target=_interrupt_after, args=(callback, threading.get_ident()), daemon=True
-    ).start()
+    waiting = (callback, threading.get_ident())
+    threading.Thread(target=_interrupt_after, args=waiting, daemon=True).start()
 
 
-def _interrupt_after(callback, thread: int) -> None:
-    """Wait until `callback` is no frame of the thread any more: an interrupt inside it would be
+def _interrupt_after(callback: FrameType, thread: int) -> None:
+    """Waits until `callback` is no frame of the thread any more. An interrupt inside of it would be
     swallowed like the first."""
     while _is_running(callback, sys._current_frames().get(thread)):
         time.sleep(1e-4)
     _thread.interrupt_main()
 
 
-def _is_running(callback, frame) -> bool:
+def _is_running(callback: FrameType, frame: FrameType | None) -> bool:
     while frame is not None and frame is not callback:
         frame = frame.f_back
     return frame is not None
