@@ -24,8 +24,9 @@ class Adapted:
         self.__name__ = self.__qualname__ = getattr(model, "__qualname__", type(model).__name__)
 
     def __eq__(self, other: object) -> bool:
-        alike = isinstance(other, Adapted) and type(self) is type(other)
-        return alike and self.__self__ == other.__self__
+        if not isinstance(other, Adapted) or type(self) is not type(other):
+            return False
+        return self.__self__ == other.__self__
 
     def __hash__(self) -> int:
         return hash(self.__self__)

@@ -121,7 +121,7 @@ def import_(obj: Any, copy: bool | None = None) -> torch.Tensor:
 
 
 # (an event of torch's stream, the owner of the memory that is read before that event)
-_waiting: deque[tuple[torch.cuda.Event, Any]] = deque()
+_waiting: deque[tuple[torch.Event | torch.cuda.Event, Any]] = deque()
 
 
 def _outlive(tensor: torch.Tensor, owner: Any) -> None:
@@ -158,7 +158,7 @@ class _Owner:
             _waiting.append((done, self.owner))
 
 
-def _mark(device: torch.device) -> torch.cuda.Event:
+def _mark(device: torch.device) -> torch.Event | torch.cuda.Event:
     """An event that comes when torch's current stream on `device` has done all that it has been
     given so far."""
     return torch.cuda.current_stream(device).record_event()

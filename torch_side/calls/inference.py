@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 
+from bridge.call import Call
 from bridge.errors import message
 from bridge.function import Engine, Spec
 from torch_side.calls import buffers
@@ -22,8 +25,21 @@ RANDOM_IN_TRAINING = (
 )
 
 
-def check_output(leaf, what: str) -> None:
-    """An output must be a dense torch.Tensor."""
+class TorchEngine(Engine, Protocol):
+    """What the engines of this bank (torch_side.calls.transforms) also say of themselves.
+
+    differentiates_inside   True where derivatives need grad mode on while the call runs
+    alternative             what to pass instead, for error texts, where a model refuses this engine
+    """
+
+    differentiates_inside: bool
+    alternative: str
+
+
+def check_output(leaf: Any, what: str) -> None:
+    """Raises TypeError unless an output is a dense torch.Tensor of a dtype that both sides know.
+
+    `what` names the output in error texts."""
     if not isinstance(leaf, torch.Tensor):
         raise TypeError(
             message(
@@ -47,9 +63,11 @@ def check_output(leaf, what: str) -> None:
         )
 
 
-def check_mode(target) -> None:
-    """A module in training mode whose layers draw random numbers or change their buffers is no
-    function."""
+def check_mode(target: Any) -> None:
+    """Raises ValueError for a module, or a method of one, with a random layer in training mode.
+
+    Such a layer draws random numbers (dropout, RReLU) or changes its buffers (batch norm), so that
+    the module is no function."""
     owner = target if isinstance(target, torch.nn.Module) else getattr(target, "__self__", None)
     for name, m in owner.named_modules() if isinstance(owner, torch.nn.Module) else ():
         if m.training and isinstance(m, RANDOM_IN_TRAINING) and getattr(m, "p", 1.0) != 0.0:
@@ -63,8 +81,15 @@ def check_mode(target) -> None:
             )
 
 
-def infer(call, inputs: tuple[Spec, ...], names: tuple[str, ...], engine: Engine):
-    """Output types and tree of an export.Call, found without running it."""
+def infer(
+    call: Call, inputs: tuple[Spec, ...], names: tuple[str, ...], engine: TorchEngine
+) -> tuple[tuple[Spec, ...], Any]:
+    """Returns the types of a Call's outputs and their tree, found without running it.
+
+    `names` are those of the inputs. Fake tensors run in place of real ones.
+
+    Raises: ValueError where output shapes depend on data, where the call changes an input in place,
+    and as `check_mode`; TypeError as `check_output`; and what the callable itself raises."""
     from torch._subclasses.fake_tensor import (
         DataDependentOutputException,
         DynamicOutputShapeException,
@@ -98,9 +123,11 @@ _DECLARE = "declare outputs= (a pytree of jax.ShapeDtypeStruct, or a function of
 
 
 @contextmanager
-def fake():
-    """Fake tensors, outside of inference mode (which has no gradients), compiled code in its Python
-    form: the kernels of a compiled function would read and write through them."""
+def fake() -> Iterator[None]:
+    """Gives fake tensors for the length of a `with`.
+
+    It leaves inference mode, which has no gradients. Compiled functions run in their Python form,
+    since their kernels would read and write through fake tensors."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with torch.inference_mode(False), _uncompiled, FakeTensorMode(allow_non_fake_inputs=True):
@@ -110,20 +137,22 @@ def fake():
 class _Uncompiled:
     """Compiled functions run in their Python form while any thread is in here.
 
-    torch keeps that stance once for the process. Threads leave in any order, so the first one sets
-    it and the last one takes it back: one that restored what it had found could leave torch.compile
-    switched off for good."""
+    torch keeps one such stance for the whole process, and threads leave in any order. So the first
+    thread sets it and the last one takes it back. A thread that restored what it had found could
+    leave torch.compile switched off for good."""
 
-    def __init__(self):
-        self.lock, self.inside, self.stance = threading.Lock(), 0, None
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.inside = 0  # threads
+        self.stance: Any = None
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         with self.lock:
             if self.stance is None and "torch._dynamo" in sys.modules:
                 self.stance = torch.compiler.set_stance("force_eager")
             self.inside += 1
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         with self.lock:
             self.inside -= 1
             if self.stance is not None and not self.inside:
@@ -134,9 +163,11 @@ class _Uncompiled:
 _uncompiled = _Uncompiled()
 
 
-def _unchanged(call, names, tensors):
-    """The call; ValueError where it changed an input in place, before there is one that could be
-    harmed."""
+def _unchanged(
+    call: Call, names: Sequence[str], tensors: Sequence[torch.Tensor]
+) -> tuple[list, Any]:
+    """What the call gives for fake tensors. Raises ValueError where it changed one of them in place,
+    before there is a real input that it could harm."""
     versions = [t._version for t in tensors]
     found = call([t.detach() for t in tensors])
     for t, version, name in zip(tensors, versions, names):
@@ -145,8 +176,8 @@ def _unchanged(call, names, tensors):
     return found
 
 
-def changed(who, name) -> ValueError:
-    """An input was changed in place."""
+def changed(who: object, name: str) -> ValueError:
+    """Returns the error for an input that was changed in place."""
     do = "use out-of-place operations, or clone the input first"
     return ValueError(
         message(
@@ -157,28 +188,41 @@ def changed(who, name) -> ValueError:
     )
 
 
-def on_some_device(call, inputs, run=None):
-    """`run` (the call itself, if None) of uninitialised tensors. A callable may hold tensors on a
-    GPU without showing them: where there is one, it is tried second."""
-    devices = [_device(call.target), *(["cuda"] if torch.cuda.is_available() else [])]
-    for device in devices:
-        try:
-            return (run or call)(
-                [torch.empty(s.shape, dtype=buffers.DTYPES[s.dtype], device=device) for s in inputs]
-            )
-        except Exception:
-            if device is devices[-1]:
-                raise
+def on_some_device(
+    call: Call,
+    inputs: Sequence[Spec],
+    run: Callable[[list[torch.Tensor]], tuple[Any, Any]] | None = None,
+) -> tuple[Any, Any]:
+    """Returns what `run` gives for uninitialised tensors of the types `inputs`; None runs `call`.
+
+    The tensors lie on the device of the parameters of `call`'s module, or on the CPU. If `run` fails
+    there and this machine has a GPU, it runs once more with tensors on that: a callable may hold
+    tensors on a GPU without showing them."""
+
+    def on(device: str | torch.device) -> tuple[Any, Any]:
+        types = [(s.shape, buffers.DTYPES[s.dtype]) for s in inputs]
+        tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in types]
+        return (run or call)(tensors)
+
+    try:
+        return on(_device(call.target))
+    except Exception:
+        if not torch.cuda.is_available():
+            raise
+    return on("cuda")
 
 
-def _device(target):
+def _device(target: Any) -> str | torch.device:
+    """The device of the first parameter of a module, or of the module that a method is of."""
     owner = target if isinstance(target, torch.nn.Module) else getattr(target, "__self__", None)
     tensors = owner.parameters() if isinstance(owner, torch.nn.Module) else ()
     return next((t.device for t in tensors), "cpu")
 
 
-def _check_no_fake_kept(target) -> None:
-    """A module that stored a fake tensor (a cache, say) would fail in its first real call."""
+def _check_no_fake_kept(target: Any) -> None:
+    """Raises ValueError for a module that stored a fake tensor, for example in a cache.
+
+    It would fail in its first real call. What it stored is taken out first."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     for name, m in target.named_modules() if isinstance(target, torch.nn.Module) else ():
