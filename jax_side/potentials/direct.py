@@ -9,15 +9,14 @@ from functools import partial, reduce
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 
 from bridge.call import one_of
 from bridge.card import Card, shared_out
-from bridge.contract import GRADIENTS, INFO, check_inputs, check_outputs
+from bridge.contract import INFO, check_inputs, check_outputs
 from bridge.errors import message
 from jax_side.potentials.cache import Cache, CachedPotential, cached, select_systems
-from jax_side.potentials.outputs import check_unused, marked, work
+from jax_side.potentials.derivatives import Call, outputs
+from jax_side.potentials.outputs import check_unused, marked
 from jax_side.potentials.potential import UNKNOWN
 from jax_side.potentials.potential_out import (
     EMPTY,
@@ -89,6 +88,7 @@ def direct(model, gradients="positions and cell", hessians=None, *, derivative_o
     is not callable or returns something else; NotImplementedError for a derivative in pos or cell
     of which the model gives no gradient, naming it.
 
+    >>> import jax.numpy as jnp
     >>> spring = direct(lambda x: {"energy": (x["pos"] ** 2).sum()[None], "position_gradients": 2 * x["pos"]}, "positions")
     >>> inputs = {"pos": jnp.ones((2, 3)), "cell": jnp.zeros((1, 3, 3)), "pbc": jnp.zeros((1, 3), bool),
     ...           "batch": jnp.zeros(2, int), "atomic_numbers": jnp.ones(2, int)}
@@ -253,65 +253,16 @@ def sum_potentials(*potentials) -> Potential:
     return SummedPotential(potentials)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _evaluate(potential, inputs):
     """The model's outputs; the energy among them differentiates by the gradients among them."""
-    return potential.outputs(inputs)
+    leaves, structure = tree.tree_flatten(inputs)
 
+    def evaluate(arrays):
+        return potential.outputs(structure.unflatten([arrays[i] for i in range(len(arrays))]))
 
-def _evaluate_jvp(potential, primals, tangents):
-    (inputs,), (tangents,) = primals, tangents
-    leaves, structure = tree.tree_flatten_with_path(inputs)
-    moved = {
-        i: t for i, t in enumerate(jax.tree.leaves(tangents)) if not isinstance(t, SymbolicZero)
-    }
-    names = {i: leaves[i][0][0].key for i in moved}
-
-    def push(places):
-        evaluate = lambda part: potential.outputs(
-            structure.unflatten([part.get(i, x) for i, (_, x) in enumerate(leaves)])
-        )
-        return jax.jvp(
-            evaluate, ({i: leaves[i][1] for i in places},), ({i: moved[i] for i in places},)
-        )
-
-    opaque = potential.derivative_order in (0, 1)
-    out, change = _unknown(_evaluate(potential, inputs), moved) if opaque else push(moved)
-    own = [
-        i
-        for i in moved
-        if opaque or (names[i] in GRADIENTS and any(n in out for n in GRADIENTS.values()))
-    ]
-    _refuse({names[i] for i in own if GRADIENTS.get(names[i]) not in out}, out, potential)
-    if own:
-        energy = work(out, {names[i]: moved[i] for i in own}, inputs["batch"])
-        if rest := [i for i in moved if i not in own]:
-            energy += push(rest)[1]["energy"]
-        change |= {"energy": energy}
-    return out, change
-
-
-_evaluate.defjvp(_evaluate_jvp, symbolic_zeros=True)
-
-
-def _unknown(out, moved):
-    """NaN for the derivatives of a model that has none; linear, so that nothing comes of it unless
-    it is used."""
-    nan = jnp.nan * sum(t.sum() for t in moved.values())
-    return out, {name: jnp.broadcast_to(nan, x.shape).astype(x.dtype) for name, x in out.items()}
-
-
-def _refuse(names, out, potential):
-    """NotImplementedError for a derivative in anything that the model gives no gradient of."""
-    for name in sorted(names):
-        key = GRADIENTS.get(name)
-        do = f"hold {name} fixed (jax.lax.stop_gradient)" + (
-            f", or let the model return {key}" if key else ""
-        )
-        expected = f"a gradient of the energy in {name} to differentiate with"
-        raise NotImplementedError(
-            message(expected, f"outputs {', '.join(sorted(out))} of {_name(potential.model)}", do)
-        )
+    others = "unknown" if potential.derivative_order in (0, 1) else "JAX"
+    places = structure.unflatten(range(len(leaves)))
+    return outputs(Call(evaluate, places, others, _name(potential.model)), dict(enumerate(leaves)))
 
 
 def _card(model):

@@ -6,15 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import SymbolicZero
 
 from bridge.contract import GRADIENTS, OUTPUTS, check_inputs, check_outputs
 from bridge.errors import message
+from jax_side.potentials.derivatives import Call, outputs
 from jax_side.potentials.strain import with_gradients
 
 tree = jax.tree_util
@@ -86,9 +85,7 @@ class Outputs:
                 *structure.unflatten([arrays.get(i, x) for i, x in enumerate(leaves)])
             )
 
-        return _outputs(
-            _Call(evaluate, places["batch"], {name: places[name] for name in GRADIENTS}), arrays
-        )
+        return outputs(Call(evaluate, places), arrays)
 
     def _evaluate(self, *args):
         *params, inputs = args
@@ -104,49 +101,3 @@ class Outputs:
             )
         check_outputs(out, inputs["pos"].shape[0], inputs["cell"].shape[0])
         return out
-
-
-class _Call(NamedTuple):
-    """A model's dict as a function of {position: array}, and the positions of batch, pos and cell
-    among these."""
-
-    evaluate: Callable
-    batch: int
-    geometry: dict
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _outputs(call, arrays):
-    return call.evaluate(arrays)
-
-
-def _outputs_jvp(call, primals, tangents):
-    (arrays,), (tangents,) = primals, tangents
-    moved = {i: t for i, t in tangents.items() if not isinstance(t, SymbolicZero)}
-    out, change = _push(call.evaluate, arrays, moved)
-    moved_geometry = {name: moved.pop(i) for name, i in call.geometry.items() if i in moved}
-    if moved_geometry:
-        energy = work(out, moved_geometry, arrays[call.batch])
-        if moved:
-            energy += _push(lambda arrays: call.evaluate(arrays)["energy"], arrays, moved)[1]
-        change |= {"energy": energy}
-    return out, change
-
-
-_outputs.defjvp(_outputs_jvp, symbolic_zeros=True)
-
-
-def _push(f, arrays, moved):
-    """jax.jvp of f in the arrays that move."""
-    return jax.jvp(lambda part: f(arrays | part), ({i: arrays[i] for i in moved},), (moved,))
-
-
-def work(out, moved, batch):
-    """Change (B,) of the energy as pos and cell move, by the model's own gradients."""
-    energy, change = out["energy"], jnp.zeros_like(out["energy"])
-    if "pos" in moved:
-        work = (out["position_gradients"] * moved["pos"]).sum(-1)
-        change += jax.ops.segment_sum(work, batch, num_segments=len(energy)).astype(energy.dtype)
-    if "cell" in moved:
-        change += (out["cell_gradients"] * moved["cell"]).sum((-2, -1)).astype(energy.dtype)
-    return change

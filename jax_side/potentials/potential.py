@@ -8,13 +8,13 @@ from functools import lru_cache, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import SymbolicZero
 
 from bridge.card import Card, shared_out
-from bridge.contract import GRADIENTS, INFO, added, check_inputs, check_outputs
+from bridge.contract import INFO, added, check_inputs, check_outputs
 from bridge.errors import message, spec
 from jax_side.potentials import strain
-from jax_side.potentials.outputs import Marking, check_unused, work
+from jax_side.potentials.derivatives import Call, gradient_of, outputs
+from jax_side.potentials.outputs import Marking, check_unused
 
 
 def potential(model, *, atomic_numbers, pbc=None, batch=None, n_systems=1, card=None, **extras):
@@ -114,12 +114,12 @@ class Potential:
         return _outputs(*self._bind(positions, cell, changing))
 
     def forces(self, positions, cell=None, **changing):
-        return -_need(self.outputs(positions, cell, **changing), "pos")
+        return -gradient_of(self.outputs(positions, cell, **changing), "pos")
 
     def stress(self, positions, cell=None, **changing):
         model, inputs = self._bind(positions, cell, changing)
         out = _outputs(model, inputs)
-        g, G = _need(out, "pos"), _need(out, "cell")
+        g, G = gradient_of(out, "pos"), gradient_of(out, "cell")
         virial = strain.virial(g, G, inputs["pos"], inputs["batch"], inputs["cell"])
         result = strain.stress(virial, inputs["cell"], inputs["pbc"])
         return result[0] if self.single else result
@@ -252,23 +252,10 @@ def _check_call(extras, batch, n_systems):
         raise ValueError(message(f"batch for n_systems={n_systems}", "None", "pass batch (N,)"))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _energy(model, inputs):
     """Energies (B,), with the derivative that the model gives."""
-    return _outputs(model, inputs)["energy"]
-
-
-def _energy_jvp(model, primals, tangents):
-    """One evaluation serves the value and the derivative."""
-    (inputs,), (tangents,) = primals, tangents
-    moved = {name: t for name, t in tangents.items() if not isinstance(t, SymbolicZero)}
-    out = _outputs(model, inputs)
-    for name in moved:
-        _need(out, name)
-    return out["energy"], work(out, moved, inputs["batch"])
-
-
-_energy.defjvp(_energy_jvp, symbolic_zeros=True)
+    places = {name: name for name in inputs}
+    return outputs(Call(partial(_outputs, model), places, "refused"), inputs)["energy"]
 
 
 def _outputs(model, inputs):
@@ -276,20 +263,6 @@ def _outputs(model, inputs):
     out = model(inputs)
     check_outputs(out, inputs["pos"].shape[0], inputs["cell"].shape[0])
     return out
-
-
-def _need(out, name):
-    """The gradient of the energy in one input, or an error that names it."""
-    key = GRADIENTS.get(name)
-    if key not in out:
-        got = f"outputs {', '.join(sorted(out))}"
-        do = f"hold {name} fixed (jax.lax.stop_gradient)" + (
-            f", or let the model return {key}" if key else ""
-        )
-        raise NotImplementedError(
-            message(f"a gradient of the energy in {name} to differentiate with", got, do)
-        )
-    return out[key]
 
 
 def _name(model):
