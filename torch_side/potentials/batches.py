@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from torch import nn
 
 from bridge.contract import INPUTS, check_outputs
 from bridge.errors import message
 from torch_side.potentials import padding
 
-_keep_apart = weakref.WeakSet()  # models that have shown it, as long as they live
+# the models that have shown it, as long as they live
+_keep_apart: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def check(owner, model: Callable, inputs: dict, found: dict, name: str, systems) -> None:
-    """Evaluate the last system alone where `owner` has not shown yet that it keeps systems apart.
+def check(
+    owner: nn.Module | None,
+    model: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    inputs: dict[str, torch.Tensor],
+    found: dict[str, torch.Tensor],
+    name: str,
+    systems: Sequence[int] | np.ndarray,
+) -> None:
+    """Evaluate the last system alone, unless `owner` has already shown that it keeps systems apart.
 
-    `model(inputs)` gave `found` for several systems, whose numbers in the caller's call are
-    `systems`; `owner` is who is remembered. Tensors outside of the contract can't be shared out:
-    with them nothing is evaluated.
+    `found` is what `model(inputs)` gave for several systems, and `systems` are the numbers of these
+    in the caller's call. If the energies agree, `owner` is remembered (with None, nobody is).
+    Nothing is evaluated where `inputs` holds a tensor outside of the contract, since nobody knows
+    which part of it belongs to which system.
 
     Raises: ValueError naming the system whose energy in the call is not the one that it has alone.
     """
@@ -29,8 +40,10 @@ def check(owner, model: Callable, inputs: dict, found: dict, name: str, systems)
     last = len(inputs["cell"]) - 1
     outputs = model(_system(inputs, last))
     check_outputs(outputs, int((inputs["batch"] == last).sum()), 1)
-    energy, alone = float(found["energy"].detach()[last]), float(outputs["energy"].detach())
-    rounding = torch.finfo(found["energy"].dtype).eps ** 0.5 * max(1.0, abs(energy), abs(alone))
+    energy = float(found["energy"].detach()[last])
+    alone = float(outputs["energy"].detach())
+    largest = max(1.0, abs(energy), abs(alone))
+    rounding = torch.finfo(found["energy"].dtype).eps ** 0.5 * largest
     if abs(energy - alone) > rounding:
         got = f"{energy:.8g} eV for system {systems[last]} in the call, {alone:.8g} eV alone"
         do = (
@@ -45,11 +58,11 @@ def check(owner, model: Callable, inputs: dict, found: dict, name: str, systems)
         _keep_apart.add(owner)
 
 
-def _system(inputs, number) -> dict:
+def _system(inputs: dict[str, torch.Tensor], number: int) -> dict[str, torch.Tensor]:
     """One system of several, without the caller's graph and without unused slots of edges."""
     inputs = {key: x.detach() if isinstance(x, torch.Tensor) else x for key, x in inputs.items()}
     batch = inputs["batch"]
-    index = {
+    index: padding.Index = {
         "N": (batch == number).nonzero()[:, 0],
         "B": torch.tensor([number], device=batch.device),
     }

@@ -7,21 +7,24 @@ import math
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from torch_side.calls import kernels
 from torch_side.potentials import padding
 
 
-def edge_vectors(inputs: dict) -> torch.Tensor:
-    """r_ij = r_j - r_i + cell_offsets @ cell (E,3), differentiable in pos and cell.
+def edge_vectors(inputs: dict[str, torch.Tensor]) -> Float[torch.Tensor, "E 3"]:
+    """Returns r_ij = r_j - r_i + cell_offsets @ cell (E,3), differentiable in pos and cell.
 
     `inputs` is the dict of the contract, with edges between atoms (no unused slots): pos (N,3) and
-    cell (B,3,3) in Angstrom, edge_index (2,E), cell_offsets (E,3), batch (N,). Where
-    torch_side.potentials.graph.evaluate has made the vectors of these positions, cells and edges
-    already, they are not made again. The result is not to be changed in place.
+    cell (B,3,3) in Angstrom, edge_index (2,E), cell_offsets (E,3), batch (N,). If
+    torch_side.potentials.graph.evaluate has already made the vectors of these positions, cells and
+    edges, the result shares their memory. It must not be changed in place.
 
     >>> edges = {"edge_index": torch.tensor([[0], [0]]), "cell_offsets": torch.tensor([[1, 0, 0]])}
     >>> system = {"pos": torch.zeros(1, 3), "cell": 2 * torch.eye(3)[None], "batch": torch.tensor([0])}
@@ -35,26 +38,31 @@ def edge_vectors(inputs: dict) -> torch.Tensor:
     return _vectors(pos, cell, edges(inputs, len(cell), cell.dtype))
 
 
-def edge_shifts(inputs: dict) -> torch.Tensor:
-    """cell_offsets @ cell (E,3) in Angstrom, differentiable in cell: `inputs` as for
-    edge_vectors."""
+def edge_shifts(inputs: dict[str, torch.Tensor]) -> Float[torch.Tensor, "E 3"]:
+    """Returns cell_offsets @ cell (E,3) in Angstrom, differentiable in cell, for inputs as
+    edge_vectors takes them."""
     cell = inputs["cell"]
     return _shifts(cell, edges(inputs, len(cell), cell.dtype))
 
 
 @dataclass(frozen=True, eq=False)
 class Edges:
-    """Edges as torch reads them quickest. `crossing` (C,) are the positions of those whose offset
-    is not zero, where these are few; None stands for all. Their offsets (C,3) are floats; systems
-    (C,) is None where there is one."""
+    """Edges as torch reads them quickest.
 
-    index: torch.Tensor
-    crossing: torch.Tensor | None
-    offsets: torch.Tensor
-    systems: torch.Tensor | None
+    index      atoms i and j of each edge (2,E), int64
+    crossing   the positions (C,) of the edges whose offset is not zero, if these are few; None
+               stands for all edges, C = E
+    offsets    the offsets of the crossing edges (C,3), as floats
+    systems    the systems of the crossing edges (C,), None where there is only one system"""
 
-    def where(self, kept, index) -> Edges:
-        """Some of the edges: `kept` (E,) bool, their `index` known already."""
+    index: Int[torch.Tensor, "2 E"]
+    crossing: Int[torch.Tensor, " C"] | None
+    offsets: Float[torch.Tensor, "C 3"]
+    systems: Int[torch.Tensor, " C"] | None
+
+    def where(self, kept: Bool[torch.Tensor, " E"], index: Int[torch.Tensor, "2 e"]) -> Edges:
+        """Returns the edges where `kept` (E,) is True. Their `index` (2,e) is given, since the
+        caller has it already."""
         if self.crossing is None:
             crossing, among = None, padding.positions(kept)
         else:
@@ -66,9 +74,13 @@ class Edges:
         return Edges(index, crossing, self.offsets.index_select(0, among), systems)
 
 
-def edges(inputs: dict, n_systems: int, dtype: torch.dtype, crossing: bool = False) -> Edges:
-    """The Edges of a dict as for edge_vectors, offsets of that dtype. Who asks for those that cross
-    has them looked for, by their values; else all count as such."""
+def edges(
+    inputs: dict[str, torch.Tensor], n_systems: int, dtype: torch.dtype, crossing: bool = False
+) -> Edges:
+    """Returns the Edges of inputs as edge_vectors takes them, with offsets of the given dtype.
+
+    With `crossing` the values of the offsets are read, to find the edges that cross a cell
+    boundary. Otherwise all edges count as such."""
     index, offsets = inputs["edge_index"].long(), inputs["cell_offsets"]
     places = _crossing(offsets) if crossing else None
     if places is not None:
@@ -80,12 +92,12 @@ def edges(inputs: dict, n_systems: int, dtype: torch.dtype, crossing: bool = Fal
     return Edges(index, places, offsets.to(dtype), systems)
 
 
-_FEW = 1000  # edges: fewer are moved quicker than looked through
+_FEW = 1000  # edges; it takes longer to look for the crossing ones among fewer than to move all
 
 
-def _crossing(offsets):
-    """The positions of offsets (E,3) that are not zero; None where they are not few, or where
-    nobody can say (on a GPU not without waiting for it)."""
+def _crossing(offsets: torch.Tensor) -> torch.Tensor | None:
+    """The positions of offsets (E,3) that are not zero. None if they are not few, or if their
+    values can't be read at once: a tracer has none, and a GPU would have to be waited for."""
     if not _plain(offsets) or not offsets.is_cpu or len(offsets) < _FEW:
         return None
     a, b, c = offsets.unbind(1)
@@ -95,23 +107,28 @@ def _crossing(offsets):
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """Vectors (E,3), without a graph, and what they were made of."""
+    """Vectors along edges, and what they were made of.
 
-    inputs: dict
-    vectors: torch.Tensor
+    inputs     the dict of the contract that they belong to
+    vectors    r_ij (E,3), without a graph
+    edges      the Edges of `inputs`
+    versions   how often each of these tensors had been changed in place by then"""
+
+    inputs: dict[str, torch.Tensor]
+    vectors: Float[torch.Tensor, "E 3"]
     edges: Edges
     versions: list[int]
 
-    def are_of(self, inputs: dict) -> bool:
-        """True where `inputs` has these very positions, cells and edges, or views of them,
-        unchanged."""
+    def are_of(self, inputs: dict[str, torch.Tensor]) -> bool:
+        """Returns True if `inputs` holds these very positions, cells and edges, or views of them,
+        and none of these was changed since."""
         own = self.inputs
         edges = all(inputs.get(key) is own[key] for key in _EDGES)
         same = edges and all(_same(inputs[key], own[key]) for key in ("pos", "cell"))
         return same and self.versions == _versions(own, self.vectors)
 
-    def where(self, kept: torch.Tensor) -> Made:
-        """Of some of the edges: kept (E,) bool."""
+    def where(self, kept: Bool[torch.Tensor, " E"]) -> Made:
+        """Returns the vectors of the edges where `kept` (E,) is True."""
         places = padding.positions(kept)
         index = _empty((2, len(places)), places)
         for row, of_all in zip(index, self.edges.index):
@@ -122,9 +139,11 @@ class Made:
         return Made(inputs, vectors, self.edges.where(kept, index), _versions(inputs, vectors))
 
 
-def make(inputs: dict, known: Edges | None = None) -> Made:
-    """The vectors of a graph, for edge_vectors: `inputs` as there, with its Edges where they are
-    known. Nothing is differentiated."""
+def make(inputs: dict[str, torch.Tensor], known: Edges | None = None) -> Made:
+    """Returns the vectors of a graph, which edge_vectors can then hand on.
+
+    `inputs` are those of edge_vectors, and `known` their Edges, if somebody has these already. The
+    vectors have no graph; edge_vectors gives them one."""
     pos, cell = inputs["pos"], inputs["cell"]
     known = known or edges(inputs, len(cell), cell.dtype, crossing=True)
     with torch.no_grad():
@@ -134,7 +153,9 @@ def make(inputs: dict, known: Edges | None = None) -> Made:
 
 @contextlib.contextmanager
 def handing_on(made: Made | None) -> Iterator[None]:
-    """Within, edge_vectors gives these where they are of what it is asked for."""
+    """Within this context, edge_vectors returns these vectors where they belong to its inputs.
+
+    With None, and where the vectors are a tracer's, it makes its own."""
     token = _MADE.set(made if made is not None and _plain(made.vectors) else None)
     try:
         yield
@@ -150,13 +171,19 @@ class _Handed(torch.autograd.Function):
     """Vectors that were made already, as a function of positions and cells: linear in both."""
 
     @staticmethod
-    def forward(ctx, pos, cell, made):
-        ctx.made, ctx.shapes = made, (pos.shape, cell.shape)
+    def forward(ctx: Any, pos: torch.Tensor, cell: torch.Tensor, made: Made) -> torch.Tensor:
+        """Returns the vectors; pos and cell are there for their gradients alone."""
+        ctx.made = made
+        ctx.shapes = (pos.shape, cell.shape)
         return made.vectors.detach()
 
     @staticmethod
-    def backward(ctx, gradient):
-        edges, (atoms, cells) = ctx.made.edges, ctx.shapes
+    def backward(
+        ctx: Any, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        """Returns the gradients in pos (N,3) and cell (B,3,3), as far as they are asked for."""
+        edges = ctx.made.edges
+        atoms, cells = ctx.shapes
         for_pos = for_cell = None
         if ctx.needs_input_grad[0]:
             i, j = edges.index
@@ -170,8 +197,9 @@ class _Handed(torch.autograd.Function):
 kernels.vouch(_Handed)
 
 
-def _moments(edges, gradient, shape):
-    """sum of offset (x) gradient over the edges of each system: (B,3,3)."""
+def _moments(edges: Edges, gradient: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The sum of the outer products of offset and gradient over the edges of each system:
+    (B,3,3)."""
     if edges.crossing is not None:
         gradient = gradient.index_select(0, edges.crossing)
     if edges.systems is None:
@@ -180,26 +208,24 @@ def _moments(edges, gradient, shape):
     return gradient.new_zeros(shape).index_add(0, edges.systems, outer)
 
 
-def _vectors(pos, cell, edges):
+def _vectors(pos: torch.Tensor, cell: torch.Tensor, edges: Edges) -> torch.Tensor:
+    """r_ij (E,3). Without a graph the sums are done in place, since fresh memory costs more than
+    they do."""
     i, j = edges.index
     shifts = _shifts(cell, edges)
     if torch.is_grad_enabled() or not (_plain(pos) and _plain(cell)):
         between = pos.index_select(0, j) - pos.index_select(0, i)
-        return (
-            between + shifts
-            if edges.crossing is None
-            else between.index_add(0, edges.crossing, shifts)
-        )
+        if edges.crossing is None:
+            return between + shifts
+        return between.index_add(0, edges.crossing, shifts)
     between = _rows(pos, j)
-    between -= _rows(pos, i)  # in place: fresh memory costs more than the sums
-    return (
-        between.add_(shifts)
-        if edges.crossing is None
-        else between.index_add_(0, edges.crossing, shifts)
-    )
+    between -= _rows(pos, i)
+    if edges.crossing is None:
+        return between.add_(shifts)
+    return between.index_add_(0, edges.crossing, shifts)
 
 
-def _rows(x, places):
+def _rows(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """x.index_select(0, places), not differentiable."""
     few = len(places) * x.shape[1] * x.element_size() < _MUCH
     if few or not _plain(x):
@@ -207,18 +233,18 @@ def _rows(x, places):
     return torch.index_select(x.detach(), 0, places, out=_empty((len(places), x.shape[1]), x))
 
 
-def _empty(shape, like):
-    """Memory for a tensor like another one: from NumPy where it is much, which asks the system for
-    huge pages. Without them half of the time goes into the first touch."""
+def _empty(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """Memory for a tensor like another one. Where it is much, NumPy allocates it, which asks the
+    system for huge pages: without them half of the time goes into the first touch."""
     if like.is_cpu and math.prod(shape) * like.element_size() >= _MUCH:
         return torch.from_numpy(np.empty(shape, like.detach().numpy().dtype))
     return like.new_empty(shape)
 
 
-_MUCH = 2**22  # bytes, from which NumPy does
+_MUCH = 2**22  # bytes, from which NumPy allocates
 
 
-def _shifts(cell, edges):
+def _shifts(cell: torch.Tensor, edges: Edges) -> torch.Tensor:
     """offsets @ cell of the edges that cross (C,3)."""
     if edges.systems is None:
         return edges.offsets @ cell[0]
@@ -227,7 +253,7 @@ def _shifts(cell, edges):
     return a * rows[:, :3] + b * rows[:, 3:6] + c * rows[:, 6:]
 
 
-def _same(x, y) -> bool:
+def _same(x: torch.Tensor, y: torch.Tensor) -> bool:
     """True for two tensors that show the same memory in the same way."""
     if x is y:
         return True
@@ -236,8 +262,9 @@ def _same(x, y) -> bool:
     return x.data_ptr() == y.data_ptr()
 
 
-def _versions(inputs, vectors) -> list[int]:
-    """How often each tensor was changed in place; those of inference mode don't count."""
+def _versions(inputs: dict[str, torch.Tensor], vectors: torch.Tensor) -> list[int]:
+    """How often each tensor was changed in place. Tensors of inference mode have no such count; 0
+    stands for it."""
     tensors = inputs["pos"], inputs["cell"], *[inputs[key] for key in _EDGES], vectors
     try:
         return [x._version for x in tensors]
@@ -245,11 +272,10 @@ def _versions(inputs, vectors) -> list[int]:
         return [0 if x.is_inference() else x._version for x in tensors]
 
 
-def _plain(x) -> bool:
-    """No tracer, no wrapper, no dual number."""
-    if (
-        type(x) not in (torch.Tensor, torch.nn.Parameter)
-        or torch.autograd.forward_ad._current_level >= 0
-    ):
+def _plain(x: torch.Tensor) -> bool:
+    """True for what is no tracer, no wrapper and no dual number."""
+    if type(x) not in (torch.Tensor, torch.nn.Parameter):
         return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    if torch.autograd.forward_ad._current_level >= 0:
+        return False
+    return not is_functorch_wrapped_tensor(x)

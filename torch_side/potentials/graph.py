@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from bridge.card import Card
 from bridge.contract import check_inputs, check_outputs, dtype_name
@@ -19,24 +20,33 @@ from torch_side.potentials.neighbors import check_positions, neighbor_list, syst
 TOUCHING = 1e-4  # Angstrom: atoms closer than this are one on top of the other
 
 
-def evaluate(model: Callable, inputs: dict, card: Card, name: str, owner=None) -> dict:
-    """`model(inputs)` as the contract has it, for a model that knows nothing of padding and checks
-    nothing.
+def evaluate(
+    model: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    inputs: dict[str, torch.Tensor],
+    card: Card,
+    name: str,
+    owner: nn.Module | None = None,
+) -> dict[str, torch.Tensor]:
+    """Returns `model(inputs)` for a model that knows nothing of padding and checks nothing.
 
-    `inputs` is the dict of the contract: N atoms in B systems, E edges. The model is given what is
-    real: atoms of atomic number 0, edges with an index >= N or to such an atom, and systems without
-    atoms (unless card.empty_systems) are taken out and their outputs are zeros; edges are made if
-    card.cutoff is set and none are given, and those not shorter than it are left out (a list may
-    have a skin). What model returns, with the shapes of the contract, is restored to N and B.
+    `inputs` is the dict of the contract, with N atoms in B systems and E edges; entries that are
+    None count as absent. The model sees only what is real. Padding is taken out: atoms of atomic
+    number 0, edges with an index >= N or to such an atom, and systems without atoms (unless
+    card.empty_systems). If card.cutoff is set, edges are made where none are given, and given edges
+    that are not shorter than it are left out, since a list may have a skin. What the model returns,
+    in the shapes of the contract, is put back to N atoms and B systems, with zeros for what was
+    taken out.
 
-    Unless card.batches vouches, the first call with several systems also evaluates one of them
-    alone; `owner` (an nn.Module) is who has then shown that it keeps them apart.
+    Unless card.batches vouches for the model, the first call with several systems also evaluates
+    one of them alone. Once the energies have agreed, `owner` is remembered as a model that keeps
+    systems apart. `name` is that of the model in error texts.
 
     Raises: ValueError for inputs outside of the contract, and, naming system and atom: positions
     that are not finite, an element that the card does not have, atoms on top of one another, an
     unsorted batch, edges that point nowhere or from one system to another, a periodic axis without
     a cell vector; also for outputs outside of the contract, an energy or a gradient that is not
-    finite, and systems of one call that the model does not keep apart."""
+    finite, and systems of one call that the model does not keep apart. NotImplementedError where
+    the caller differentiates gradients whose graph the model has cut off."""
     inputs = {key: x for key, x in inputs.items() if x is not None}
     if torch.is_inference_mode_enabled():
         with modes.recording(inputs) as inputs:
@@ -66,19 +76,23 @@ def evaluate(model: Callable, inputs: dict, card: Card, name: str, owner=None) -
     return layout.put_back(found)
 
 
-def _with_edges(inputs, card, layout):
-    """The inputs with edges shorter than the cutoff, if there is one, and their vectors."""
+def _with_edges(
+    inputs: dict[str, torch.Tensor], card: Card, layout: layouts.Layout
+) -> tuple[dict[str, torch.Tensor], geometry.Made | None]:
+    """The inputs with edges shorter than the cutoff, and their vectors, if there is a cutoff."""
     if card.cutoff is None:
         return inputs, None
     given = "edge_index" in inputs
     if not given:
-        edges = neighbor_list(
-            *(inputs[k] for k in ("pos", "cell", "pbc")),
+        edges, offsets = neighbor_list(
+            inputs["pos"],
+            inputs["cell"],
+            inputs["pbc"],
             card.cutoff,
             inputs["batch"],
             ordered=False,
         )
-        inputs = inputs | dict(zip(("edge_index", "cell_offsets"), edges))
+        inputs = inputs | {"edge_index": edges, "cell_offsets": offsets}
     elif "cell_offsets" not in inputs:
         raise ValueError(
             message(
@@ -99,11 +113,12 @@ def _with_edges(inputs, card, layout):
     return made.inputs, made
 
 
-def _refuse_touching(inputs, length):
+def _refuse_touching(inputs: dict[str, torch.Tensor], length: torch.Tensor) -> None:
     """ValueError naming two atoms that lie one on top of the other."""
     slot = int(length.argmin())
     i, j = inputs["edge_index"][:, slot].tolist()
-    got = f"atoms {i} and {j} of system {int(inputs['batch'][i])} {float(length[slot]):.1g} Angstrom apart"
+    system, apart = int(inputs["batch"][i]), float(length[slot])
+    got = f"atoms {i} and {j} of system {system} {apart:.1g} Angstrom apart"
     raise ValueError(
         message(
             "atoms apart from one another", got, "take one of them out, or look at the step before"
@@ -111,11 +126,16 @@ def _refuse_touching(inputs, length):
     )
 
 
-def _check_own_gradients(model, inputs, found, name) -> None:
+def _check_own_gradients(
+    model: Callable,
+    inputs: dict[str, torch.Tensor],
+    found: dict[str, torch.Tensor],
+    name: str,
+) -> None:
     """NotImplementedError where someone differentiates gradients that are cut off from the
     positions."""
 
-    def again():
+    def again() -> torch.Tensor:
         (pos,) = kernels.moved([inputs["pos"]])
         return model(inputs | {"pos": pos.requires_grad_()})["position_gradients"]
 
@@ -123,19 +143,20 @@ def _check_own_gradients(model, inputs, found, name) -> None:
         kernels.check_given(found["position_gradients"], again, name)
 
 
-def _check_finite(found, layout, name) -> None:
-    """ValueError naming the system whose energy, or the atom whose gradient, is not a number."""
-    # which hide no inf and no NaN
+def _check_finite(found: dict[str, torch.Tensor], layout: layouts.Layout, name: str) -> None:
+    """ValueError naming the system whose energy, or the atom whose gradient, is not finite."""
+    # a sum is finite only if all of its terms are
     sums = [found[key].detach().sum() for key in _FINITE if key in found]
     if all(map(math.isfinite, sums)):
         return
     out = layout.put_back({key: found[key].detach() for key in _FINITE if key in found})
     for key, what in _FINITE.items():
         if key in out and not (fine := torch.isfinite(out[key])).all():
-            first = int((~fine.flatten(1).all(1) if fine.ndim > 1 else ~fine).nonzero()[0])
-            where = f"{what} {first}" + (
-                f" of system {system_of(layout.bounds, first)}" if what == "atom" else ""
-            )
+            wrong = ~fine.flatten(1).all(1) if fine.ndim > 1 else ~fine
+            first = int(wrong.nonzero()[0])
+            where = f"{what} {first}"
+            if what == "atom":
+                where += f" of system {system_of(layout.bounds, first)}"
             raise ValueError(
                 message(
                     f"a finite {key} from {name}",
@@ -148,10 +169,8 @@ def _check_finite(found, layout, name) -> None:
 _FINITE = {"energy": "system", "position_gradients": "atom", "cell_gradients": "system"}
 
 
-def _nothing(inputs, card) -> dict:
+def _nothing(inputs: dict[str, torch.Tensor], card: Card) -> dict[str, torch.Tensor]:
     """Zeros for inputs without any atom."""
     pos = inputs["pos"]
-    return {
-        key: pos.new_zeros(shape)
-        for key, shape in card.shapes(len(pos), len(inputs["cell"])).items()
-    }
+    shapes = card.shapes(len(pos), len(inputs["cell"]))
+    return {key: pos.new_zeros(shape) for key, shape in shapes.items()}

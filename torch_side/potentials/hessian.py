@@ -3,15 +3,22 @@ gradients."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 
-def hessian(model, inputs: dict, keep: bool = False) -> dict:
-    """`model(inputs)`, with d2E/dr dr at fixed cell as "hessian" (N,3,N,3), eV/Angstrom^2.
+def hessian(
+    model: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    inputs: dict[str, torch.Tensor],
+    keep: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Returns `model(inputs)` with d2E/dr dr at fixed cell as "hessian" (N,3,N,3), eV/Angstrom^2.
 
-    `model` gives position_gradients (N,3) with their graph (torch.autograd can differentiate them).
-    One forward, and 3 N backward passes over it. The results are detached unless `keep` is True or
-    pos requires grad.
+    `model` must give position_gradients (N,3) with their graph, so that torch.autograd can
+    differentiate them. It is evaluated once, and 3 N backward passes go over that graph. The
+    results keep their own graph if `keep` is True, or if grad mode is on and an input requires
+    grad; otherwise they are detached.
 
     Raises: torch's own RuntimeError where the gradients can't be differentiated again.
 
@@ -22,27 +29,20 @@ def hessian(model, inputs: dict, keep: bool = False) -> dict:
     tensor([2., 2., 2.])
     """
     pos = inputs["pos"]
-    keep = keep or (
-        torch.is_grad_enabled()
-        and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs.values())
-    )
+    if not keep and torch.is_grad_enabled():
+        tensors = (x for x in inputs.values() if isinstance(x, torch.Tensor))
+        keep = any(x.requires_grad for x in tensors)
     with torch.enable_grad():
         pos = pos.view_as(pos) if pos.requires_grad else pos.detach().requires_grad_()
         out = model(inputs | {"pos": pos})
         g = out["position_gradients"]
-        rows = (
-            [
-                torch.autograd.grad(
-                    x, pos, retain_graph=True, create_graph=keep, materialize_grads=True
-                )[0]
-                for x in g.flatten()
-            ]
-            if g.requires_grad
-            else []
-        )
-    out = out | {
-        "hessian": torch.stack(rows).reshape(*g.shape, *pos.shape)
-        if rows
-        else pos.new_zeros(*g.shape, *pos.shape)
-    }
+        rows = []
+        for x in g.flatten() if g.requires_grad else ():
+            (row,) = torch.autograd.grad(
+                x, pos, retain_graph=True, create_graph=keep, materialize_grads=True
+            )
+            rows.append(row)
+    shape = (*g.shape, *pos.shape)
+    found = torch.stack(rows).reshape(shape) if rows else pos.new_zeros(shape)
+    out = out | {"hessian": found}
     return out if keep else {name: x.detach() for name, x in out.items()}

@@ -4,8 +4,10 @@ graph; sums of them."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import nn
@@ -22,16 +24,16 @@ class Model(nn.Module):
     """A potential of the contract: a subclass sets `card` in its __init__ and defines `energies`.
 
     `energies(inputs)` takes the dict of the contract without padding, with edges (edge_index,
-    cell_offsets) if card.cutoff is set, and returns a dict with energy (B,) in eV and other outputs
-    of bridge.contract.OUTPUTS that card.active_outputs asks for (or that cost nothing). It must be
-    differentiable in pos and cell: `geometry.edge_vectors(inputs)` gives the r_ij that are. It need
-    not check anything: see graph.evaluate for what is checked.
+    cell_offsets) if card.cutoff is set. It returns a dict with energy (B,) in eV and those other
+    outputs of bridge.contract.OUTPUTS that card.active_outputs asks for, or that cost nothing. The
+    energy must be differentiable in pos and cell; `geometry.edge_vectors(inputs)` returns r_ij that
+    are. `energies` need not check its inputs, since graph.evaluate has done so.
 
-    Calling the model gives these outputs with position_gradients g = dE/dr at fixed cell (N,3) and
-    cell_gradients G = dE/dh at fixed Cartesian positions (B,3,3), from one forward and one
-    backward; with `model.asking("hessian")` also d2E/dr dr (N,3,N,3), by 3 N more backward passes.
-    If pos, cell or a parameter requires grad, all can be differentiated again, else they are
-    detached. `a + b` is the sum of two models.
+    Calling the model returns these outputs together with position_gradients g = dE/dr at fixed cell
+    (N,3) and cell_gradients G = dE/dh at fixed Cartesian positions (B,3,3), from one forward and
+    one backward pass. After `model.asking("hessian")` it also returns d2E/dr dr (N,3,N,3), by 3 N
+    more backward passes. If pos, cell or a parameter requires grad, all outputs can be
+    differentiated again; otherwise they are detached. `a + b` is the sum of two models.
 
     >>> class Spring(Model):
     ...     card = Card()
@@ -45,7 +47,10 @@ class Model(nn.Module):
 
     card: Card
 
-    def energies(self, inputs: dict) -> dict:
+    def energies(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns the energy (B,) in eV, and other outputs, of inputs without padding.
+
+        Raises: NotImplementedError where a subclass does not define it."""
         raise NotImplementedError(
             message(
                 f"energies(inputs) of {type(self).__name__}",
@@ -54,9 +59,15 @@ class Model(nn.Module):
             )
         )
 
-    def forward(self, inputs: dict, trained: bool | None = None) -> dict:
-        """`trained` says whether someone differentiates in the parameters; None: if one of them
-        requires grad."""
+    def forward(
+        self, inputs: dict[str, torch.Tensor], trained: bool | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Returns the active outputs for the dict of the contract.
+
+        `trained` says whether somebody differentiates the outputs in the parameters. None stands
+        for True if grad mode is on and a parameter requires grad.
+
+        Raises: what graph.evaluate raises."""
         return graph.evaluate(
             partial(self._with_gradients, trained=trained),
             inputs,
@@ -65,31 +76,32 @@ class Model(nn.Module):
             self,
         )
 
-    def asking(self, *outputs: str):
-        """This model, weights shared, with more outputs active (to() moves the weights of both:
-        cast first, ask then).
+    def asking(self, *outputs: str) -> Self:
+        """Returns a model with more outputs active, which shares the weights of this one.
+
+        `to` moves the weights of both, but changes the card of one alone: first cast, then ask.
 
         Raises: ValueError for an output that the card does not have."""
         other = copy.copy(self)
         other.card = self.card.asking(*outputs)
         return other
 
-    def _apply(self, fn, recurse=True):
-        """to(dtype), to(device): the card follows."""
+    def _apply(self, fn: Callable, recurse: bool = True) -> Self:
+        """What to(dtype) and to(device) do to the weights; the card follows them."""
         super()._apply(fn, recurse)
-        if (
-            self.card.dtype is not None
-            and (home := next((p for p in self.parameters()), None)) is not None
-        ):
-            self.card = replace(
-                self.card, dtype=str(home.dtype).removeprefix("torch."), device=str(home.device)
-            )
+        home = next(self.parameters(), None)
+        if self.card.dtype is not None and home is not None:
+            dtype = str(home.dtype).removeprefix("torch.")
+            self.card = replace(self.card, dtype=dtype, device=str(home.device))
         return self
 
-    def __add__(self, other):
+    def __add__(self, other: Model) -> Sum:
         return Sum([self, other]) if isinstance(other, Model) else NotImplemented
 
-    def _with_gradients(self, inputs, trained=None):
+    def _with_gradients(
+        self, inputs: dict[str, torch.Tensor], trained: bool | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The energies with g and G, and the Hessian if it is active, by torch.autograd."""
         if trained is None:
             trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         evaluate = with_gradients(self.energies)
@@ -99,16 +111,18 @@ class Model(nn.Module):
 
 
 class Sum(Model):
-    """The sum of several models: each with its own cutoff, on the same atoms. `a + b` makes one.
+    """The sum of several models of the same atoms, each with its own cutoff. `a + b` makes one.
 
-    energy, gradients and what else adds (bridge.contract.ADDITIVE) is added where all terms have
-    it; other outputs (charges, embeddings) come from the one term that gives them. `card` is the
-    sum of the cards.
+    Energies, gradients and the other outputs of bridge.contract.ADDITIVE are added where all terms
+    have them. Other outputs (charges, embeddings) come from the one term that has them. `card` is
+    the sum of the cards. Sums among the terms are taken apart.
 
     Raises: ValueError for terms of unlike units, dtypes or devices, and for an output that does not
     add and is active in two terms; TypeError for a term that is no Model."""
 
-    def __init__(self, terms):
+    terms: Sequence[Model]  # an nn.ModuleList
+
+    def __init__(self, terms: Iterable[Model]) -> None:
         super().__init__()
         flat = [t for term in terms for t in (term.terms if isinstance(term, Sum) else [term])]
         if strange := [t for t in flat if not isinstance(t, Model)]:
@@ -119,58 +133,81 @@ class Sum(Model):
                     "wrap it by torch_side.potentials.model.Wrapped",
                 )
             )
-        self.terms = nn.ModuleList(flat)
+        self.terms = cast("Sequence[Model]", nn.ModuleList(flat))
         self.card = sum((t.card for t in flat[1:]), flat[0].card)
 
-    def asking(self, *outputs):
+    def asking(self, *outputs: str) -> Self:
+        """Returns the sum of the terms, each with those of the outputs active that it has.
+
+        Raises: ValueError for an output that the sum does not have."""
         self.card.check_outputs(outputs, "this sum")
         other = copy.copy(self)
-        other._modules = {
-            "terms": nn.ModuleList(t.asking(*(set(outputs) & t.card.outputs)) for t in self.terms)
-        }
+        terms = nn.ModuleList(t.asking(*(set(outputs) & t.card.outputs)) for t in self.terms)
+        other._modules = {"terms": terms}
         other.card = self.card.asking(*outputs)
         return other
 
-    def forward(self, inputs, trained=None):
+    def forward(
+        self, inputs: dict[str, torch.Tensor], trained: bool | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Returns the sums of the terms' outputs.
+
+        A charge or a spin goes to the terms that have a use for it, if there are such terms."""
         each = shared_out(inputs, [term.card for term in self.terms])
         return added([term(given, trained=trained) for term, given in zip(self.terms, each)])
 
 
 class Wrapped(Model):
-    """A user's own torch potential with a card: checks, edges and padding as for the models of this
-    package.
+    """A user's own torch potential with a card, called with the checks, the edges and the padding
+    of the models of this package.
 
-    `model(inputs)` takes the dict of the contract and returns one. With gradients="autograd" it
-    holds energy (B,), and torch.autograd makes g and G from it; with gradients="model" it holds
-    these as well. `card` says what it has and needs.
+    `model(inputs)` takes the dict of the contract and returns one. With gradients="autograd" the
+    result holds energy (B,), and torch.autograd makes g and G from it. With gradients="model" it
+    holds g and G as well. `card` says what the model computes and needs. Two of these are equal if
+    their model, card and gradients are.
 
     >>> spring = Wrapped(lambda x: {"energy": x["pos"].square().sum().reshape(1)}, Card(), "autograd")
     >>> spring.card.cutoff is None
     True
     """
 
-    def __init__(self, model, card: Card, gradients: str):
+    model: Callable[[dict[str, torch.Tensor]], Any]
+
+    def __init__(
+        self,
+        model: Callable[[dict[str, torch.Tensor]], Any],
+        card: Card,
+        gradients: Literal["autograd", "model"],
+    ) -> None:
         super().__init__()
-        self.model, self.card, self.gradients = model, card, gradients
+        self.model = model
+        self.card = card
+        self.gradients = gradients
         self.__qualname__ = getattr(model, "__qualname__", type(model).__name__)
 
-    def energies(self, inputs):
+    def energies(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns what the user's model returns, as a dict.
+
+        Raises: TypeError for an energy that is no tensor; ValueError where there is none."""
         return named(self.model(inputs))
 
-    def forward(self, inputs, trained=None):
-        own = (
-            self.energies
-            if self.gradients == "model"
-            else partial(self._with_gradients, trained=trained)
-        )
+    def forward(
+        self, inputs: dict[str, torch.Tensor], trained: bool | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Returns the active outputs; see Model.forward."""
+        own = self.energies
+        if self.gradients != "model":
+            own = partial(self._with_gradients, trained=trained)
         return graph.evaluate(own, inputs, self.card, self.__qualname__, self)
 
-    def __eq__(self, other):
-        return type(self) is type(other) and (self.model, self.card, self.gradients) == (
-            other.model,
-            other.card,
-            other.gradients,
-        )
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Wrapped) or type(self) is not type(other):
+            return False
+        return self._value() == other._value()
 
-    def __hash__(self):
-        return hash((self.model, self.card, self.gradients))
+    def __hash__(self) -> int:
+        return hash(self._value())
+
+    def _value(self) -> tuple:
+        """What it is compared by."""
+        return self.model, self.card, self.gradients

@@ -4,43 +4,55 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int
+
+# private in torch 2.13, as _DisableFuncTorch: the tensors beneath the wrappers of torch.func
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 
 from bridge.contract import check_inputs
 from bridge.errors import message, missing
 
-# private in torch 2.13, as _DisableFuncTorch: the tensors beneath the wrappers of torch.func
-_functorch = torch._C._functorch
 
+def neighbor_list(
+    pos: Float[torch.Tensor, "N 3"],
+    cell: Float[torch.Tensor, "B 3 3"],
+    pbc: Bool[torch.Tensor, "B 3"],
+    cutoff: float,
+    batch: Int[torch.Tensor, " N"] | None = None,
+    *,
+    ordered: bool = True,
+) -> tuple[Int[torch.Tensor, "2 E"], Int[torch.Tensor, "E 3"]]:
+    """Returns all directed edges shorter than the cutoff: edge_index (2,E) and cell_offsets (E,3),
+    both int64.
 
-def neighbor_list(pos, cell, pbc, cutoff, batch=None, *, ordered: bool = True):
-    """All directed edges shorter than the cutoff: (edge_index (2,E), cell_offsets (E,3)), both
-    int64.
-
-    Takes pos (N,3) float in Angstrom (any image), cell (B,3,3) by rows of the same dtype, pbc (B,3)
-    bool, cutoff in Angstrom, batch (N,) int sorted (None: one system). An edge i -> j stands for
-    the vector
+    It takes pos (N,3) float in Angstrom (any periodic image), cell (B,3,3) by rows of the same
+    dtype, pbc (B,3) bool, cutoff in Angstrom and batch (N,) int sorted (None for one system). An
+    edge i -> j stands for the vector
 
         r_ij = pos[j] - pos[i] + cell_offsets @ cell[batch[i]],    0 <= |r_ij| < cutoff,
 
-    both directions are listed, and so are an atom's own periodic images; the atom itself is not.
-    Cells may be smaller than the cutoff or triclinic, pbc may differ from axis to axis and from
-    system to system. The cell vector of an open axis is not looked at: it may be zero, and its
-    offsets are 0. Edges are sorted by centre; with ordered=False they come in the order in which
-    they are found, the same each time, and the list costs half as much.
+    Both directions of a pair are listed, and so are the edges of an atom to its own periodic
+    images; an atom is no neighbour of itself. Cells may be smaller than the cutoff or triclinic,
+    and pbc may differ from axis to axis and from system to system. The cell vector of an open axis
+    is ignored: it may be zero, and the offsets along it are 0. Edges are sorted by centre. With
+    ordered=False they come in the order in which they are found, which is the same each time, and
+    the list costs half as much.
 
-    The list is made by vesin on the CPU in float64, with torch's number of threads; positions on
-    another device are copied there to be read, and the result lies on the device of pos. Nothing is
-    differentiated: form r_ij from pos and cell, as above, to differentiate. Inside torch.func.grad,
-    jvp and so on the values themselves are read.
+    vesin makes the list on the CPU in float64, with torch's number of threads. Positions on another
+    device are copied to the CPU, and the result lies on the device of pos. The list itself has no
+    derivatives: form r_ij from pos and cell as above to differentiate it. Inside torch.func.grad,
+    torch.func.jvp and so on, the values beneath the transform are read.
 
-    Raises: ValueError for shapes and dtypes outside the contract, a non-finite position (naming the
-    atom) or cell, a periodic axis without a cell vector of its own, an unsorted batch, a cutoff
-    that is not positive, or positions that torch.func.vmap runs over; ImportError without vesin.
+    Raises: ValueError for shapes and dtypes outside the contract, a position (naming the atom) or a
+    cell that is not finite, a periodic axis without a cell vector of its own, an unsorted batch, a
+    cutoff that is not positive, or positions that torch.func.vmap runs over; ImportError without
+    vesin.
 
     >>> edges, offsets = neighbor_list(torch.zeros(1, 3), torch.eye(3)[None], torch.tensor([[True, False, False]]), 1.5)
     >>> edges.tolist(), sorted(offsets.tolist())
@@ -50,9 +62,18 @@ def neighbor_list(pos, cell, pbc, cutoff, batch=None, *, ordered: bool = True):
     return _written(parts, pos.device, np.int64, _count(parts))
 
 
-def _found(pos, cell, pbc, cutoff, batch, ordered):
+def _found(
+    pos: torch.Tensor,
+    cell: torch.Tensor,
+    pbc: torch.Tensor,
+    cutoff: float,
+    batch: torch.Tensor | None,
+    ordered: bool,
+) -> list[_Part]:
     """The edges of each system that has atoms."""
-    inputs = {"pos": pos, "cell": cell, "pbc": pbc} | ({} if batch is None else {"batch": batch})
+    inputs = {"pos": pos, "cell": cell, "pbc": pbc}
+    if batch is not None:
+        inputs["batch"] = batch
     n_atoms, n_systems = check_inputs(inputs, ("pos", "cell", "pbc"))
     x, h, periodic = (values(a) for a in (pos, cell, pbc))
     bounds = bounds_of(batch, n_atoms, n_systems)
@@ -61,13 +82,16 @@ def _found(pos, cell, pbc, cutoff, batch, ordered):
             message("a positive cutoff in Angstrom", f"{cutoff}", "pass the model's cutoff")
         )
     check_values(x, h, periodic, bounds)
-    atoms = enumerate(itertools.pairwise(bounds))
-    return [_edges(x[a:b], h[s], periodic[s], cutoff, a, ordered) for s, (a, b) in atoms if b > a]
+    return [
+        _edges(x[a:b], h[s], periodic[s], cutoff, a, ordered)
+        for s, (a, b) in enumerate(itertools.pairwise(bounds))
+        if b > a
+    ]
 
 
 class _Part(NamedTuple):
-    """Pairs (E,2) and offsets (E,3) of one system, whose atoms begin at `first`; their memory is
-    that of `owner`."""
+    """Pairs (E,2) and offsets (E,3) of one system, whose first atom has the index `first`. `owner`
+    owns their memory."""
 
     first: int
     pairs: np.ndarray
@@ -75,22 +99,24 @@ class _Part(NamedTuple):
     owner: object
 
 
-def _count(parts) -> int:
+def _count(parts: Sequence[_Part]) -> int:
+    """How many edges there are in all systems."""
     return sum(len(part.offsets) for part in parts)
 
 
-def _written(parts, device, dtype, capacity, unused=0):
-    """edge_index (2,capacity), each row dense (torch's scatter is faster so), and cell_offsets
-    (capacity,3)."""
+def _written(
+    parts: Sequence[_Part], device: torch.device, dtype: type, capacity: int, unused: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """edge_index (2,capacity) and cell_offsets (capacity,3) of all systems; slots that are left
+    over have the index `unused`. Each row of edge_index is dense, which makes torch's scatter
+    faster."""
     index, shifts = np.empty((2, capacity), dtype), np.empty((capacity, 3), dtype)
     end = 0
     for part in parts:
         here = slice(end, end + len(part.offsets))
-        index[0, here], index[1, here], shifts[here] = (
-            part.pairs[:, 0],
-            part.pairs[:, 1],
-            part.offsets,
-        )
+        index[0, here] = part.pairs[:, 0]
+        index[1, here] = part.pairs[:, 1]
+        shifts[here] = part.offsets
         if part.first:
             index[:, here] += part.first
         end = here.stop
@@ -100,19 +126,20 @@ def _written(parts, device, dtype, capacity, unused=0):
 
 @dataclass(frozen=True)
 class Padded:
-    """neighbor_list of a dict of inputs, in a fixed number of slots: edge_index (2,capacity) and
-    cell_offsets (capacity,3), int32.
+    """The neighbor_list of a dict of inputs, in a fixed number of slots.
 
-    Unused slots have the index N and offsets 0. Equal for equal settings.
+    Calling it returns a dict of edge_index (2,capacity) and cell_offsets (capacity,3), both int32.
+    Unused slots have the index N and offsets 0. `cutoff` is in Angstrom, and `ordered` is that of
+    neighbor_list. Two of these with equal settings are equal.
 
-    Raises: as neighbor_list; ValueError saying how many slots are needed, where there are too
-    few."""
+    Calling it raises what neighbor_list raises, and ValueError if there are more edges than slots,
+    saying how many slots are needed."""
 
     cutoff: float
     capacity: int
     ordered: bool = False
 
-    def __call__(self, inputs: dict) -> dict:
+    def __call__(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         pos = inputs["pos"]
         parts = _found(
             pos, inputs["cell"], inputs["pbc"], self.cutoff, inputs["batch"], self.ordered
@@ -126,27 +153,29 @@ class Padded:
         return {"edge_index": edges, "cell_offsets": offsets}
 
 
-def values(tensor):
-    """The values of a tensor as NumPy: on the CPU, floats as float64, beneath the wrappers of
-    torch.func."""
-    if (
+def values(tensor: torch.Tensor) -> np.ndarray:
+    """Returns the values of a tensor as a NumPy array on the CPU, floats as float64.
+
+    Inside torch.func.grad, torch.func.jvp and so on these are the values beneath the transform. The
+    array shares the tensor's memory where dtype and device allow it.
+
+    Raises: ValueError for a tensor that torch.func.vmap runs over."""
+    plain = (
         type(tensor) is torch.Tensor
         and tensor.is_cpu
         and not tensor.requires_grad
         and tensor.dtype in _AS_THEY_ARE
-    ) and (
-        not _functorch.is_functorch_wrapped_tensor(tensor)
+        and not is_functorch_wrapped_tensor(tensor)
         and not torch._C._are_functorch_transforms_active()
-    ):
+    )
+    if plain:
         return tensor.numpy()
-    while _functorch.is_functorch_wrapped_tensor(tensor):
-        if _functorch.is_batchedtensor(tensor):
-            expected, got = (
-                "one value of each position, cell, pbc and batch",
-                "a batch of them under torch.func.vmap",
-            )
+    while is_functorch_wrapped_tensor(tensor):
+        if is_batchedtensor(tensor):
+            expected = "one value of each position, cell, pbc and batch"
+            got = "a batch of them under torch.func.vmap"
             raise ValueError(message(expected, got, "make the edges outside, and pass them"))
-        tensor = _functorch.get_unwrapped(tensor)
+        tensor = get_unwrapped(tensor)
     with torch._C._DisableFuncTorch():
         tensor = tensor.detach().cpu()
         return tensor.double().numpy() if tensor.is_floating_point() else tensor.numpy()
@@ -155,7 +184,9 @@ def values(tensor):
 _AS_THEY_ARE = {torch.float64, torch.int32, torch.int64, torch.bool}
 
 
-def _edges(x, h, periodic, cutoff, first, ordered) -> _Part:
+def _edges(
+    x: np.ndarray, h: np.ndarray, periodic: np.ndarray, cutoff: float, first: int, ordered: bool
+) -> _Part:
     """Edges of one system, whose first atom has index `first`."""
     try:
         import vesin
@@ -170,8 +201,8 @@ def _edges(x, h, periodic, cutoff, first, ordered) -> _Part:
     return _Part(first, pairs, offsets, search)
 
 
-def _complete(h, periodic):
-    """The cell with unit vectors across the periodic ones in place of what open axes have."""
+def _complete(h: np.ndarray, periodic: np.ndarray) -> np.ndarray:
+    """A copy of the cell, whose open axes have unit vectors orthogonal to the periodic ones."""
     spanned = h[periodic]
     across = np.linalg.svd(spanned)[2][len(spanned) :] if len(spanned) else np.eye(3)
     full = h.copy()
@@ -179,8 +210,11 @@ def _complete(h, periodic):
     return full
 
 
-def bounds_of(batch, n_atoms, n_systems):
-    """Where each system starts and the last one ends: B + 1 numbers."""
+def bounds_of(batch: Int[torch.Tensor, " N"] | None, n_atoms: int, n_systems: int) -> list[int]:
+    """Returns the index of the first atom of each system, and N at the end: B + 1 numbers.
+
+    Raises: ValueError for a batch that is not sorted or not within 0..B-1, and for None with
+    several systems."""
     if batch is None:
         if n_systems != 1:
             raise ValueError(
@@ -189,32 +223,36 @@ def bounds_of(batch, n_atoms, n_systems):
                 )
             )
         return [0, n_atoms]
-    batch = values(batch)
-    if n_systems == 1 and not batch.any():
+    numbers = values(batch)
+    if n_systems == 1 and not numbers.any():
         return [0, n_atoms]
-    if (np.diff(batch) < 0).any() or (n_atoms and not 0 <= batch[0] <= batch[-1] < n_systems):
-        raise ValueError(
-            message(
-                f"batch sorted, within 0..{n_systems - 1}", f"{batch}", "sort the atoms by system"
-            )
-        )
-    return np.searchsorted(batch, np.arange(n_systems + 1)).tolist()
+    descends = (np.diff(numbers) < 0).any()
+    if descends or (n_atoms and not 0 <= numbers[0] <= numbers[-1] < n_systems):
+        expected = f"batch sorted, within 0..{n_systems - 1}"
+        raise ValueError(message(expected, f"{numbers}", "sort the atoms by system"))
+    return np.searchsorted(numbers, np.arange(n_systems + 1)).tolist()
 
 
-def system_of(bounds, atom) -> int:
-    """The system that an atom belongs to."""
+def system_of(bounds: Sequence[int], atom: int) -> int:
+    """Returns the system that an atom belongs to, given the `bounds_of` the batch."""
     return int(np.searchsorted(bounds, atom, "right")) - 1
 
 
-def check_values(x, h, periodic, bounds):
-    """ValueError for values that have no neighbour list (vesin kills the process over some of
-    them)."""
+def check_values(
+    x: Float[np.ndarray, "N 3"],
+    h: Float[np.ndarray, "B 3 3"],
+    periodic: Bool[np.ndarray, "B 3"],
+    bounds: Sequence[int],
+) -> None:
+    """Raises ValueError for positions x and cells h that have no neighbour list.
+
+    vesin ends the process over some of them."""
     check_positions(x, bounds)
     check_cells(h, periodic)
 
 
-def check_positions(x, bounds) -> None:
-    """ValueError naming an atom whose position is not finite."""
+def check_positions(x: Float[np.ndarray, "N 3"], bounds: Sequence[int]) -> None:
+    """Raises ValueError naming an atom whose position is not finite."""
     if not np.isfinite(x).all():
         atom = int(np.argmax(~np.isfinite(x).all(-1)))
         raise ValueError(
@@ -226,8 +264,8 @@ def check_positions(x, bounds) -> None:
         )
 
 
-def check_cells(h, periodic) -> None:
-    """ValueError naming a system without a cell vector of its own for each periodic axis."""
+def check_cells(h: Float[np.ndarray, "B 3 3"], periodic: Bool[np.ndarray, "B 3"]) -> None:
+    """Raises ValueError naming a system without a cell vector of its own for each periodic axis."""
     for s, (cell, axes) in enumerate(zip(h, periodic)):
         if axes.any() and not _independent(cell[axes]):
             raise ValueError(
@@ -239,9 +277,8 @@ def check_cells(h, periodic) -> None:
             )
 
 
-def _independent(vectors):
-    """True where the vectors span as many dimensions as they are, with room to spare for
-    rounding."""
+def _independent(vectors: np.ndarray) -> bool:
+    """True if the vectors are linearly independent by more than rounding."""
     scale = math.prod(math.hypot(*v) for v in vectors.tolist())
     if len(vectors) == 3:
         (a, b, c), (d, e, f), (g, h, i) = vectors.tolist()

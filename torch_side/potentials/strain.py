@@ -3,22 +3,31 @@ section 5)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
+from jaxtyping import Bool, Float, Int
 
 from bridge.contract import named
 from bridge.errors import message
 from torch_side.calls import kernels, modes
 
 
-def virial(position_gradients, cell_gradients, positions, batch, cell):
-    """W = dE/de of the strain r -> r(I+e), h -> h(I+e), for each system: W = R^T g + h^T G.
+def virial(
+    position_gradients: Float[torch.Tensor, "N 3"],
+    cell_gradients: Float[torch.Tensor, "B 3 3"],
+    positions: Float[torch.Tensor, "N 3"],
+    batch: Int[torch.Tensor, " N"],
+    cell: Float[torch.Tensor, "B 3 3"],
+) -> Float[torch.Tensor, "B 3 3"]:
+    """Returns W = dE/de of the strain r -> r(I+e), h -> h(I+e), for each system: W = R^T g + h^T G.
 
     Shapes: position_gradients g and positions (N,3), cell_gradients G and cell h (B,3,3), batch
     (N,) int; result (B,3,3). Units: eV/Angstrom and Angstrom in, eV out. Signs: g = dE/dr (forces
     are -g), G = dE/dh at fixed Cartesian positions; W is positive where the system wants to shrink.
-    W is exact: for an energy that rotation leaves alone it comes out symmetric, though neither of
-    its terms is, and nothing is symmetrised here. A zero cell gives R^T g. All tensors are read
-    only, the result is new; autograd passes through.
+    W is exact: for an energy that is invariant under rotation it comes out symmetric, although
+    neither of its two terms is, and nothing is symmetrised here. For a cell of zeros W is R^T g.
+    The tensors are only read, the result is a new one, and autograd can differentiate it.
 
     >>> one = torch.ones(1, 3, 3)
     >>> virial(torch.zeros(2, 3), one, torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), 2 * one)[0, 0]
@@ -27,15 +36,21 @@ def virial(position_gradients, cell_gradients, positions, batch, cell):
     return _moments(positions, position_gradients, batch, cell) + cell.mT @ cell_gradients
 
 
-def lattice_gradient_from_virial(forces, positions, batch, cell, virial):
-    """G = dE/dh at fixed Cartesian positions, from forces and virial: G = h^-T (W - R^T g), g =
-    -forces.
+def lattice_gradient_from_virial(
+    forces: Float[torch.Tensor, "N 3"],
+    positions: Float[torch.Tensor, "N 3"],
+    batch: Int[torch.Tensor, " N"],
+    cell: Float[torch.Tensor, "B 3 3"],
+    virial: Float[torch.Tensor, "B 3 3"],
+) -> Float[torch.Tensor, "B 3 3"]:
+    """Returns G = dE/dh at fixed Cartesian positions, from forces and virial.
 
-    The signature is kUPS's, with virial = W (B,3,3) in eV. Shapes: forces and positions (N,3),
-    batch (N,) int, cell h (B,3,3) by rows; result (B,3,3) in eV/Angstrom. (R^T g)_ij = sum_b r_bi
-    g_bj over the atoms of each system. The antisymmetric part is kept: symmetrising R^T g or h^T G,
-    as some codes do, is wrong whenever sum r x g is not zero. A W that a model has symmetrised is
-    the exact one if its energy is invariant under rotation.
+    G = h^-T (W - R^T g) with g = -forces and (R^T g)_ij = sum_b r_bi g_bj over the atoms b of each
+    system. The signature is kUPS's, with virial = W (B,3,3) in eV. Shapes: forces and positions
+    (N,3), batch (N,) int, cell h (B,3,3) by rows; result (B,3,3) in eV/Angstrom. The antisymmetric
+    part is kept: symmetrising R^T g or h^T G, as some codes do, is wrong whenever sum r x g is not
+    zero. A W that a model has symmetrised is the exact one if its energy is invariant under
+    rotation.
 
     Raises: ValueError naming the system whose cell is singular, for which G does not follow from W.
 
@@ -52,14 +67,18 @@ def lattice_gradient_from_virial(forces, positions, batch, cell, virial):
     return torch.linalg.solve(cell.mT, virial + _moments(positions, forces, batch, cell))
 
 
-def stress(virial, cell, pbc):
-    """Cauchy stress W / V with V = |det h|, tension positive as in ASE, for each system.
+def stress(
+    virial: Float[torch.Tensor, "B 3 3"],
+    cell: Float[torch.Tensor, "B 3 3"],
+    pbc: Bool[torch.Tensor, "B 3"],
+) -> Float[torch.Tensor, "B 3 3"]:
+    """Returns the Cauchy stress W / V of each system, V = |det h|, with tension positive as in ASE.
 
     Shapes: virial W and cell h (B,3,3), pbc (B,3) bool; result (B,3,3) in eV/Angstrom^3. kUPS and
     jax-md use the opposite sign. ASE's Voigt order is xx, yy, zz, yz, xz, xy of this matrix.
 
-    Raises: ValueError naming the system, where no axis is periodic or the cell is singular: it has
-    no stress.
+    Raises: ValueError naming a system that has no stress, since no axis of it is periodic or its
+    cell is singular.
 
     >>> stress(6 * torch.eye(3)[None], 2 * torch.eye(3)[None], torch.ones(1, 3, dtype=torch.bool))[0, 0]
     tensor([0.7500, 0.0000, 0.0000])
@@ -73,32 +92,36 @@ def stress(virial, cell, pbc):
     return virial / torch.linalg.det(cell).abs()[:, None, None]
 
 
-def with_gradients(energy):
-    """Turn `energy(inputs)` into a model of the contract: value, g and G from one forward and one
-    backward.
+def with_gradients(
+    energy: Callable[[dict[str, torch.Tensor]], torch.Tensor | dict[str, torch.Tensor]],
+) -> Callable[..., dict[str, torch.Tensor]]:
+    """Turn `energy(inputs)` into a model of the contract, with g and G from one backward pass.
 
     `energy` takes the dict of the contract and returns (B,) in eV, or a dict with such an "energy"
     and other outputs, which are passed on. It must be differentiable in inputs["pos"] (N,3) and
-    inputs["cell"] (B,3,3), and no system may see another. The result returns dict(energy (B,),
-    position_gradients g = dE/dr at fixed cell (N,3), cell_gradients G = dE/dh at fixed Cartesian
-    positions (B,3,3), ...); what the energy does not reach has gradient zero.
+    inputs["cell"] (B,3,3), and no system may see another. The result is a function
+    `model(inputs, create_graph=None)`, which returns dict(energy (B,), position_gradients g = dE/dr
+    at fixed cell (N,3), cell_gradients G = dE/dh at fixed Cartesian positions (B,3,3), ...). What
+    the energy does not depend on has the gradient zero.
 
     `create_graph=None` keeps the graph only if grad mode is on and an input requires grad, that is
-    if someone differentiates further (Hessians by double backward); True keeps it always, for
-    training on forces. Otherwise all outputs are detached. pos and cell enter as fresh views, so
-    that a pos computed from the cell (r = s h) still gives G at fixed positions. Inputs are never
-    written to.
+    if someone differentiates further (Hessians by double backward). True always keeps it, for
+    training on forces. Without a graph all outputs are detached. pos and cell enter as fresh views,
+    so that a pos computed from the cell (r = s h) still gives G at fixed positions. Inputs are
+    never written to.
 
-    Raises, when it is called: ValueError where there is no energy, TypeError for one that is no
-    tensor; with create_graph, NotImplementedError for a custom autograd Function whose backward
-    can't be differentiated again.
+    The model raises ValueError where there is no energy, TypeError for an energy that is no tensor
+    and, with create_graph, NotImplementedError for a custom autograd Function whose backward can't
+    be differentiated again.
 
     >>> model = with_gradients(lambda x: x["pos"].square().sum()[None])
     >>> model({"pos": torch.ones(1, 3), "cell": torch.zeros(1, 3, 3)})["position_gradients"]
     tensor([[2., 2., 2.]])
     """
 
-    def model(inputs: dict, create_graph: bool | None = None) -> dict:
+    def model(
+        inputs: dict[str, torch.Tensor], create_graph: bool | None = None
+    ) -> dict[str, torch.Tensor]:
         if torch.is_inference_mode_enabled():
             with modes.recording(inputs) as inputs:
                 return model(inputs, create_graph)
@@ -118,26 +141,29 @@ def with_gradients(energy):
     return model
 
 
-def _variable(x):
-    """A view that starts a graph of its own, still tied to x where x requires grad."""
+def _variable(x: torch.Tensor) -> torch.Tensor:
+    """A view to differentiate in: part of the graph of x where x requires grad, else a leaf."""
     return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
 
 
-def _check_kernels(energy, inputs, found) -> None:
-    """Raise where derivatives of the gradients would be cut off by a kernel inside of the
-    energy."""
+def _check_kernels(energy: Callable, inputs: dict[str, torch.Tensor], found: torch.Tensor) -> None:
+    """NotImplementedError where a kernel inside of the energy would cut off the derivatives of its
+    gradients."""
 
-    def again():
-        there = zip(("pos", "cell"), kernels.moved([inputs["pos"], inputs["cell"]]))
-        moved = {name: x.requires_grad_() for name, x in there}
+    def again() -> list[torch.Tensor]:
+        pos, cell = kernels.moved([inputs["pos"], inputs["cell"]])
+        moved = {"pos": pos.requires_grad_(), "cell": cell.requires_grad_()}
         return [named(energy(inputs | moved))["energy"]]
 
     private = [x for x in (inputs["pos"], inputs["cell"]) if x.is_leaf]
     kernels.check_twice([found], again, private)
 
 
-def _gradients(energy, variables, create_graph):
-    """d sum(energy) / d variables by one backward, zeros where nothing is reached."""
+def _gradients(
+    energy: torch.Tensor, variables: Sequence[torch.Tensor], create_graph: bool
+) -> Sequence[torch.Tensor]:
+    """d sum(energy) / d variables by one backward pass, zeros for what the energy does not depend
+    on."""
     if not energy.requires_grad:
         return [torch.zeros_like(x) for x in variables]
     return torch.autograd.grad(
@@ -145,19 +171,21 @@ def _gradients(energy, variables, create_graph):
     )
 
 
-def _moments(positions, vectors, batch, cell):
+def _moments(
+    positions: torch.Tensor, vectors: torch.Tensor, batch: torch.Tensor, cell: torch.Tensor
+) -> torch.Tensor:
     """sum_b r_bi v_bj over the atoms b of each system: (B,3,3)."""
     outer = positions[:, :, None] * vectors[:, None, :]
     return torch.zeros_like(cell).index_add(0, batch, outer)
 
 
-def _singular(cell):
+def _singular(cell: torch.Tensor) -> torch.Tensor:
     """True where |det h| is no more than rounding, or not a number: (B,)."""
     scale = torch.linalg.vector_norm(cell, dim=-1).prod(-1)
     return ~(torch.linalg.det(cell).abs() > 8 * torch.finfo(cell.dtype).eps * scale)
 
 
-def _refuse(bad, expected, got, do):
+def _refuse(bad: torch.Tensor, expected: str, got: str, do: str) -> None:
     """ValueError naming the first system where bad (B,) is True."""
     if bad.any():
         raise ValueError(message(expected, f"{got} in system {int(bad.nonzero()[0])}", do))
