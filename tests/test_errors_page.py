@@ -81,6 +81,18 @@ class Module:
                 return found
         return []
 
+    def returned(self, name):
+        """What the functions of a name return, but for empty texts."""
+        return [
+            node.value
+            for f in ast.walk(self.tree)
+            if isinstance(f, ast.FunctionDef) and f.name == name
+            for node in ast.walk(f)
+            if isinstance(node, ast.Return)
+            and node.value is not None
+            and getattr(node.value, "value", None) != ""
+        ]
+
 
 def looped(name, loop):
     return [
@@ -143,7 +155,7 @@ class Reader:
         text = ast.unparse(argument)
         others = [o for f, words, o in RETURNED if f == function and re.search(words, text)]
         groups = self._of(others[0]) if others else self._groups(argument, module)
-        return [(before + plain, [before + t for t in full]) for plain, full in groups]
+        return [(before + plain, [before + t for t in full]) for plain, full in groups if plain]
 
     def _raised(self, error, module):
         """Groups of an exception that is raised with a text of its own, if it has one."""
@@ -159,16 +171,12 @@ class Reader:
         return [(t, [t]) for t in (re.sub(r"\{\w+\}", HOLE, t) for t in texts)]
 
     def _of(self, name):
-        """Groups of what the functions of a name return, but for empty texts."""
+        """Groups of what the functions of a name return."""
         return [
             group
             for home in self.modules
-            for f in ast.walk(home.tree)
-            if isinstance(f, ast.FunctionDef) and f.name == name
-            for node in ast.walk(f)
-            if isinstance(node, ast.Return) and node.value is not None
-            for group in self._groups(node.value, home)
-            if group[0]
+            for value in home.returned(name)
+            for group in self._groups(value, home)
         ]
 
     def _groups(self, node, module, depth=6):
@@ -178,6 +186,8 @@ class Reader:
                 nodes = [node.body, node.orelse]
             case ast.Call(func=ast.Attribute(attr="replace", value=text)):
                 nodes = [text]
+            case ast.Call(func=ast.Name(id=name)) if depth:
+                nodes, depth = module.returned(name), depth - 1
             case ast.Name(id=name) if depth:
                 nodes = module.bound(name, node)
                 passed = [] if nodes else self._passed(name, module.function(node), module)
@@ -209,9 +219,9 @@ class Reader:
                 return joined(self._full(v, module, depth) for v in node.values)
             case ast.BinOp(op=ast.Add()):
                 return joined(self._full(n, module, depth) for n in (node.left, node.right))
-            case ast.FormattedValue(value=ast.Name() | ast.IfExp() as inner) if depth:
+            case ast.FormattedValue(value=ast.Name() | ast.IfExp() | ast.Call() as inner) if depth:
                 return self._full(inner, module, depth)
-            case ast.Name() | ast.IfExp() if depth:
+            case ast.Name() | ast.IfExp() | ast.Call() if depth:
                 found = [t for _, full in self._groups(node, module, depth - 1) for t in full]
                 return [HOLE] if HOLE in found else sorted(set(found))
             case _:
