@@ -86,7 +86,7 @@ test-older:  ## the same with torch 2.11 and jax 0.11.2, as many clusters have t
 	$(MAKE) test-latest LATEST=.venv-2.11 VERSIONS="'torch==2.11.*' jax==0.11.2"
 
 test-all: setup  ## all tests, and the full tables: every operator of torch, every kind of compiled model (30 minutes)
-	OMP_NUM_THREADS=1 XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(RUN) -m pytest -n $(WORKERS) --dist worksteal tests tests/full $(ARGS)
+	OMP_NUM_THREADS=1 XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(RUN) -m pytest -n $(WORKERS) --dist worksteal --full tests tests/full $(ARGS)
 
 check-mc: setup  ## Monte Carlo against known physics: NIST's Lennard-Jones fluid, ideal gas, dimers (about 10 minutes)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal -rP tests/long $(ARGS)

@@ -9,6 +9,8 @@ import psutil
 import pytest
 import torch
 
+from tests.matrices import left_out
+
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_num_cpu_devices", 2)
 hypothesis.settings.register_profile(
@@ -29,6 +31,18 @@ def compiled_programs_end_before_they_fill_the_memory():
     if memory().rss > after_clearing[0] + 2e9:
         jax.clear_caches()
         after_clearing[0] = memory().rss
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="every cell of every matrix")
+
+
+def pytest_collection_modifyitems(config, items):
+    """See tests/matrices.py."""
+    if not config.getoption("--full"):
+        out = left_out(items)
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in set(out)]
 
 
 @pytest.fixture(params=["ffi", "host"])

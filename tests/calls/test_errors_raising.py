@@ -294,6 +294,7 @@ CULPRITS = {
 }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("way", ["eager", "ffi", "host"])
 @pytest.mark.parametrize("culprit", CULPRITS)
 def test_what_a_call_must_not_do(culprit, way):

@@ -80,6 +80,7 @@ def all_described(tree):
     return jax.tree.map(described, tree, is_leaf=torch.is_tensor)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bytes_x_dtype_shape_layout(dtype, mode):
     def every_layout(x):

@@ -56,6 +56,7 @@ def torch_jax_torch(lane):
 X = np.random.default_rng(0).uniform(-1, 1, 4)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "transform, lane, jitted",
     [

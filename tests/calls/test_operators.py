@@ -41,6 +41,7 @@ class Volume(torch.nn.Module):
         return self.w * torch.det(cell)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("run", ["eager", "ffi", "host"])
 @pytest.mark.parametrize("way", SECOND)
 def test_cubic_cells_x_ways(way, run):

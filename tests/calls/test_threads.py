@@ -35,6 +35,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.matrix
 @pytest.mark.timeout(120, method="thread")
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transforms_in_threads(transform, lane, fast_switching):

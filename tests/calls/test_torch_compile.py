@@ -59,6 +59,7 @@ def results(model, x):
     return out, torch.autograd.grad(loss, [x, *model.parameters()])
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "kwargs",
@@ -76,6 +77,7 @@ def test_value_and_gradient_x_model(kwargs, backend):
     close(results(torch.compile(model, backend=backend, fullgraph=True), X), results(model, X))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("backend", BACKENDS[:2])
 @pytest.mark.parametrize("name", TWINS)
 def test_value_and_gradient_x_twin(name, backend):
@@ -86,6 +88,7 @@ def test_value_and_gradient_x_twin(name, backend):
     )
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dynamic", [None, True, False])
 def test_value_x_sizes(dynamic, backend):
@@ -97,6 +100,7 @@ def test_value_x_sizes(dynamic, backend):
         close(torch.autograd.grad(g(x), x), torch.autograd.grad(want, x))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "call",
@@ -138,6 +142,7 @@ def test_double_backward_x_eager_backend(name):
     )
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("name", ["pair", "matmul"])
 def test_double_backward_x_gradient_inside(name, backend):
@@ -178,6 +183,7 @@ INSIDE = [
 ]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("fullgraph", [True, False])
 @pytest.mark.parametrize("transform", INSIDE)
 def test_value_x_transform_inside(transform, fullgraph):

@@ -47,6 +47,7 @@ WAYS = {
 }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "transform",
     ["call", "backward", "vmap", "grad", "jvp", "dual", "hessian", "jacfwd", "linearize"],

@@ -25,6 +25,7 @@ FRESH = {
 }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("size", [4, 2**18])
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("name", FRESH)

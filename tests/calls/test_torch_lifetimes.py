@@ -54,6 +54,7 @@ HOLD = {  # what outlives the backward, its size beside what is kept
 }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("what", KEPT)
 @pytest.mark.parametrize("how", HOLD)
 def test_residuals_x_backward(how, what):
@@ -144,6 +145,7 @@ def capturing(what):
     )
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("what", ["function", "module"])
 def test_captured_arrays_x_dropped(what, use):

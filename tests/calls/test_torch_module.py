@@ -245,6 +245,7 @@ COPIES = {
 PICKLED = ("dict", "nested", "equinox_linear", "flax", "array")
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "name, how", [(n, h) for h in COPIES for n in (MODELS if h == "deepcopy" else PICKLED)]
 )

@@ -16,6 +16,7 @@ from tests.calls.test_torch_module import KEY, dense, draw, make
 NAMES = ["training", "forward", "type", "weight.x", "", "_parameters", "_call", "_places"]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("nested", [False, True], ids=["leaf", "branch"])
 @pytest.mark.parametrize("name", NAMES)
 def test_values_x_name_that_modules_use(name, nested):

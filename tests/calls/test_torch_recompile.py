@@ -44,6 +44,7 @@ def test_compilations_x_calls():
     assert counts == {"traced": 2, "graphs": 1} and f.compilations == 1
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "values", [(2, 3, 4, 3), (2.0, 3.0, 4.5, 3.0), (True, False, True)], ids=str
@@ -86,6 +87,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "name, backend",
     [(n, b) for n in BROKEN for b in BACKENDS[:2] if (n, b) != ("create_graph", "aot_eager")],

@@ -156,6 +156,7 @@ def test_transform_equals_pure_jax_for_any_shape_and_dtype(name, transform, size
 DIFFERENTIATED = ["grad", "hessian", "vmap_hessian", "jvp", "grad_scan", "third_order"]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "name, transform, lane",
     each_pair(["pair", "bilinear", "elementwise", "matmul"], DIFFERENTIATED, ["ffi", "host"]),
@@ -169,6 +170,7 @@ def test_autograd_derivatives_equal_pure_jax(name, transform, lane):
     close(jax.jit(of(bridged))(*xs), jax.jit(of(twin.jax))(*xs), rtol=1e-11)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("transform", ["call", "grad", "hessian", "vmap_grad", "grad_scan"])
 @pytest.mark.parametrize("name", TWINS)
 def test_both_lanes_agree_to_the_bit(name, transform):
@@ -190,6 +192,7 @@ SHARDED = {
 }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "name, transform, lane", each_pair(SHARDED, ["call", "grad", "hessian", "jvp"], ["ffi", "host"])
 )

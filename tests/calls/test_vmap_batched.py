@@ -39,6 +39,7 @@ DERIVED = {
 }
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("derived", DERIVED)
 @pytest.mark.parametrize("over", OVER)
 @pytest.mark.parametrize("way", WAYS)

@@ -99,6 +99,7 @@ SEEN = {
 }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", BOXES)
 @pytest.mark.parametrize("way", SEEN)
 def test_what_can_be_seen_is_an_error(name, way):

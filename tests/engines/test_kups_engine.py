@@ -93,6 +93,7 @@ def evaluate(graph, model=MODEL, **options):
     return engine.evaluate(model, SimpleNamespace(graph=graph, parameters=None), **options)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "order", [np.arange(7), ORDER, np.arange(7)[::-1]], ids=["sorted", "shuffled", "reversed"]
 )
