@@ -10,33 +10,37 @@ import os
 import secrets
 import stat
 import zipfile
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from bridge.errors import message, spec
 
+StrPath = str | os.PathLike[str]
+Kind = tuple[tuple[int | None, ...], str]  # shape of a row, where None is any width; and dtype
 METADATA = "metadata.json"
-# name: its file, what it takes (Z atomic numbers, F node, M message or sum, r vector) and what it
-# gives (E energy)
+# name: (its file, what it takes, what it gives), by letters. Z stands for atomic numbers, F for
+# features of nodes, M for a message or a sum of messages, r for a vector, E for an energy.
 FUNCTIONS = {
     "init": ("node_init", "Z", "F"),
     "edge": ("edge", "FFr", "M"),
     "readout": ("readout", "FM", "E"),
 }
-# precision: of atomic numbers, of all else
-DTYPES = {
-    "32bit": ("int32", "float32"),
-    "64bit": ("int64", "float64"),
-}
+# precision: (dtype of atomic numbers, dtype of all else)
+DTYPES = {"32bit": ("int32", "float32"), "64bit": ("int64", "float64")}
 LIMIT = 2**30  # bytes of all entries together
 
 
 class Odd(Exception):
-    """What is wrong with a zip: the words after "got" and "; "."""
+    """What is wrong with a zip. Its arguments are the words of an error text after "got", and those
+    after the semicolon."""
 
 
-def write(path, entries: dict) -> None:
-    """`entries` {name: bytes} as the zip `path`, the same bytes for the same entries. The file
-    appears when it is complete, or not at all."""
+def write(path: StrPath, entries: Mapping[str, bytes]) -> None:
+    """Writes `entries` {name: bytes} as the zip `path`.
+
+    The same entries give the same bytes. The file appears when it is complete, or not at all.
+    """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -49,7 +53,8 @@ def write(path, entries: dict) -> None:
         beside.unlink(missing_ok=True)
 
 
-def zipped(entries: dict) -> bytes:
+def zipped(entries: Mapping[str, bytes]) -> bytes:
+    """Returns a zip of `entries` {name: bytes}, without times and without compression."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as z:
         for name, data in entries.items():
@@ -57,12 +62,14 @@ def zipped(entries: dict) -> bytes:
     return out.getvalue()
 
 
-def read(path, names, limit: int = LIMIT) -> dict:
-    """{name: bytes} of the zip `path`, whose entries must be exactly `names`, `limit` bytes
-    together at the most; CRCs hold.
+def read(path: StrPath, names: Collection[str], limit: int = LIMIT) -> dict[str, bytes]:
+    """Returns {name: bytes} of the zip `path`.
 
-    Raises: ValueError that names the file and the reason for anything else, the cause being what
-    zipfile said; OSError where the file can't be read.
+    Its entries must be exactly `names`, must have `limit` bytes together at the most, and their CRCs
+    must hold.
+
+    Raises: ValueError that names the file and the reason for anything else, with what zipfile said
+    as its cause; OSError where the file can't be read.
     """
     with open(path, "rb") as f:
         size = os.fstat(f.fileno()).st_size
@@ -80,8 +87,11 @@ def read(path, names, limit: int = LIMIT) -> dict:
     return found
 
 
-def entries(data: bytes, limit: int = LIMIT) -> dict:
-    """{name: bytes} of a zip in memory. Raises Odd."""
+def entries(data: bytes, limit: int = LIMIT) -> dict[str, bytes]:
+    """Returns {name: bytes} of a zip in memory.
+
+    Raises: Odd for anything that is not a plain zip of at most `limit` bytes.
+    """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as z:
             infos = z.infolist()
@@ -93,41 +103,44 @@ def entries(data: bytes, limit: int = LIMIT) -> dict:
         raise Odd(f"what is no whole zip ({said(e)})", "write or copy it anew") from e
 
 
-def _check(infos, limit):
-    seen, total = set(), 0
+def _check(infos: Sequence[zipfile.ZipInfo], limit: int) -> None:
+    """Raises Odd for entries that are odd, or too large together, before they are unpacked."""
+    seen: set[str] = set()
+    total = 0
     for i in infos:
-        what, total = f"an entry {i.orig_filename!r:.60}", total + i.file_size
-        parts = i.orig_filename.replace("\\", "/").split("/")
-        for odd, why in (
-            (i.orig_filename in seen, " twice"),
-            (
-                ".." in parts or parts[0] == "" or ":" in parts[0] or "\0" in i.orig_filename,
-                " whose name leaves the folder it is in",
-            ),
-            (
-                i.is_dir() or stat.S_IFMT(i.external_attr >> 16) not in (0, stat.S_IFREG),
-                " that is no plain file (a link, a folder)",
-            ),
-            (i.flag_bits & 0x1, " that is encrypted"),
-            (
-                i.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED),
-                f" compressed by method {i.compress_type}",
-            ),
-        ):
-            if odd:
-                raise Odd(what + why, "don't use this file")
+        total += i.file_size
+        why = " twice" if i.orig_filename in seen else _oddity(i)
+        if why:
+            raise Odd(f"an entry {i.orig_filename!r:.60}{why}", "don't use this file")
         if total > limit:
             raise Odd(f"entries of {total} bytes or more", f"raise limit={limit} if you trust it")
         seen.add(i.orig_filename)
 
 
-def metadata_bytes(cutoff, precision) -> bytes:
+def _oddity(i: zipfile.ZipInfo) -> str:
+    """What is odd about an entry; "" if nothing is."""
+    parts = i.orig_filename.replace("\\", "/").split("/")
+    if ".." in parts or parts[0] == "" or ":" in parts[0] or "\0" in i.orig_filename:
+        return " whose name leaves the folder it is in"
+    if i.is_dir() or stat.S_IFMT(i.external_attr >> 16) not in (0, stat.S_IFREG):
+        return " that is no plain file (a link, a folder)"
+    if i.flag_bits & 0x1:
+        return " that is encrypted"
+    if i.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return f" compressed by method {i.compress_type}"
+    return ""
+
+
+def metadata_bytes(cutoff: float, precision: str) -> bytes:
+    """Returns metadata.json of a cutoff in Angstrom and a precision."""
     return json.dumps({"cutoff": cutoff, "precision": precision}).encode()
 
 
-def metadata(path, data: bytes) -> tuple:
-    """cutoff in Angstrom (float) and precision ("32bit" or "64bit") of metadata.json. Raises:
-    ValueError naming the file and the reason."""
+def metadata(path: StrPath, data: bytes) -> tuple[float, str]:
+    """Returns the cutoff in Angstrom and the precision ("32bit" or "64bit") of metadata.json.
+
+    Raises: ValueError that names the file `path` and the reason.
+    """
     try:
         meta = _parsed(data)
         checked_cutoff(meta["cutoff"])
@@ -139,7 +152,8 @@ def metadata(path, data: bytes) -> tuple:
         raise refused(path, f"bad {METADATA} ({e})", "mend it") from e
 
 
-def _parsed(data):
+def _parsed(data: bytes) -> dict[str, Any]:
+    """The dict in metadata.json. Raises Odd for anything else."""
     do = 'it must be {"cutoff": ..., "precision": ...}'
     try:
         meta = json.loads(data.decode(), object_pairs_hook=_unique)
@@ -154,41 +168,42 @@ def _parsed(data):
     return meta
 
 
-def _unique(pairs):
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dict of pairs from JSON. Raises Odd for a key that comes twice."""
     if len(dict(pairs)) != len(pairs):
         raise Odd("a key twice", 'it must be {"cutoff": ..., "precision": ...}')
     return dict(pairs)
 
 
-def checked_cutoff(cutoff) -> float:
-    """A positive finite number. Raises TypeError or ValueError."""
+def checked_cutoff(cutoff: Any) -> float:
+    """Returns a cutoff in Angstrom as a float.
+
+    Raises: TypeError for what is no number; ValueError for one that is not positive and finite.
+    """
     if isinstance(cutoff, bool) or not isinstance(cutoff, (int, float)):
-        raise TypeError(
-            message(
-                "a cutoff in Angstrom", f"{type(cutoff).__name__} {cutoff!r:.60}", "give a number"
-            )
-        )
+        got = f"{type(cutoff).__name__} {cutoff!r:.60}"
+        raise TypeError(message("a cutoff in Angstrom", got, "give a number"))
     if not 0 < cutoff < 1e300 or not math.isfinite(cutoff):
         raise ValueError(message("a finite cutoff above 0 Angstrom", f"{cutoff!s:.60}", "give one"))
     return float(cutoff)
 
 
-def checked_precision(precision) -> tuple:
-    """Names of the dtypes of integers and floats. Raises ValueError."""
+def checked_precision(precision: Any) -> tuple[str, str]:
+    """Returns the names of the dtypes of integers and of floats.
+
+    Raises: ValueError for a precision that there is not.
+    """
     if not isinstance(precision, str) or precision not in DTYPES:
-        raise ValueError(
-            message(
-                f"precision {' or '.join(map(repr, DTYPES))}",
-                f"{precision!r:.60}",
-                "name one of them",
-            )
-        )
+        expected = f"precision {' or '.join(map(repr, DTYPES))}"
+        raise ValueError(message(expected, f"{precision!r:.60}", "name one of them"))
     return DTYPES[precision]
 
 
-def types(precision) -> dict:
-    """What the functions take and give: (shape without rows, dtype) by the letters of FUNCTIONS; a
-    width that they choose is None."""
+def types(precision: str) -> dict[str, Kind]:
+    """Returns what the functions take and give, by the letters of FUNCTIONS.
+
+    A kind is (shape without rows, dtype). A width that the functions choose is None.
+    """
     integer, real = checked_precision(precision)
     return {
         "Z": ((), integer),
@@ -199,24 +214,28 @@ def types(precision) -> dict:
     }
 
 
-def fits(shape, dtype: str, kind) -> bool:
-    """Whether an array is rows of such a kind."""
+def fits(shape: Sequence[Any], dtype: str, kind: Kind) -> bool:
+    """True if an array of this shape and dtype is rows of such a kind."""
+    row, its_dtype = kind
     return (
-        len(shape) == 1 + len(kind[0])
-        and all(w in (None, k) for w, k in zip(kind[0], shape[1:]))
-        and dtype == kind[1]
+        len(shape) == 1 + len(row)
+        and all(w in (None, k) for w, k in zip(row, shape[1:]))
+        and dtype == its_dtype
     )
 
 
-def words(kind) -> str:
+def words(kind: Kind) -> str:
+    """Returns rows of such a kind as error texts write them: float32[n,3], float32[n,width]."""
     shape, dtype = kind
     return spec(("n", *("width" if w is None else w for w in shape)), dtype)
 
 
-def said(e) -> str:
-    """An exception in a line."""
-    return f"{type(e).__name__}: {next(iter(str(e).splitlines()), ''):.200}".rstrip(": ")
+def said(e: BaseException) -> str:
+    """Returns an exception in a line: its type and the first line of its text."""
+    first = next(iter(str(e).splitlines()), "")
+    return f"{type(e).__name__}: {first:.200}".rstrip(": ")
 
 
-def refused(path, got: str, do: str) -> ValueError:
+def refused(path: StrPath, got: str, do: str) -> ValueError:
+    """Returns the error for the file `path`, in which `got` was found."""
     return ValueError(message(f"a local potential in {os.fspath(path)}", got, do))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import jax
+import torch
+from jax.typing import ArrayLike
 
 from bridge import contract
 from bridge.call import one_of
 from bridge.card import Card
 from bridge.errors import message
-from bridge.join.calls import as_buckets, module, to_jax, to_torch
+from bridge.join.calls import BucketsOrShapes, Lane, as_buckets, module, to_jax, to_torch
 from jax_side.potentials import potential as jax_side_potential
 from jax_side.potentials.edges import Edges
 from jax_side.potentials.outputs import Outputs
@@ -26,33 +30,46 @@ EDGES = Buckets(
 )
 
 
+TorchModel = Callable[[dict[str, torch.Tensor]], Any]  # of the contract, or of the energy alone
+
+
+class JaxModel(Protocol):
+    """A JAX model of the contract, and its card."""
+
+    card: Card
+
+    def __call__(self, inputs: Mapping[str, Any], /) -> dict[str, jax.Array]:
+        """Returns the active outputs of the card, for the inputs of the contract."""
+        ...
+
+
 def potential(
-    model,
+    model: TorchModel,
     *,
-    atomic_numbers,
-    pbc=None,
-    batch=None,
-    n_systems=1,
-    gradients="model",
-    outputs=(),
-    cutoff=None,
-    card=None,
-    batched="graph",
-    lane="auto",
-    **extras,
-):
-    """A torch potential as a differentiable JAX energy: `energy(positions, cell)`, in eV and
+    atomic_numbers: ArrayLike,
+    pbc: ArrayLike | None = None,
+    batch: ArrayLike | None = None,
+    n_systems: int = 1,
+    gradients: Literal["model", "autograd"] = "model",
+    outputs: Iterable[str] = (),
+    cutoff: float | None = None,
+    card: Card | None = None,
+    batched: Literal["graph", "sequential"] = "graph",
+    lane: Lane = "auto",
+    **extras: ArrayLike,
+) -> jax_side_potential.Potential:
+    """Returns a torch potential as a differentiable JAX energy: `energy(positions, cell)`, in eV and
     Angstrom.
 
-    `model` is a torch callable of the potential contract and what makes it a JAX model is said in
-    `jax_potential`: gradients=, outputs=, cutoff=, card=, batched=, lane=. What the returned object
-    can do, and its other arguments (the atoms, their boundaries, systems, and `extras` such as
-    charge or edge_index): see jax_side.potentials.potential.potential.
+    `model` is a torch callable of the potential contract. `jax_potential` says what makes it a JAX
+    model: gradients=, outputs=, cutoff=, card=, batched=, lane=.
+    jax_side.potentials.potential.potential says what the returned object can do, and what its other
+    arguments are: the atoms, their boundaries, systems, and `extras` such as charge or edge_index.
 
-    Value and gradient cost one call into torch: one forward, one backward. Higher orders go by
-    double backward; Hessians record the forward once for all rows.
+    Value and gradient together cost one call into torch, of one forward and one backward. Higher
+    orders are by double backward. Hessians record the forward once for all rows.
 
-    Raises: as `jax_potential`, and as jax_side.potentials.potential.potential does.
+    Raises: what `jax_potential` and jax_side.potentials.potential.potential raise.
 
     >>> import jax, torch, bridge
     >>> spring = lambda x: {"energy": (x["pos"] ** 2).sum()[None]}
@@ -75,34 +92,45 @@ def potential(
 
 
 def jax_potential(
-    model, *, gradients="model", outputs=(), cutoff=None, card=None, batched="graph", lane="auto"
-):
-    """A torch potential as a JAX model of the contract: a dict of arrays in, a dict of arrays out,
-    for jax_side.potentials.direct and engines.
+    model: TorchModel,
+    *,
+    gradients: Literal["model", "autograd"] = "model",
+    outputs: Iterable[str] = (),
+    cutoff: float | None = None,
+    card: Card | None = None,
+    batched: Literal["graph", "sequential"] = "graph",
+    lane: Lane = "auto",
+) -> JaxModel:
+    """Returns a torch potential as a JAX model of the contract, for jax_side.potentials.direct and
+    engines. It takes a dict of arrays and returns one.
 
-    `model` is a torch callable of the potential contract (bridge.contract): it takes one dict of
-    tensors (pos (N,3), cell (B,3,3) by rows, pbc (B,3), batch (N,), atomic_numbers (N,) and what
-    else the caller gives), and returns one. With `gradients="model"` that dict holds energy (B,),
+    `model` is a torch callable of the potential contract (bridge.contract). It takes one dict of
+    tensors: pos (N,3), cell (B,3,3) by rows, pbc (B,3), batch (N,), atomic_numbers (N,), and what
+    else the caller gives. It returns another. With `gradients="model"` that holds energy (B,),
     position_gradients g = dE/dr (N,3) and cell_gradients G = dE/dh at fixed Cartesian positions
-    (B,3,3); with `gradients="autograd"` it holds energy alone, and torch.autograd makes g and G in
-    the same pass.
+    (B,3,3). With `gradients="autograd"` it holds the energy alone, and torch.autograd makes g and G
+    in the same pass.
 
     `outputs` names further outputs of bridge.contract.OUTPUTS that the result is to have
-    (node_energies, charges, magmoms, dipole, embeddings, hessian, ...). A model that is given edges
-    takes edge_index (2,E) and cell_offsets (E,3), with unused slots of index >= N (`bridge.edges`
-    makes them); `cutoff` (Angstrom) makes them on the torch side instead, at each call, without
-    padding or capacity. The model never sees padding: unused slots, atoms of number 0, systems
-    without atoms; and edges beyond the cutoff are left out. `card` (bridge.Card) says what a model
-    of your own has and needs; the models of this package carry theirs. `batched` is how vmap is
-    served: "graph", all structures as the systems of one batched call (the model must keep systems
-    apart); or "sequential", one call after another. `lane` is that of `to_jax`.
+    (node_energies, charges, magmoms, dipole, embeddings, hessian, ...).
 
-    The result has the model's `.card`, its active outputs among it, and is equal for equal
-    arguments. Its energy differentiates by torch, not by the gradients beside it:
-    jax_side.potentials.potential and jax_side.potentials.direct make energies that do.
+    A model that is given edges takes edge_index (2,E) and cell_offsets (E,3), with unused slots of
+    index >= N; `bridge.edges` makes them. With `cutoff` (Angstrom) they are made on the torch side
+    instead, at each call, without padding or capacity. The model never sees padding, that is unused
+    slots, atoms of number 0 and systems without atoms. Edges beyond the cutoff are left out.
 
-    Raises: ValueError where card, or an output that is asked for, and model don't fit; as `to_jax`
-    and torch_side.potentials.graph.evaluate.
+    `card` (bridge.Card) says what a model of your own has and needs; the models of this package
+    carry theirs. `batched` is how vmap is served. "graph" makes all structures the systems of one
+    batched call, so that the model must keep systems apart; "sequential" makes one call after
+    another. `lane` is that of `to_jax`.
+
+    The result has the model's `.card`, which also tells the active outputs. It is equal for equal
+    arguments. Its energy is differentiated by torch, without use of the gradients that the model
+    returns. jax_side.potentials.potential and jax_side.potentials.direct make energies that use
+    them.
+
+    Raises: ValueError where the model does not fit the card, or an output that is asked for. A call
+    raises what `to_jax` and torch_side.potentials.graph.evaluate raise.
 
     >>> import bridge, jax.numpy as jnp
     >>> model = bridge.jax_potential(lambda x: (x["pos"] ** 2).sum()[None], gradients="autograd")
@@ -111,96 +139,98 @@ def jax_potential(
     >>> model(inputs)["position_gradients"][0].tolist()
     [2.0, 2.0, 2.0]
     """
-    model = _model(
-        model, one_of("gradients", gradients, ("model", "autograd")), tuple(outputs), cutoff, card
-    )
+    one_of("gradients", gradients, ("model", "autograd"))
+    carded = _model(model, gradients, tuple(outputs), cutoff, card)
     one_of("batched", batched, ("graph", "sequential"))
-    bridged = to_jax(
-        Contracted(model),
-        outputs=_Declared(model.card),
+    bridged: Any = to_jax(
+        Contracted(carded),
+        outputs=_Declared(carded.card),
         batched=batched,
         derivatives="autograd",
         lane=lane,
     )
-    bridged.card = model.card
+    bridged.card = carded.card
     return bridged
 
 
-def edges(cutoff, capacity, *, ordered=False, lane="auto"):
-    """Neighbour lists in a fixed number of slots, for graph models in JAX: `find(positions,
-    cell=None, pbc=None, batch=None)`.
+def edges(cutoff: float, capacity: int, *, ordered: bool = False, lane: Lane = "auto") -> Edges:
+    """Returns a neighbour list for graph models in JAX, in a fixed number of slots: a function
+    `find(positions, cell=None, pbc=None, batch=None)`.
 
-    `find` takes positions (N,3) in Angstrom and cell (3,3) by rows, or (B,3,3) with batch (N,) int,
-    sorted; pbc as in `potential` (None: all axes if there is a cell). It returns {"edge_index":
-    (2,capacity), "cell_offsets": (capacity,3)}, int32, of all directed edges shorter than `cutoff`
-    (Angstrom), periodic images included, made by vesin; unused slots have the index N. jit, scan
-    and vmap compose with it; derivatives are zero. With a cutoff longer than the model's (a skin)
-    the list serves several steps: energy(positions, cell, **edges), for a potential's models leave
-    out what is beyond their own cutoff.
+    `find` takes positions (N,3) in Angstrom and cell (3,3) by rows, or cell (B,3,3) with batch (N,)
+    int, sorted. pbc is that of `potential`; None means all axes if there is a cell. `find` returns
+    {"edge_index": (2,capacity), "cell_offsets": (capacity,3)}, both int32: all directed edges
+    shorter than `cutoff` (Angstrom), periodic images included, made by vesin. Unused slots have the
+    index N. jit, scan and vmap compose with it, and derivatives are zero.
 
-    `ordered` sorts the edges by centre. Such a list takes up to twice as long to make; up to 10^5
-    atoms a model gains nothing from it that was seen, at 10^6 it ran 1.1 to 1.35 times as fast,
-    which pays where a list serves a few steps.
+    With a cutoff longer than the model's (a skin) the list serves several steps:
+    energy(positions, cell, **edges). The models of a potential leave out what is beyond their own
+    cutoff.
 
-    Raises: ValueError for a capacity that is too small, saying how many slots are needed; as
-    torch_side.potentials.neighbors.neighbor_list.
+    `ordered` sorts the edges by centre. Such a list takes up to twice as long to make. Up to 10^5
+    atoms no gain for a model was seen. At 10^6 atoms a model ran 1.1 to 1.35 times as fast, which
+    pays if a list serves a few steps.
+
+    Raises: ValueError for a capacity that is no positive int. `find` raises ValueError if the
+    capacity is too small, saying how many slots are needed, and what
+    torch_side.potentials.neighbors.neighbor_list raises.
 
     >>> import bridge, jax.numpy as jnp
     >>> bridge.edges(1.5, 3)(jnp.array([[0.0, 0, 0], [1, 0, 0]]))["edge_index"].tolist()
     [[0, 1, 2], [1, 0, 2]]
     """
-    slots = _Slots(
-        one_of(
-            "capacity",
-            capacity,
-            [capacity] if isinstance(capacity, int) and capacity > 0 else (),
-            "a positive int",
-        )
-    )
-    return Edges(
-        to_jax(
-            PaddedEdges(cutoff, capacity, ordered), outputs=slots, batched="sequential", lane=lane
-        )
-    )
+    given = [capacity] if isinstance(capacity, int) and capacity > 0 else []
+    one_of("capacity", capacity, given, "a positive int")
+    find = PaddedEdges(cutoff, capacity, ordered)
+    return Edges(to_jax(find, outputs=_Slots(capacity), batched="sequential", lane=lane))
 
 
-def torch_potential(model, params=None, *, gradients="model", cutoff=None, buckets=None, card=None):
-    """A JAX potential as an nn.Module of the potential contract: `module(inputs)` is a dict of
-    tensors, by one JAX call.
+def torch_potential(
+    model: Callable[..., Any],
+    params: Any = None,
+    *,
+    gradients: Literal["model", "autodiff"] = "model",
+    cutoff: float | None = None,
+    buckets: BucketsOrShapes | Literal[False] | None = None,
+    card: Card | None = None,
+) -> JaxPotential:
+    """Returns a JAX potential as an nn.Module of the potential contract: `module(inputs)` is a dict
+    of tensors, made by one JAX call.
 
-    `model` is a JAX callable of one dict, or of (params, dict) with `params` given, whose arrays
-    then are Parameters as in `module` and train on energies, forces and cell gradients. The dict
-    has the keys of bridge.contract; N atoms, B systems:
+    `model` is a JAX callable of one dict. If `params` are given, it is a callable of (params, dict):
+    their arrays are then Parameters as in `module`, and train on energies, forces and cell
+    gradients. The dict has the keys of bridge.contract, for N atoms and B systems:
 
         pos (N,3) float, cell (B,3,3) float by rows, pbc (B,3) bool, batch (N,) int sorted,
         atomic_numbers (N,) int
 
-    and whatever else the caller passes (charge, spin, ...). Integers of the contract may be int64:
+    and whatever else the caller passes (charge, spin, ...). Integers of the contract may be int64;
     JAX gets them as int32. With `gradients="model"` the model returns energy (B,),
     position_gradients g = dE/dr at fixed cell (N,3) and cell_gradients G = dE/dh at fixed Cartesian
-    positions (B,3,3), in eV and Angstrom; with `gradients="autodiff"` it returns energy (B,), or a
-    dict with it, and JAX makes g and G in the same program. Further outputs are passed on. Forces
-    are -g.
+    positions (B,3,3), in eV and Angstrom. With `gradients="autodiff"` it returns energy (B,), or a
+    dict that has it, and JAX makes g and G in the same program. Further outputs are passed on.
+    Forces are -g.
 
-    `cutoff` (Angstrom) is for graph models: edge_index (2,E) and cell_offsets (E,3) are then made
-    by torch_side.potentials.neighbors.neighbor_list at each call, unless the caller passes
-    edge_index (torch.compile and vmap over positions need that). As the number of edges changes
-    from step to step, with a cutoff they are padded by unused slots (index >= N), up to a quarter
-    more, in a few programs; `buckets=`, as in `to_torch`, takes another ladder, and False none.
+    `cutoff` (Angstrom) is for graph models. edge_index (2,E) and cell_offsets (E,3) are then made by
+    torch_side.potentials.neighbors.neighbor_list at each call, unless the caller passes edge_index
+    (torch.compile and vmap over positions need that). As the number of edges changes from step to
+    step, they are padded by unused slots (index >= N), at most by a quarter, so that a few programs
+    serve all steps. `buckets=`, as in `to_torch`, sets another ladder, and False none.
 
-    Energies differentiate in torch by the model's own gradients: torch.autograd.grad(energy.sum(),
-    pos) is g, in cell it is G; all else, second derivatives included, differentiates the model.
-    Without a graph (torch.no_grad, or neither inputs nor parameters that require grad) nothing is
-    kept. Inputs are read where they lie, results are fresh memory; float dtypes are never cast.
+    The first derivatives of an energy in torch are the model's own gradients:
+    torch.autograd.grad(energy.sum(), pos) is g, and in cell it is G. All other derivatives, second
+    ones included, differentiate the model. Without a graph (torch.no_grad, or neither inputs nor
+    parameters that require grad) nothing is kept. Inputs are read where they lie, results are fresh
+    memory, and float dtypes are never cast.
 
-    Raises, when it is called: ValueError for inputs or outputs outside of the contract (checked
-    once for each set of shapes and dtypes, as JAX traces), and as neighbor_list does; otherwise as
-    `to_torch`, with params as `module`. ValueError for buckets with a mask: it is the index that
-    marks an unused slot; and for a cutoff that is not the card's.
+    The module has a `card` (bridge.Card). By default it says energy and gradients, this cutoff, and
+    that systems are kept apart if the model has an attribute `batches` that is True. The module adds
+    to other models: `a + b`.
 
-    The module has a `card` (bridge.Card; by default: energy and gradients, this cutoff, and the
-    model's word where it has an attribute `batches` that it keeps systems apart) and adds to other
-    models: `a + b`.
+    Raises: ValueError for buckets with a mask, since an index marks the unused slots, and for a
+    cutoff that is not the card's. A call raises ValueError for inputs or outputs outside of the
+    contract (checked once for each set of shapes and dtypes, as JAX traces), and what neighbor_list
+    and `to_torch` raise, with params what `module` raises.
 
     >>> import bridge, jax, torch
     >>> spring = lambda p, x: p["k"] * jax.ops.segment_sum((x["pos"] ** 2).sum(-1), x["batch"], num_segments=len(x["cell"]))
@@ -214,79 +244,73 @@ def torch_potential(model, params=None, *, gradients="model", cutoff=None, bucke
     >>> model.get_parameter("model.k").grad
     tensor(48.)
     """
-    outputs = Outputs(
-        model, one_of("gradients", gradients, ("model", "autodiff")), params is not None
-    )
-    buckets = EDGES if buckets is None and cutoff is not None else buckets and as_buckets(buckets)
-    if buckets and buckets.mask:
-        raise ValueError(
-            message(
-                "buckets without a mask",
-                f"mask={buckets.mask}",
-                "an index >= N marks an unused slot: fill edge_index with one",
-            )
-        )
-    if None not in (card, cutoff) and card.cutoff not in (None, cutoff):
+    one_of("gradients", gradients, ("model", "autodiff"))
+    outputs = Outputs(model, gradients, params is not None)
+    ladder = as_buckets(buckets) if buckets else None
+    if buckets is None and cutoff is not None:
+        ladder = EDGES
+    if ladder and ladder.mask:
+        do = "an index >= N marks an unused slot: fill edge_index with one"
+        raise ValueError(message("buckets without a mask", f"mask={ladder.mask}", do))
+    if card is not None and cutoff is not None and card.cutoff not in (None, cutoff):
         got = f"{cutoff}, and {card.cutoff} on the card"
         raise ValueError(message("one cutoff", got, "pass the same with both"))
     if card is None:
-        neighbors, vouched = None if cutoff is None else "own", getattr(model, "batches", False)
         card = Card(
-            cutoff=cutoff, neighbor_list=neighbors, optional_inputs=contract.INFO, batches=vouched
+            cutoff=cutoff,
+            neighbor_list=None if cutoff is None else "own",
+            optional_inputs=contract.INFO,
+            batches=getattr(model, "batches", False),
         )
-    return JaxPotential(
-        to_torch(outputs, buckets=buckets)
-        if params is None
-        else module(outputs, params, buckets=buckets),
-        cutoff,
-        card,
-    )
+    if params is None:
+        return JaxPotential(to_torch(outputs, buckets=ladder), cutoff, card)
+    return JaxPotential(module(outputs, params, buckets=ladder), cutoff, card)
 
 
-def _model(model, gradients, outputs, cutoff, card) -> Model:
-    """The torch model with a card, its outputs active."""
+def _model(
+    model: TorchModel,
+    gradients: Literal["model", "autograd"],
+    outputs: tuple[str, ...],
+    cutoff: float | None,
+    card: Card | None,
+) -> Model:
+    """The torch model with a card, on which its outputs are active."""
     if isinstance(model, Model):
         if cutoff is not None or card is not None:
-            raise ValueError(
-                message(
-                    f"no cutoff and no card for {type(model).__name__}",
-                    "one of them",
-                    "it carries its own card: model.card",
-                )
-            )
+            expected = f"no cutoff and no card for {type(model).__name__}"
+            do = "it carries its own card: model.card"
+            raise ValueError(message(expected, "one of them", do))
         return model.asking(*outputs) if set(outputs) - model.card.active_outputs else model
-    neighbors = None if cutoff is None else "own"
     if card is None:
-        asked = {*contract.ENERGY_AND_GRADIENTS, *outputs}
         card = Card(
-            outputs=asked, cutoff=cutoff, neighbor_list=neighbors, optional_inputs=contract.INFO
+            outputs={*contract.ENERGY_AND_GRADIENTS, *outputs},
+            cutoff=cutoff,
+            neighbor_list=None if cutoff is None else "own",
+            optional_inputs=contract.INFO,
         )
     elif cutoff not in (None, card.cutoff):
-        raise ValueError(
-            message(
-                "one cutoff", f"{cutoff}, and {card.cutoff} on the card", "pass it with one of them"
-            )
-        )
+        got = f"{cutoff}, and {card.cutoff} on the card"
+        raise ValueError(message("one cutoff", got, "pass it with one of them"))
     return Wrapped(model, card.asking(*outputs), gradients)
 
 
 @dataclass(frozen=True)
 class _Declared:
-    """Types of a model's outputs."""
+    """The types of a model's outputs, as its card has them."""
 
     card: Card
 
-    def __call__(self, inputs):
+    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
         shapes = self.card.shapes(inputs["pos"].shape[0], inputs["cell"].shape[0])
         return {k: jax.ShapeDtypeStruct(shape, inputs["pos"].dtype) for k, shape in shapes.items()}
 
 
 @dataclass(frozen=True)
 class _Slots:
-    """Types of a padded neighbour list."""
+    """The types of a padded neighbour list."""
 
     capacity: int
 
-    def __call__(self, inputs):
+    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
         shapes = {"edge_index": (2, self.capacity), "cell_offsets": (self.capacity, 3)}
         return {k: jax.ShapeDtypeStruct(shape, "int32") for k, shape in shapes.items()}
