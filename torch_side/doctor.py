@@ -31,8 +31,8 @@ def facts() -> list[Finding]:
 def checks(called: Callable[[torch.Tensor], torch.Tensor]) -> list[Finding]:
     """Calls `called`, differentiates it and batches it; returns a finding for each of the three.
 
-    `called` is x -> 2 x + x, made by the other bank, as a torch function. What it raises becomes the
-    text of a finding."""
+    `called` is x -> 2 x + x, made by the other bank, as a torch function. What it raises becomes
+    the text of a finding."""
     x = torch.arange(3.0)
     calls = {
         "a call": called,

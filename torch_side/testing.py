@@ -36,7 +36,8 @@ def of_the_contract(
     if getattr(model, "card", None) is not None:
         return model
     if cutoff is not None:
-        # `batches` vouches that the model keeps systems apart: a property of bridge.testing checks it
+        # `batches` vouches that the model keeps systems apart; a property of bridge.testing checks
+        # that.
         card = Card(
             cutoff=cutoff, neighbor_list="own", optional_inputs=frozenset(INFO), batches=True
         )
@@ -135,12 +136,13 @@ def transforms(
     wanted: Sequence[str],
     native: bool,
 ) -> list[Found]:
-    """Returns [(label, transform, arrays)] for `f`, a function of tensors that gives a tuple of them.
+    """Returns [(label, transform, arrays)] for `f`, from tensors to a tuple of tensors.
 
     `f` is called with `xs` and differentiated in those of them that are floating or complex.
     `draw(name, shapes)` gives random NumPy arrays for tangents and cotangents. `wanted` names the
     transforms: some of "value", "vmap", "vjp", "jvp" and "hessian". With `native` they go by
-    torch.autograd and a loop over rows, as every torch function does; else by torch.func as well."""
+    torch.autograd and a loop over rows, as every torch function does; else by torch.func as
+    well."""
     at = [i for i, x in enumerate(xs) if _inexact(x)]
     inner = tuple(xs[i] for i in at)
     values = f(*xs)

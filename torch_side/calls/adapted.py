@@ -15,7 +15,8 @@ from bridge.errors import message
 class Adapted:
     """A callable around a model, equal to another one of the same class around the same model.
 
-    It holds the model as `__self__`, as a bound method does, so that checks of a callable see it."""
+    It holds the model as `__self__`, as a bound method does, so that checks of a callable see
+    it."""
 
     __self__: Any  # the model
 

@@ -36,8 +36,9 @@ def export(
 ) -> torch.Tensor:
     """Returns a tensor whose `__dlpack__` can be consumed without a copy.
 
-    That is `tensor` itself wherever possible. Shape, dtype, device and values are kept, and conj and
-    neg bits are resolved. The result never requires grad. `dst` names the consumer in error texts.
+    That is `tensor` itself wherever possible. Shape, dtype, device and values are kept, and conj
+    and neg bits are resolved. The result never requires grad. `dst` names the consumer in error
+    texts.
 
     Memory can be lent if it is dense and starts on a 64-byte boundary (16 on a GPU). Dense means
     row-major, or a permutation of it: transposed, channels_last. The tensor must have neither
@@ -50,14 +51,15 @@ def export(
 
     Who owns the memory: a lent tensor and the consumer's array share it, and either keeps it alive.
     WRITING TO THE TENSOR IN PLACE CHANGES THE ARRAY, which its framework believes constant. A copy
-    belongs to the consumer alone. It is complete when this returns; on a GPU it is made in the order
-    of the current stream. The whole of `copy` is done here. Where the consumer has a copy argument
-    too, its copy=False is then a check that costs nothing, and its copy=True makes a second copy.
+    belongs to the consumer alone. It is complete when this returns; on a GPU it is made in the
+    order of the current stream. The whole of `copy` is done here. Where the consumer has a copy
+    argument too, its copy=False is then a check that costs nothing, and its copy=True makes a
+    second copy.
 
     Raises: ValueError if copy=False and a copy is needed; it names the reason ("requires_grad",
     "stride 0", "unaligned offset of 4 bytes") and the cure. TypeError for what has no dense memory
-    (sparse, nested, quantized, meta and fake tensors, and those inside torch.func transforms), for a
-    dtype that only torch knows, and for what is no tensor.
+    (sparse, nested, quantized, meta and fake tensors, and those inside torch.func transforms), for
+    a dtype that only torch knows, and for what is no tensor.
 
     >>> x = torch.arange(6.0).reshape(2, 3)
     >>> export(x.T).data_ptr() == x.data_ptr(), export(x[:, :2]).data_ptr() == x.data_ptr()
@@ -79,19 +81,20 @@ def export(
 def import_(obj: Any, copy: bool | None = None) -> torch.Tensor:
     """Returns a tensor over the memory of any object that has `__dlpack__`.
 
-    Such an object is an array of NumPy, of CuPy or of the other bank. Shape, dtype, device and layout
-    are the producer's, so that a transposed layout arrives as strides. The result doesn't require
-    grad. Every dtype that DLPack carries and torch knows will do, and every shape, empty and 0-d
-    ones included.
+    Such an object is an array of NumPy, of CuPy or of the other bank. Shape, dtype, device and
+    layout are the producer's, so that a transposed layout arrives as strides. The result doesn't
+    require grad. Every dtype that DLPack carries and torch knows will do, and every shape, empty
+    and 0-d ones included.
 
     copy=None, copy=False  share the memory (False also forbids the producer to copy)
     copy=True              always gives fresh memory
 
     Who owns the memory: it is the producer's, and the tensor keeps it alive, also after the
-    producer's object was deleted. WRITING TO THE TENSOR IN PLACE CHANGES THE PRODUCER'S ARRAY, which
-    its framework may believe constant: use copy=True for a tensor to be written to. On a GPU the
-    protocol orders the two streams, without a host synchronisation. Memory that the tensor gives up
-    goes back to the producer once torch's current stream has done the work that it had then.
+    producer's object was deleted. WRITING TO THE TENSOR IN PLACE CHANGES THE PRODUCER'S ARRAY,
+    which its framework may believe constant: use copy=True for a tensor to be written to. On a GPU
+    the protocol orders the two streams, without a host synchronisation. Memory that the tensor
+    gives up goes back to the producer once torch's current stream has done the work that it had
+    then.
 
     Raises: TypeError if `obj` has no `__dlpack__`. ValueError, with the producer's own text, if the
     producer can't lend its memory or torch can't take it: for a dtype that only the producer knows,

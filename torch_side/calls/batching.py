@@ -88,8 +88,9 @@ class Axes:
 class Graphs:
     """A model of the contract that takes the structures of several calls as systems of one call.
 
-    Such a model takes one dict of the contract and gives one. `inputs` and `outputs` are the keys of
-    these, in the order of the arrays. Calls with B systems each become one call with all systems."""
+    Such a model takes one dict of the contract and gives one. `inputs` and `outputs` are the keys
+    of these, in the order of the arrays. Calls with B systems each become one call with all
+    systems."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -98,7 +99,8 @@ class Graphs:
     def of(cls, fn: TorchBase) -> Graphs:
         """Returns the Graphs of a Function, by the keys that it is called with and gives.
 
-        Raises: TypeError for a Function whose argument or result is not one dict of the contract."""
+        Raises: TypeError for a Function whose argument or result is not one dict of the
+        contract."""
         args, kwargs = (), {}
         if not fn.call.static:
             args, kwargs = fn.call.tree.unflatten(range(len(fn.inputs)))
@@ -135,8 +137,8 @@ class Graphs:
     ) -> list[torch.Tensor]:
         """Returns the inputs of the one call, from those of `size` calls stacked in front.
 
-        `batch` and `edge_index` are counted anew. An edge that points to an atom of index >= N in its
-        own call points past the last atom of all.
+        `batch` and `edge_index` are counted anew. An edge that points to an atom of index >= N in
+        its own call points past the last atom of all.
 
         Raises: ValueError for a system in `batch` that its call does not have."""
         given = dict(zip(self.inputs, tensors, strict=True))

@@ -4,36 +4,46 @@ serve all of them."""
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bridge.errors import message, spec
-from bridge.function import Function, Spec
+from bridge.function import Spec
 from torch_side.calls import wrap
-from torch_side.calls.calling import TorchCallable
+from torch_side.calls.calling import Exporter, TorchCallable
+
+if TYPE_CHECKING:
+    from torch_side.calls.numbers import ForeignBase
+
+# position of a leaf that is padded: (its name, one word for each of its axes)
+Axes = dict[int, tuple[str, list[str]]]
 
 
 @dataclass(frozen=True)
 class Buckets:
     """Which axes of a call are padded, to which sizes, and with what.
 
-    shapes   {input: "2 E"}: one word for each axis of an input, named by its parameter, or by its
-             key where the argument is a dict. A name is an axis that is padded; a number or _ is an
-             axis that is left alone
-    fill     {input: value} for the padding: a number (default 0), or the name of an axis, which
-             stands for its padded size: {"edge_index": "N"} makes the padding point past the last
-             atom, which JAX's gathers clamp and its scatters drop. Values of integer inputs are
-             cast to their dtype
-    mask     {axis: keyword}: the function is also passed a bool tensor of the padded size, True
-             where there is data
-    start, growth   the ladder of sizes: start, then each growth times the one before, rounded up;
-                    beyond start the padded
-             length is at most growth times that of the data, and one
+    shapes   {input: "2 E"}, one word for each axis of an input. The input is named by its
+             parameter, or by its key where the argument is a dict. A name is an axis that is
+             padded; a number or _ is an axis that is left alone
+    fill     {input: value} for the padding. The value is a number (default 0), or the name of an
+             axis, which stands for its padded size: {"edge_index": "N"} makes the padding point
+             past the last atom, which JAX's gathers clamp and its scatters drop. Values of integer
+             inputs are cast to their dtype
+    mask     {axis: keyword}. The function is also passed a bool tensor of the padded size, which is
+             True where there is data
+    start, growth   the ladder of sizes. It begins with start; each further size is growth times the
+             one before, rounded up. Beyond start the padded length is at most growth times that of
+             the data, and one
 
-    Padding hides in the results: an axis of the padded size is cut to that of the data. Which axes
-    these are is found out from shapes alone, once for each rung. What is summed over the padding is
-    the function's affair: give its entries a value that adds nothing (fill), or look at the mask.
+    Results show no padding: an axis of the padded size is cut to that of the data. Which axes these
+    are is found out from shapes alone, once for each rung. What is summed over the padding is the
+    function's affair: give its entries a value that adds nothing (fill), or look at the mask.
+
+    Raises: ValueError for a ladder that does not climb, and for a name that is not in shapes.
 
     >>> Buckets({"x": "N 3"}).rung(1000), Buckets({"x": "N 3"}, growth=1.5).rung(17)
     (1024, 24)
@@ -45,7 +55,7 @@ class Buckets:
     start: int = 16
     growth: float = 2.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.start < 1 or self.growth <= 1:
             raise ValueError(
                 message(
@@ -87,7 +97,7 @@ class Buckets:
         }
 
     def rung(self, size: int) -> int:
-        """The smallest size of the ladder that holds `size`."""
+        """Returns the smallest size of the ladder that holds `size`."""
         rung = self.start
         while rung < size:
             rung = max(rung + 1, math.ceil(rung * self.growth))
@@ -97,20 +107,25 @@ class Buckets:
 class Padded(TorchCallable):
     """A callable of the other bank on padded inputs, its results cut to the sizes of the data."""
 
-    def __init__(self, exporter, buckets: Buckets):
+    def __init__(self, exporter: Exporter, buckets: Buckets) -> None:
         super().__init__(exporter)
         self._buckets = buckets
-        self._axes: dict = {}  # by structure: {position of a leaf: (its name, its words)}
+        self._axes: dict[Any, Axes] = {}  # by the structure of a call
 
-    def __eq__(self, other):
-        return super().__eq__(other) and self._buckets == other._buckets
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Padded) and super().__eq__(other) and self._buckets == other._buckets
+        )
 
     __hash__ = TorchCallable.__hash__
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return type(self), (self._exporter, self._buckets)
 
-    def function(self, args, kwargs):
+    def function(
+        self, args: Sequence, kwargs: Mapping[str, Any]
+    ) -> tuple[ForeignBase, list[torch.Tensor]]:
+        """Raises NotImplementedError: torch.compile, which asks for this, can't trace padding."""
         raise NotImplementedError(
             message(
                 "a call outside of torch.compile",
@@ -119,7 +134,10 @@ class Padded(TorchCallable):
             )
         )
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the results of the call, cut to the sizes of the data.
+
+        Raises: ValueError for inputs that `shapes` does not fit; else as TorchCallable does."""
         b = self._buckets
         leaves, structure = self.flatten((args, kwargs))
         axes = self._named(structure)
@@ -142,8 +160,8 @@ class Padded(TorchCallable):
             outs.append(y)
         return fn.out_tree.unflatten(outs)
 
-    def _named(self, structure) -> dict:
-        """Which leaves of a call are padded."""
+    def _named(self, structure: Any) -> Axes:
+        """Which leaves of a call are padded. Raises ValueError for a name that no leaf has."""
         if structure not in self._axes:
             names, shapes = self._exporter.leaf_names(structure), self._buckets.shapes
             if missing := sorted(set(shapes) - set(names)):
@@ -159,16 +177,17 @@ class Padded(TorchCallable):
             }
         return self._axes[structure]
 
-    def _cuts(self, fn: Function) -> list[list[tuple[int, str]]]:
-        """For each output, the axes that follow a name, with that name: they are one longer where
-        it is."""
+    def _cuts(self, fn: ForeignBase) -> list[list[tuple[int, str]]]:
+        """(axis, name) for each axis of each output whose size is that of a named axis.
+
+        Such an axis is one longer where the named one is."""
         b, call = self._buckets, fn.call
         words = {name: text.split() for name, text in b.shapes.items()} | {
             key: [axis] for axis, key in b.mask.items()
         }
         fixed = {i for i, *_ in call.static}
         names = [n for i, n in enumerate(self._exporter.leaf_names(call.tree)) if i not in fixed]
-        cuts = [[] for _ in fn.outputs]
+        cuts: list[list[tuple[int, str]]] = [[] for _ in fn.outputs]
         for axis in sorted(b.axes):
             longer = tuple(
                 _longer(s, words.get(n, ()), axis) for s, n in zip(fn.inputs, names, strict=True)
@@ -189,14 +208,15 @@ class Padded(TorchCallable):
         return cuts
 
 
-def _longer(s: Spec, words, axis: str) -> Spec:
-    return Spec(
-        tuple(n + (w == axis) for n, w in zip(s.shape, words)) if words else s.shape, s.dtype
-    )
+def _longer(s: Spec, words: Sequence[str], axis: str) -> Spec:
+    """`s` with one entry more along the axis of that name."""
+    if not words:
+        return s
+    return Spec(tuple(n + (w == axis) for n, w in zip(s.shape, words)), s.dtype)
 
 
-def _sizes(leaves, axes) -> dict[str, int]:
-    """The size of each named axis, the same in all inputs."""
+def _sizes(leaves: Sequence[Any], axes: Axes) -> dict[str, int]:
+    """The size of each named axis. Raises ValueError where inputs don't agree on it."""
     sizes: dict[str, int] = {}
     for i, (name, words) in axes.items():
         x = leaves[i]
@@ -221,13 +241,14 @@ def _sizes(leaves, axes) -> dict[str, int]:
     return sizes
 
 
-def _pad(x: torch.Tensor, words, rungs, fill) -> torch.Tensor:
-    """x up to the rungs of its axes; differentiable."""
-    widths = []
+def _pad(
+    x: torch.Tensor, words: Sequence[str], rungs: Mapping[str, int], fill: float | str
+) -> torch.Tensor:
+    """x, padded up to the rungs of its axes; differentiable."""
+    widths: list[int] = []
     for n, word in reversed([*zip(x.shape, words)]):
         widths += [0, rungs.get(word, n) - n]
-    return (
-        torch.nn.functional.pad(x, widths, value=rungs[fill] if isinstance(fill, str) else fill)
-        if any(widths)
-        else x
-    )
+    if not any(widths):
+        return x
+    value = rungs[fill] if isinstance(fill, str) else fill
+    return torch.nn.functional.pad(x, widths, value=value)

@@ -179,7 +179,7 @@ class TorchFunction(TorchBase):
 
     @cached_property
     def _direct(self) -> bool:
-        """True where a call needs no pytree work: positional tensors go in, one tensor comes out."""
+        """True for positional tensors in and one tensor out: a call needs no pytree work."""
         flatten, n = self.call.flatten, len(self.inputs)
         return (
             not self.call.static
@@ -205,8 +205,8 @@ class TorchFunction(TorchBase):
 
         `specs` are what was inferred or declared, and `expected` are their kinds.
 
-        Raises: TypeError for an output that is no dense tensor, or for another pytree; ValueError for
-        an output of another shape or dtype."""
+        Raises: TypeError for an output that is no dense tensor, or for another pytree; ValueError
+        for an output of another shape or dtype."""
         return self._fitting(self._leaves(tensors), specs, expected)
 
     def _fitting(

@@ -166,8 +166,8 @@ _uncompiled = _Uncompiled()
 def _unchanged(
     call: Call, names: Sequence[str], tensors: Sequence[torch.Tensor]
 ) -> tuple[list, Any]:
-    """What the call gives for fake tensors. Raises ValueError where it changed one of them in place,
-    before there is a real input that it could harm."""
+    """What the call gives for fake tensors. Raises ValueError where it changed one of them in
+    place, before there is a real input that it could harm."""
     versions = [t._version for t in tensors]
     found = call([t.detach() for t in tensors])
     for t, version, name in zip(tensors, versions, names):
@@ -195,9 +195,9 @@ def on_some_device(
 ) -> tuple[Any, Any]:
     """Returns what `run` gives for uninitialised tensors of the types `inputs`; None runs `call`.
 
-    The tensors lie on the device of the parameters of `call`'s module, or on the CPU. If `run` fails
-    there and this machine has a GPU, it runs once more with tensors on that: a callable may hold
-    tensors on a GPU without showing them."""
+    The tensors lie on the device of the parameters of `call`'s module, or on the CPU. If `run`
+    fails there and this machine has a GPU, it runs once more with tensors on that: a callable may
+    hold tensors on a GPU without showing them."""
 
     def on(device: str | torch.device) -> tuple[Any, Any]:
         types = [(s.shape, buffers.DTYPES[s.dtype]) for s in inputs]

@@ -2,30 +2,42 @@
 again?
 
 torch takes a backward that is cut off from its inputs (@once_differentiable, NumPy, .detach()) for
-a constant, and gives zeros for its derivatives. An honest constant, of a linear Function, looks the
-same in the graph: it stays the same where the inputs move, and that is what tells them apart.
+a constant, and gives zeros for its derivatives. The backward of a linear Function is a constant
+indeed, and looks the same in the graph. What tells the two apart is that this one stays the same
+where the inputs move.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch.autograd.function import BackwardCFunction
 
 from bridge.errors import message
 
+# A node of a graph of torch, and a custom autograd Function, as torch's own types don't have them.
+Node = Any
+Kernel = type
+
 _MOVE = 1e-4  # relative change of the inputs, of which a constant must not show the tenth part
-_vouched = set()
-_proven = weakref.WeakSet()  # classes of Functions that were found to be differentiable
+_vouched: set[Kernel] = set()
+# the Functions that were found to be differentiable
+_proven: weakref.WeakSet[Kernel] = weakref.WeakSet()
 
 
-def check_twice(ys, again: Callable, private=()) -> None:
-    """Raise where derivatives of a backward through the graph of `ys` would be silently cut.
+def check_twice(
+    ys: Sequence[torch.Tensor],
+    again: Callable[[], Sequence[torch.Tensor]],
+    private: Iterable[torch.Tensor] = (),
+) -> None:
+    """Raises where derivatives of a backward through the graph of `ys` would be silently cut.
 
     `again()` gives the same outputs, with a graph, where the inputs have moved a little (see
-    `moved`). `private` are leaves that nobody differentiates in later: what depends on these alone
+    `moved`). `private` are leaves that nobody differentiates in later. What depends on these alone
     may be cut.
 
     Raises: NotImplementedError naming the Function.
@@ -52,8 +64,8 @@ def check_twice(ys, again: Callable, private=()) -> None:
             _proven.add(cls)
 
 
-def check_pushed(ys) -> None:
-    """Raise where a backward is cut off from its own cotangents, by which forward mode is served.
+def check_pushed(ys: Sequence[torch.Tensor]) -> None:
+    """Raises where a backward is cut off from its own cotangents, by which forward mode is served.
 
     Raises: NotImplementedError naming the Function.
     """
@@ -65,9 +77,15 @@ def check_pushed(ys) -> None:
             raise _cut(cls)
 
 
-def check_given(gradients, again: Callable, who: str) -> None:
-    """Raise where a model's own gradients carry no graph, and yet are others where its inputs have
-    moved a little.
+def check_given(
+    gradients: Float[torch.Tensor, "N 3"],
+    again: Callable[[], Float[torch.Tensor, "N 3"]],
+    who: str,
+) -> None:
+    """Raises where the position gradients that a model gives can't be differentiated.
+
+    They carry no graph then, and yet `again()`, which gives them where the positions have moved a
+    little, gives other ones. `who` names the model in the error text.
 
     Raises: NotImplementedError."""
     if gradients.requires_grad or not _differ(again(), gradients):
@@ -79,34 +97,35 @@ def check_given(gradients, again: Callable, who: str) -> None:
     )
 
 
-def custom(ys) -> list:
-    """The nodes of custom Functions in the graph of `ys`, in the order of a walk that is the same
-    each time."""
+def custom(ys: Iterable[torch.Tensor]) -> list[Node]:
+    """Returns the nodes of custom Functions in the graph of `ys`, without those vouched for.
+
+    Their order is that of a walk which is the same each time."""
     roots = [y.grad_fn for y in ys if y.requires_grad and y.grad_fn is not None]
-    found = [node for node in _walk(roots) if isinstance(node, BackwardCFunction)]
+    found: list[Node] = [node for node in _walk(roots) if isinstance(node, BackwardCFunction)]
     return [node for node in found if node._forward_cls not in _vouched]
 
 
-def vouch(cls) -> None:
-    """Say of a Function that its backward is written in operations of torch: nothing here looks at
-    it."""
+def vouch(cls: Kernel) -> None:
+    """Says of a Function that its backward is written in operations of torch, so that nothing here
+    looks at it."""
     _vouched.add(cls)
 
 
-def moved(tensors) -> list[torch.Tensor]:
-    """Real floating tensors a ten-thousandth away, each entry by another amount, without a graph;
-    others as they are."""
+def moved(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Returns tensors a ten-thousandth away, each entry moved by another amount, without a graph.
+
+    Tensors that are not real and floating are returned as they are."""
     return [_moved(t) if t.is_floating_point() else t for t in tensors]
 
 
-def _moved(t):
-    direction = torch.cos(torch.arange(t.numel(), dtype=torch.float64, device=t.device)).reshape(
-        t.shape
-    )
+def _moved(t: torch.Tensor) -> torch.Tensor:
+    entries = torch.arange(t.numel(), dtype=torch.float64, device=t.device)
+    direction = torch.cos(entries).reshape(t.shape)
     return t.detach() + _MOVE * (1 + t.detach().abs()) * direction.to(t.dtype)
 
 
-def _walk(roots):
+def _walk(roots: Iterable[Node]) -> Iterator[Node]:
     """Every node of the graph beneath `roots`, once."""
     seen, stack = set(), list(roots)
     while stack:
@@ -118,19 +137,20 @@ def _walk(roots):
         stack += [below for below, _ in node.next_functions if below is not None]
 
 
-def _reaches(roots, nodes) -> bool:
+def _reaches(roots: Iterable[Node], nodes: Iterable[Node]) -> bool:
+    """True where one of `nodes` lies in the graph beneath `roots`."""
     wanted = set(nodes)
     return any(node in wanted for node in _walk(roots))
 
 
-def _only_private(inputs, private) -> bool:
+def _only_private(inputs: Iterable[Node], private: Iterable[torch.Tensor]) -> bool:
     """True where nothing but private leaves lies beneath these nodes."""
     leaves = [node.variable for node in _walk(inputs) if hasattr(node, "variable")]
     own = {id(x) for x in private}
     return all(id(leaf) in own for leaf in leaves)
 
 
-def _backward(node) -> tuple[list, list]:
+def _backward(node: Node) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Cotangents that require grad, and what the user's backward makes of them."""
     types = node._input_metadata
     cotangents = [
@@ -142,18 +162,19 @@ def _backward(node) -> tuple[list, list]:
     return cotangents, [g for g in found if g is not None]
 
 
-def _linear(gradients) -> bool:
-    """False where gradients of one Function don't know of the cotangents that they are linear
-    in."""
-    known = [g for g in gradients if g.requires_grad]
-    return all("Error" not in g.grad_fn.name() for g in known) and not any(
-        g.any() for g in gradients if not g.requires_grad
-    )
+def _linear(gradients: Sequence[torch.Tensor]) -> bool:
+    """False where gradients of one Function carry no graph back to the cotangents that they are
+    linear in."""
+    nodes = [g.grad_fn for g in gradients if g.requires_grad]
+    constants = [g for g in gradients if not g.requires_grad]
+    # torch puts a node of an error in place of a backward that is @once_differentiable
+    refused = any(node is not None and "Error" in node.name() for node in nodes)
+    return not refused and not any(g.any() for g in constants)
 
 
-def _cotangent_is_fixed(ys, node) -> bool:
+def _cotangent_is_fixed(ys: Sequence[torch.Tensor], node: Node) -> bool:
     """True where what a backward hands to this node is a constant."""
-    seen = []
+    seen: list[bool] = []
     hook = node.register_prehook(
         lambda given: seen.append(any(g is not None and g.requires_grad for g in given))
     )
@@ -167,9 +188,15 @@ def _cotangent_is_fixed(ys, node) -> bool:
     return not any(seen)
 
 
-def _changes(rest, node, cotangents, gradients) -> bool:
-    """True where the backward of the same Function at moved inputs, the first of `rest`, gives
-    other gradients (or is gone)."""
+def _changes(
+    rest: Sequence[Node],
+    node: Node,
+    cotangents: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+) -> bool:
+    """True where the backward of the same Function at moved inputs gives other gradients.
+
+    It is the first of `rest`; True also where that is another Function, or there is none."""
     if not rest or _shape(rest[0]) != _shape(node):
         return True
     with torch.no_grad():
@@ -178,22 +205,24 @@ def _changes(rest, node, cotangents, gradients) -> bool:
     return any(_differ(a, b) for a, b in zip(found, gradients, strict=True) if b.numel())
 
 
-def _shape(node):
+def _shape(node: Node) -> tuple[Kernel, list[tuple[int, ...]]]:
+    """What two nodes of the same Function, called alike, have in common."""
     return node._forward_cls, [tuple(m.shape) for m in node._input_metadata]
 
 
-def _differ(a, b) -> bool:
+def _differ(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """True where an entry of `a` is off by more than a tenth of the move, relative to `b`."""
     a, b = a.detach(), b.detach()
     return bool((a - b).abs().max() > 0.1 * _MOVE * b.abs().max()) if b.numel() else False
 
 
-def _compiled(cls) -> bool:
-    """A backward that torch.compile made."""
+def _compiled(cls: Kernel) -> bool:
+    """True for a Function whose backward torch.compile made."""
     return cls.__module__.startswith(("torch._functorch", "torch._dynamo", "torch._inductor"))
 
 
 def once_only() -> NotImplementedError:
-    """For what a compiled model does not have."""
+    """Returns the error for derivatives that a compiled model does not have."""
     got = "a second one, or forward mode by torch.autograd"
     return NotImplementedError(
         message(
@@ -202,7 +231,8 @@ def once_only() -> NotImplementedError:
     )
 
 
-def _cut(cls) -> NotImplementedError:
+def _cut(cls: Kernel) -> NotImplementedError:
+    """The error for a Function whose backward is cut off."""
     got = "one that is cut off from its input (@once_differentiable, NumPy or .detach() inside)"
     do = (
         "take first derivatives only (of a potential, card=bridge.Card(derivative_order=1) says "

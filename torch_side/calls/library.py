@@ -6,40 +6,47 @@ The op names its Function by a number (torch_side/calls/numbers.py).
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch.utils import _pytree as pytree
 
 from bridge.errors import message
 from torch_side.calls import buffers, numbers, wrap
 
-# Calls that torch.compile traces: what the other bank's pytree library does is done at compile
+if TYPE_CHECKING:
+    import torch._C._functorch
+    import torch.fx.experimental.symbolic_shapes
+
+# Calls that torch.compile traces. What the other bank's pytree library does is done at compile
 # time, on numbers in place of tensors, and reaches the traced code as constants.
 
 
-def traced(token: str, args, kwargs):
-    """A call of a registered callable, in code that torch.compile can trace."""
+def traced(token: str, args: Sequence, kwargs: Mapping[str, Any]) -> Any:
+    """Returns the result of a registered callable, by code that torch.compile can trace.
+
+    Raises: NotImplementedError for a result of other containers than dicts, lists and tuples."""
     leaves, structure = pytree.tree_flatten((args, kwargs))
     # a size or number as it is now, in place of a symbol
     guard = torch.fx.experimental.symbolic_shapes.guard_scalar
-    types = tuple(
-        [
-            (tuple([guard(n) for n in x.shape]), x.dtype)
-            if isinstance(x, torch.Tensor)
-            else guard(x)
-            if isinstance(x, (int, float))
-            else x
-            for x in leaves
-        ]
-    )
-    number, order, result = _resolve(
-        token, pytree.tree_unflatten(list(range(len(leaves))), structure), types
-    )
+    types = []
+    for x in leaves:
+        if isinstance(x, torch.Tensor):
+            types.append((tuple([guard(n) for n in x.shape]), x.dtype))
+        else:
+            types.append(guard(x) if isinstance(x, (int, float)) else x)
+    positions = pytree.tree_unflatten(list(range(len(leaves))), structure)
+    number, order, result = _resolve(token, positions, tuple(types))
     return _rebuilt(result, torch.ops.bridge.call([leaves[i] for i in order], number))
 
 
-def _resolve(token: str, call, types):
-    """(number of the Function, the leaves that are its inputs, its result with positions for
-    tensors)."""
+def _resolve(token: str, call: Any, types: tuple) -> tuple[str, tuple[int, ...], Any]:
+    """(the number of the Function, the leaves that are its inputs, its result with positions in
+    place of tensors).
+
+    `call` is (args, kwargs) with the position of each leaf in its place. `types` has (shape, dtype)
+    for each leaf that is a tensor, and the leaf itself for others."""
     empty = [
         torch.empty(t[0], dtype=t[1], device="meta") if isinstance(t, tuple) else t for t in types
     ]
@@ -49,13 +56,13 @@ def _resolve(token: str, call, types):
     return numbers.number(fn), order, _coded(fn.out_tree.unflatten(range(len(fn.outputs))))
 
 
-# what torch.compiler.assume_constant_result does, which imports dynamo: that sets an environment
-# variable
+# This is what torch.compiler.assume_constant_result does. That imports dynamo, which sets an
+# environment variable.
 _resolve._dynamo_marked_constant = True
 
 
-def _coded(x):
-    """A result as nested tuples, the only container that torch.compile takes for a constant."""
+def _coded(x: Any) -> Any:
+    """A result as nested tuples, the only containers that torch.compile takes for constants."""
     if isinstance(x, int) or x is None:
         return x
     if type(x) not in (dict, list, tuple):
@@ -70,7 +77,8 @@ def _coded(x):
     return type(x).__name__, tuple((k, _coded(v)) for k, v in items)
 
 
-def _rebuilt(code, outs):
+def _rebuilt(code: Any, outs: Sequence[torch.Tensor]) -> Any:
+    """The result that `_coded` made a code of, with tensors in place of their positions."""
     if code is None:
         return None
     if isinstance(code, int):
@@ -88,11 +96,11 @@ _lib = torch.library.Library("bridge", "DEF")
 _lib.define("call(Tensor[] tensors, str function) -> Tensor[]", tags=[torch.Tag.pt2_compliant_tag])
 
 
-def _run(tensors, function):
+def _run(tensors: Sequence[torch.Tensor], function: str) -> list[torch.Tensor]:
     return wrap.run(numbers.lookup(function), tensors)
 
 
-def _fake(tensors, function):
+def _fake(tensors: Sequence[torch.Tensor], function: str) -> list[torch.Tensor]:
     device = tensors[0].device if tensors else "cpu"
     return [
         torch.empty(s.shape, dtype=buffers.DTYPES[s.dtype], device=device)
@@ -100,9 +108,10 @@ def _fake(tensors, function):
     ]
 
 
-def _above_transforms():
-    """The dispatch keys as they are where torch.func begins to treat an op. Private in torch
-    2.13."""
+def _above_transforms() -> Any:
+    """A context in which the dispatch keys are as where torch.func begins to treat an op.
+
+    What it uses is private in torch 2.13."""
     key = torch._C.DispatchKey
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for name in (
@@ -118,37 +127,43 @@ def _above_transforms():
     )
 
 
-def _differentiable(keyset, tensors, function):
-    """Backward, forward mode and torch.func of the op."""
+def _differentiable(
+    keyset: Any, tensors: Sequence[torch.Tensor], function: str
+) -> list[torch.Tensor]:
+    """The op under autograd: its backward, its forward mode, and torch.func."""
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if recorded or (
-        torch._C._is_fwd_grad_enabled()
-        and any(torch._VF._unpack_dual(t, 0)[1] is not None for t in tensors)
-    ):
-        if torch._C._are_functorch_transforms_active():
-            if (
-                torch._C._functorch.peek_interpreter_stack().key()
-                == torch._C._functorch.TransformType.Jvp
-            ):
-                do = "compile without the jvp, or call it eagerly"
-                raise NotImplementedError(
-                    message(
-                        "reverse mode, or no derivative, of a JAX function inside torch.compile "
-                        "and torch.export",
-                        "forward mode (torch.func.jvp)",
-                        do,
-                    )
-                )
-            with _above_transforms():
-                return list(wrap.Bridged.apply(numbers.lookup(function), None, *tensors))
+    if not (recorded or _has_tangents(tensors)):
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.bridge.call.default.redispatch(
+                keyset & torch._C._after_autograd_keyset, tensors, function
+            )
+    if not torch._C._are_functorch_transforms_active():
         return list(wrap.Bridged.apply(numbers.lookup(function), None, *tensors))
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.bridge.call.default.redispatch(
-            keyset & torch._C._after_autograd_keyset, tensors, function
+    functorch = torch._C._functorch
+    if functorch.peek_interpreter_stack().key() == functorch.TransformType.Jvp:
+        do = "compile without the jvp, or call it eagerly"
+        raise NotImplementedError(
+            message(
+                "reverse mode, or no derivative, of a JAX function inside torch.compile "
+                "and torch.export",
+                "forward mode (torch.func.jvp)",
+                do,
+            )
         )
+    with _above_transforms():
+        return list(wrap.Bridged.apply(numbers.lookup(function), None, *tensors))
 
 
-def _vmap(info, in_dims, tensors, function):
+def _has_tangents(tensors: Sequence[torch.Tensor]) -> bool:
+    """True within forward mode, where one of the tensors has a tangent."""
+    return torch._C._is_fwd_grad_enabled() and any(
+        torch._VF._unpack_dual(t, 0)[1] is not None for t in tensors
+    )
+
+
+def _vmap(
+    info: Any, in_dims: tuple, tensors: Sequence[torch.Tensor], function: str
+) -> tuple[list[torch.Tensor], list[int]]:
     batched, tensors = wrap.over_batch(
         numbers.lookup(function), info.batch_size, in_dims[0], tensors
     )

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     class ForeignBase(Foreign):
         """What the other bank's exporter gives for one signature; annotations name it alone.
 
-        `call` says how its arrays become a call. `out_tree.unflatten` puts its outputs in the user's
-        pytree. `compilations` counts the programs that were compiled for it and its transforms.
-        `record` gives the pair of programs that serves a forward and its backward."""
+        `call` says how its arrays become a call. `out_tree.unflatten` puts its outputs in the
+        user's pytree. `compilations` counts the programs that were compiled for it and its
+        transforms. `record` gives the pair of programs that serves a forward and its backward."""
 
         call: Call
         out_tree: Any
@@ -107,7 +107,7 @@ def number(fn: Function) -> str:
     return f"{base.memo['number']}:{family.index(fn)}"
 
 
-def lookup(number: str) -> Function:
+def lookup(number: str) -> Foreign:
     """Returns the Function that `number` gave this number for.
 
     Raises: RuntimeError for a number of another process, or of a Function that is gone."""

@@ -37,9 +37,9 @@ RIGHT, NESTED_WRONG, WRONG = range(3)
 def trust(call: Call, inputs: Sequence[Spec]) -> int:
     """Returns how far torch.func is right for derivatives of a Call, found by its operators.
 
-    WRONG is for a call that runs one of MISBATCHED. NESTED_WRONG is for a call that runs another one
-    of SUSPECTS or a custom autograd Function, or that fake tensors can't look into. All others are
-    RIGHT."""
+    WRONG is for a call that runs one of MISBATCHED. NESTED_WRONG is for a call that runs another
+    one of SUSPECTS or a custom autograd Function, or that fake tensors can't look into. All others
+    are RIGHT."""
     from torch_side.calls.inference import fake, on_some_device
 
     def recorded(tensors: list[torch.Tensor]) -> tuple[set[str], list[torch.Tensor]]:

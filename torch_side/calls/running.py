@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import gt
 from sys import getrefcount
+from typing import Any, cast
 
 import torch
 
@@ -15,23 +16,28 @@ from bridge.errors import message
 from bridge.function import Function
 from torch_side.calls import buffers, inference
 from torch_side.calls.arrays import DTYPES
+from torch_side.calls.batching import TorchBase
+from torch_side.calls.inference import TorchEngine
 
 
-def run(fn: Function, given: tuple, into: tuple | None = None):
-    """Run `fn` on foreign buffers: into given ones (zero-copy in, one write out), or giving fresh
-    tensors.
+def run(
+    fn: Function, given: Sequence[Any], into: Sequence[Any] | None = None
+) -> list[torch.Tensor] | None:
+    """Runs `fn` on foreign buffers, which are read where they lie.
 
-    Raises ValueError if the user's code changed an input in place or kept a view of one after the
+    With `into` the outputs are written to these buffers, and the result is None. Without it the
+    result is a list of fresh tensors, which nobody else holds.
+
+    Raises: ValueError if the user's code changed an input in place or kept a view of one after the
     call.
     """
     if torch.is_inference_mode_enabled():
-        with torch.inference_mode(
-            False
-        ):  # whose tensors have no versions, by which changes are seen, and no gradients
+        # Its tensors have no gradients, and no versions, by which changes are seen.
+        with torch.inference_mode(False):
             return run(fn, buffers.normal(given), into and buffers.normal(into))
     tensors, outside = buffers.views(given, fn.inputs), torch.is_grad_enabled()
     before = _traces(tensors)
-    buffers.set_grad_enabled(fn.engine.differentiates_inside)
+    buffers.set_grad_enabled(_engine(fn).differentiates_inside)
     try:
         results = fn(*tensors)
         if into is None:
@@ -51,28 +57,37 @@ def run(fn: Function, given: tuple, into: tuple | None = None):
     return results
 
 
-def runner(fn: Function, ready: bool) -> Callable:
-    """`run` into buffers, for a lane that calls often: nobody else holds a tensor over any of them.
+def runner(fn: Function, ready: bool) -> Callable[[Sequence[Any], Sequence[Any]], None]:
+    """Returns `run` into buffers, for a lane that calls often.
 
-    `ready` says that all are torch tensors of the dtypes of `fn`. What a call needs is looked up
-    once, here, and what an input is like before it is known: so this costs half as much."""
-    evaluate, inside = fn.evaluator, fn.engine.differentiates_inside
-    is_inference, is_grad_enabled, set_grad_enabled = (
-        torch.is_inference_mode_enabled,
-        torch.is_grad_enabled,
-        buffers.set_grad_enabled,
+    Nobody else may hold a tensor over any of the buffers. `ready` says that all of them are torch
+    tensors of the dtypes of `fn`. A call costs half as much as `run`, since what it needs is looked
+    up once, here, and since it is known what an input is like before the call."""
+    evaluate = fn.evaluator
+    inside = _engine(fn).differentiates_inside
+    is_inference = torch.is_inference_mode_enabled
+    is_grad_enabled = torch.is_grad_enabled
+    set_grad_enabled = buffers.set_grad_enabled
+    take, storage, holders, owners = (
+        buffers.view,
+        buffers.storage,
+        buffers.holders,
+        buffers.owners,
     )
-    take, storage, holders = buffers.view, buffers.storage, buffers.holders
-    inputs, outputs = ([DTYPES[s.dtype] for s in specs] for specs in (fn.inputs, fn.outputs))
-    untouched = references = None  # traces of inputs before a call; how often Python refers to each
+    inputs = [DTYPES[s.dtype] for s in fn.inputs]
+    outputs = [DTYPES[s.dtype] for s in fn.outputs]
+    # Both are known from the first call on.
+    untouched: list[tuple] | None = None  # the traces of the inputs before a call
+    references = 0  # how often Python refers to an input during a call
 
-    def into_buffers(tensors, into):
+    def into_buffers(tensors: Sequence[Any], into: Sequence[Any]) -> None:
         nonlocal untouched, references
         if is_inference():
-            return run(fn, tensors, into)
+            run(fn, tensors, into)
+            return
         if not ready:
             tensors, into = [*map(take, tensors, inputs)], [*map(take, into, outputs)]
-        if references is None:
+        if untouched is None:
             untouched = _traces(tensors)
             for t in tensors:
                 references = getrefcount(t)
@@ -94,7 +109,7 @@ def runner(fn: Function, ready: bool) -> Callable:
             if (
                 t._version
                 or getrefcount(t) > references
-                or t._use_count() > 1
+                or owners(t) > 1
                 or holders(storage(t)) > 1
             ):
                 t = None
@@ -103,18 +118,29 @@ def runner(fn: Function, ready: bool) -> Callable:
     return into_buffers
 
 
-def _traces(tensors) -> list[tuple]:
+def _engine(fn: Function) -> TorchEngine:
+    """The engine of a Function of this bank."""
+    return cast(TorchEngine, fn.engine)
+
+
+def _base(fn: Function) -> TorchBase:
+    """The base of a Function of this bank."""
+    return cast(TorchBase, fn.base)
+
+
+def _traces(tensors: Sequence[torch.Tensor]) -> list[tuple]:
     """What a call must leave as it was, for each input."""
     return [_trace(t) for t in tensors]
 
 
-def _trace(t) -> tuple:
-    """How often a tensor was changed in place, and who holds it and its memory (Python, C++)."""
+def _trace(t: torch.Tensor) -> tuple:
+    """How often a tensor was changed in place, and how many hold it and its memory in Python and in
+    C++."""
     storage = t.untyped_storage()
     return (
         t._version,
         getrefcount(t),
-        t._use_count(),
+        buffers.owners(t),
         getrefcount(storage),
         buffers.holders(storage._cdata),
     )
@@ -135,18 +161,19 @@ _REFUSALS = (
 
 
 def _explain(fn: Function, e: RuntimeError) -> None:
-    """Where torch.func refuses the model, the error says what to ask for and which part is in the
-    way."""
-    if not isinstance(e, NotImplementedError) and any(
-        r.lower() in str(e).lower() for r in _REFUSALS
-    ):
+    """Adds to an error by which torch.func refuses the model: what to ask for instead, and which
+    part of the model is in the way."""
+    refusal = any(r.lower() in str(e).lower() for r in _REFUSALS)
+    if refusal and not isinstance(e, NotImplementedError):
+        base = _base(fn)
         e.add_note(
-            f"bridge: torch.func can't transform {fn.base}{_culprits(fn.base.call.target)}; "
-            f"{fn.engine.alternative}"
+            f"bridge: torch.func can't transform {base}{_culprits(base.call.target)}; "
+            f"{_engine(fn).alternative}"
         )
 
 
-def _culprits(target) -> str:
+def _culprits(target: Any) -> str:
+    """The parts of a module that are TorchScript, as text."""
     parts = target.named_modules() if isinstance(target, torch.nn.Module) else ()
     scripted = [name or "(itself)" for name, m in parts if isinstance(m, torch.jit.ScriptModule)]
     return f" (TorchScript parts: {', '.join(scripted[:3])})" if scripted else ""
@@ -156,23 +183,21 @@ def _culprits(target) -> str:
 _PATIENCE = ((0, 0), (0.001, 2), (0.01, 0), (0.1, 0), (0.5, 0))
 
 
-def _accuse(fn, tensors, before) -> None:
-    """Name the input that was changed or kept.
+def _accuse(fn: Function, tensors: Sequence[torch.Tensor], before: Sequence[tuple]) -> None:
+    """Raises ValueError naming the input that was changed or kept.
 
-    Before anyone is accused of keeping one, reference cycles are collected, and other threads get
-    time to let go: XLA drops the inputs of a JAX function a moment after its outputs are ready.
+    Before anyone is accused of keeping an input, reference cycles are collected, and other threads
+    get time to let go: XLA drops the inputs of a JAX function a moment after its outputs are ready.
     """
     for i, (now, then) in enumerate(zip(_traces(tensors), before)):
         if now[0] != then[0]:
             raise inference.changed(fn.base, _name(fn, i))
+    kept: list[int] = []
     for pause, oldest in _PATIENCE:
         time.sleep(pause)
         gc.collect(oldest)
-        kept = [
-            i
-            for i, (now, then) in enumerate(zip(_traces(tensors), before))
-            if any(map(gt, now, then))
-        ]
+        traces = zip(_traces(tensors), before)
+        kept = [i for i, (now, then) in enumerate(traces) if any(map(gt, now, then))]
         if not kept:
             return
     raise ValueError(
@@ -186,6 +211,8 @@ def _accuse(fn, tensors, before) -> None:
 
 
 def _name(fn: Function, i: int) -> str:
-    """Inputs of a transform begin with those of the base; what follows are tangents or
-    cotangents."""
-    return fn.base.names[0][i] if i < len(fn.base.inputs) else f"tangent {i - len(fn.base.inputs)}"
+    """The name of an input of a transform: those of the base come first, tangents or cotangents
+    follow."""
+    base = _base(fn)
+    n = len(base.inputs)
+    return base.names[0][i] if i < n else f"tangent {i - n}"

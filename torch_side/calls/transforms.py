@@ -41,7 +41,7 @@ class Batching(TorchEngine):
     sequential: bool = False
 
     def vmap(self, f: Function, mapped: Sequence[bool], size: int, arrays: Tensors) -> Tensors:
-        """Returns the outputs of `f` over a leading axis of the `mapped` arrays, stacked in front."""
+        """Returns the outputs of `f` over a leading axis of the `mapped` arrays, stacked."""
         if self.sequential:
             return _one_after_another(f, mapped, size, arrays)
         in_dims = tuple(0 if m else None for m in mapped)
@@ -60,8 +60,8 @@ def _one_backward(f: Function) -> bool:
 def _trusted(right: Callable[[Function], bool]) -> Callable[[Callable], Callable]:
     """Decorates a method of Func: torch.func serves what it does right, Autograd serves the rest.
 
-    `right(f)` tells for which f torch.func is right, whatever the operators in it are. Where forward
-    mode refuses an operator, the outermost transform is served anew by Autograd."""
+    `right(f)` tells for which f torch.func is right, whatever the operators in it are. Where
+    forward mode refuses an operator, the outermost transform is served anew by Autograd."""
 
     def decorate(method: Callable) -> Callable:
         def served(self: Func, f: Function, *arguments: Any) -> Tensors:
@@ -87,7 +87,8 @@ def _trusted(right: Callable[[Function], bool]) -> Callable[[Callable], Callable
 class Func(Batching):
     """By torch.func, except for a first vjp or gradient.
 
-    These go by torch.autograd, which gives the same and is faster. The forward call builds no graph.
+    These go by torch.autograd, which gives the same and is faster. The forward call builds no
+    graph.
 
     Grad mode is on within a jvp, as torch.func.vjp switches it on of itself. With it off, torch
     takes backward formulas that are right but that can't be differentiated (of det and solve), or
@@ -133,7 +134,7 @@ class Func(Batching):
 
     @_trusted(_one_backward)
     def vmap(self, f: Function, mapped: Sequence[bool], size: int, arrays: Tensors) -> Tensors:
-        """Returns the outputs of `f` over a leading axis of the `mapped` arrays, stacked in front."""
+        """Returns the outputs of `f` over a leading axis of the `mapped` arrays, stacked."""
         return Batching.vmap(self, f, mapped, size, arrays)
 
     def check_vmap(self, f: Function, mapped: Sequence[bool]) -> None:
@@ -178,7 +179,7 @@ class Autograd(Batching):
         return _vjp(f, primals, wrt, cotangents, outs)
 
     def vmap(self, f: Function, mapped: Sequence[bool], size: int, arrays: Tensors) -> Tensors:
-        """Returns the outputs of `f` over a leading axis of the `mapped` arrays, stacked in front.
+        """Returns the outputs of `f` over a leading axis of the `mapped` arrays, stacked.
 
         Many tangents or cotangents at one point share one evaluation of the call."""
         if not size or not _shared(f, mapped):
@@ -294,8 +295,8 @@ def _record(
 ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     """One forward with a graph: the inputs `wrt` and all outputs.
 
-    These inputs are fresh leaves where nobody differentiates further, else views inside the caller's
-    graph."""
+    These inputs are fresh leaves where nobody differentiates further, else views inside the
+    caller's graph."""
     xs = tuple(
         x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
         for x in (primals[i] for i in wrt)
@@ -340,7 +341,7 @@ def _grad(
 
 
 def _outermost(f: Function) -> bool:
-    """True where the user's own call is differentiated, with no transform of torch.func around it."""
+    """True where the user's own call is differentiated, outside of every transform of torch.func."""
     return _is_base(f) and not _inside_torch_func()
 
 
@@ -354,7 +355,7 @@ def _requires_grad(*tensors: torch.Tensor) -> bool:
 
 
 def _conj(tensors: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """The conjugates: torch's vjp is the conjugate transpose, and the contract's is the plain one."""
+    """The conjugates: torch's vjp is the conjugate transpose, the contract's is the plain one."""
     return tuple(t.conj() if t.is_complex() else t for t in tensors)
 
 
