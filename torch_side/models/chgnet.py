@@ -6,8 +6,10 @@ import contextlib
 import copy
 import io
 import os
+from typing import Any
 
 import torch
+from jaxtyping import Bool, Int
 
 from bridge.card import Card
 from bridge.contract import ENERGY_AND_GRADIENTS
@@ -15,59 +17,67 @@ from bridge.errors import message, missing
 from torch_side.potentials.geometry import edge_vectors
 from torch_side.potentials.model import Model
 
-VERSIONS = ("0.3.0", "r2scan", "0.2.0")  # in the wheel of chgnet
+VERSIONS = ("0.3.0", "r2scan", "0.2.0")  # their weights lie in the wheel of chgnet
 
 
 class CHGNet(Model):
-    """A pretrained or own CHGNet: positions and cells in; energy, its exact gradients and magnetic
-    moments out.
+    """A pretrained CHGNet, or one of your own: from positions and cells to the energy, its exact
+    gradients and magnetic moments.
 
     `model` is a version whose weights lie in the wheel of chgnet ("0.3.0", "r2scan", "0.2.0"), the
-    path of a checkpoint, or a chgnet.model.model.CHGNet (which is copied). Weights are converted to
-    `dtype` (float32 as trained, float64 for Hessians and finite differences) and frozen;
-    `requires_grad_(True)` makes them trainable, and gradients then keep their graph. It is in eval
-    mode, on `device`. Called with the dict of the contract, with N atoms in B systems,
+    path of a checkpoint, or a chgnet.model.model.CHGNet, which is copied. Weights are converted to
+    `dtype` (float32 as trained, float64 for Hessians and finite differences) and frozen.
+    `requires_grad_(True)` makes them trainable, and gradients then keep their graph. The model is
+    in eval mode, on `device`. It takes the dict of the contract, with N atoms in B systems,
 
         pos (N,3) float, atomic_numbers (N,) int, cell (B,3,3) float by rows, pbc (B,3) bool, batch
         (N,) int sorted
 
-    and optionally edge_index (2,E), cell_offsets (E,3) up to card.cutoff (6 Angstrom as trained;
-    both directions of each), it returns, in eV, Angstrom and Bohr magnetons, from one forward and
-    one backward pass for all systems together,
+    and optionally edge_index (2,E) and cell_offsets (E,3), with both directions of each edge up to
+    card.cutoff (6 Angstrom as trained). It returns, in eV, Angstrom and Bohr magnetons, from one
+    forward and one backward pass for all systems together,
 
         energy (B,), extensive (chgnet's own is per atom); position_gradients g = dE/dr at fixed
         cell (N,3); cell_gradients G = dE/dh at fixed Cartesian positions (B,3,3); node_energies
         (N,), if the model is a sum over atoms, as trained
 
     and, where `model.asking(...)` names them, magmoms (N,) (absolute values), embeddings (N,F) (the
-    features that magmoms are made from) and the hessian. Forces are -g;
+    features that magmoms are made from) and the hessian. Forces are -g, and
     torch_side.potentials.strain makes the virial and the stress. The graph of bonds and angles is
-    made from the edges, not by pymatgen: open systems need no cell. An atom without neighbours has
-    the energy that chgnet's calculator gives it, with its warning that this "will likely go wrong",
-    and no gradient.
+    made from the edges and not by pymatgen, so open systems need no cell. An atom without
+    neighbours has the energy that chgnet's calculator gives it, with chgnet's warning that this
+    "will likely go wrong", and its gradient is zero.
 
     Raises: ValueError for inputs outside the contract as torch_side.potentials.graph.evaluate does,
-    an element beyond Pu, given edges that lack one direction, an unknown version, and, with the
-    weights of 0.2.0 only, for a system without angles (no atom with two bonds below 3 Angstrom) in
-    one call with others; ImportError without chgnet or vesin.
+    for an element beyond Pu, for given edges that lack one direction, for an unknown version, and,
+    with the weights of 0.2.0 only, for a system without angles (no atom with two bonds below 3
+    Angstrom) in one call with others; ImportError without chgnet or vesin.
 
     >>> model = CHGNet("0.3.0").asking("magmoms")                                           # doctest: +SKIP
     >>> model({"pos": torch.zeros(1, 3), "atomic_numbers": torch.tensor([26]), "cell": 2.5 * torch.eye(3)[None],
     ...        "pbc": torch.ones(1, 3, dtype=torch.bool), "batch": torch.tensor([0])})      # doctest: +SKIP
     """
 
-    def __init__(self, model="0.3.0", *, dtype=torch.float32, device="cpu"):
+    network: Any  # a chgnet.model.model.CHGNet
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | Any = "0.3.0",
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> None:
         super().__init__()
         self.network = _load(model).to(device=device, dtype=dtype).requires_grad_(False).eval()
         converter = self.network.graph_converter
-        cutoff, self.bond_cutoff = (
-            float(converter.atom_graph_cutoff),
-            float(converter.bond_graph_cutoff),
-        )
-        outputs = {*ENERGY_AND_GRADIENTS, *(["node_energies"] if self.network.mlp_first else [])}
+        cutoff = float(converter.atom_graph_cutoff)
+        self.bond_cutoff = float(converter.bond_graph_cutoff)
+        outputs = {*ENERGY_AND_GRADIENTS, "magmoms", "embeddings", "hessian"}
+        if self.network.mlp_first:
+            outputs.add("node_energies")
         self.card = Card(
             batches=True,
-            outputs=outputs | {"magmoms", "embeddings", "hessian"},
+            outputs=outputs,
             cutoff=cutoff,
             neighbor_list="own",
             receptive_field=cutoff * self.network.n_conv,
@@ -78,78 +88,83 @@ class CHGNet(Model):
         )
         self.eval()
 
-    def energies(self, inputs):
-        active, batch = self.card.active_outputs, inputs["batch"]
-        graph = self._graph(inputs)
+    def energies(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns the energy (B,) and the active outputs that are no gradients, of inputs without
+        padding."""
+        active = self.card.active_outputs
         found = self.network._compute(
-            graph,
+            self._graph(inputs),
             compute_magmom="magmoms" in active,
             return_site_energies="node_energies" in self.card.outputs,
             return_atom_feas="embeddings" in active,
         )
         out = {name: torch.cat(found[key]) for key, name in _NODES.items() if key in found}
-        energy, n_atoms, composition = (
-            found["e"],
-            found["atoms_per_graph"],
-            self.network.composition_model,
-        )
+        energy = found["e"]
+        n_atoms = found["atoms_per_graph"]
+        composition = self.network.composition_model
         if composition is not None:
             alone = composition.fc.weight[0][inputs["atomic_numbers"].long() - 1]
-            together = torch.zeros_like(energy).index_add(0, batch, alone)
+            together = torch.zeros_like(energy).index_add(0, inputs["batch"], alone)
             energy = energy + (together / n_atoms if composition.is_intensive else together)
-            out |= {"node_energies": out["node_energies"] + alone} if "node_energies" in out else {}
+            if "node_energies" in out:
+                out["node_energies"] = out["node_energies"] + alone
         return {"energy": energy * n_atoms if self.network.is_intensive else energy, **out}
 
-    def _graph(self, inputs):
+    def _graph(self, inputs: dict[str, torch.Tensor]) -> Any:
         """Atoms, bonds (undirected edges) and angles (pairs of short edges at an atom), as chgnet's
         layers take them."""
         from chgnet.model.model import BatchedGraph
 
-        edges, vectors, network = inputs["edge_index"], edge_vectors(inputs), self.network
+        network = self.network
+        edges, vectors = inputs["edge_index"], edge_vectors(inputs)
         length = torch.linalg.vector_norm(vectors, dim=-1)
         bond_of_edge, edge_of_bond = _bonds(edges, inputs["cell_offsets"])
         first, second = _angles(edges[0], length.detach() < self.bond_cutoff)
-        self._check_angles(inputs["batch"], edges[0][first])
-        direction, basis = vectors / length[:, None], network.bond_basis_expansion
+        centres = edges[0][first]
+        self._check_angles(inputs["batch"], centres)
+        direction = vectors / length[:, None]
+        basis = network.bond_basis_expansion
+        length_of_bond = length[edge_of_bond]
         return BatchedGraph(
-            atomic_numbers=inputs["atomic_numbers"].long(), atom_owners=inputs["batch"].long(),
-            bond_bases_ag=basis.rbf_expansion_ag(length[edge_of_bond]), bond_bases_bg=basis.rbf_expansion_bg(length[edge_of_bond]),
+            atomic_numbers=inputs["atomic_numbers"].long(),
+            atom_owners=inputs["batch"].long(),
+            bond_bases_ag=basis.rbf_expansion_ag(length_of_bond),
+            bond_bases_bg=basis.rbf_expansion_bg(length_of_bond),
             angle_bases=network.angle_basis_expansion(direction[first], direction[second]),
-            batched_atom_graph=edges.T, directed2undirected=bond_of_edge,
-            batched_bond_graph=torch.stack([edges[0][first], bond_of_edge[first], bond_of_edge[second]], 1),
-            atom_positions=(), strains=(), volumes=(),
-        )  # fmt: skip
+            batched_atom_graph=edges.T,
+            directed2undirected=bond_of_edge,
+            batched_bond_graph=torch.stack([centres, bond_of_edge[first], bond_of_edge[second]], 1),
+            atom_positions=(),
+            strains=(),
+            volumes=(),
+        )
 
-    def _check_angles(self, batch, centres):
-        """ValueError where bonds without angles would be given a bias that they don't have in a
-        call of their own."""
-        layers = [
-            layer
-            for layer in self.network.bond_conv_layers
-            if layer is not None and layer.use_mlp_out
-        ]
-        if not len(centres) or all(layer.mlp_out.layers[-1].bias is None for layer in layers):
+    def _check_angles(self, batch: torch.Tensor, centres: torch.Tensor) -> None:
+        """ValueError where bonds without angles would get a bias that they don't have in a call of
+        their own."""
+        layers = [layer for layer in self.network.bond_conv_layers if layer is not None]
+        last = [layer.mlp_out.layers[-1] for layer in layers if layer.use_mlp_out]
+        if not len(centres) or all(layer.bias is None for layer in last):
             return
         angles = torch.bincount(batch[centres], minlength=int(batch[-1]) + 1)
         if not angles.all():
-            got, do = (
-                f"none in system {int((angles == 0).nonzero()[0])}",
-                "pass it alone, or take another version",
-            )
+            got = f"none in system {int((angles == 0).nonzero()[0])}"
             raise ValueError(
                 message(
                     "angles in each system of one call of this CHGNet, which treats systems "
                     "without them differently",
                     got,
-                    do,
+                    "pass it alone, or take another version",
                 )
             )
 
 
+# chgnet's name: the contract's
 _NODES = {"site_energies": "node_energies", "m": "magmoms", "atom_fea": "embeddings"}
 
 
-def _load(model):
+def _load(model: Any) -> Any:
+    """A CHGNet of our own."""
     try:
         from chgnet.model.model import CHGNet as Network
     except ImportError as error:
@@ -165,14 +180,14 @@ def _load(model):
             )
         )
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its number of parameters
-        return (
-            Network.load(model_name=model, use_device="cpu", verbose=False)
-            if model in VERSIONS
-            else Network.from_file(model)
-        )
+        if model in VERSIONS:
+            return Network.load(model_name=model, use_device="cpu", verbose=False)
+        return Network.from_file(model)
 
 
-def _bonds(edges, offsets):
+def _bonds(
+    edges: Int[torch.Tensor, "2 E"], offsets: Int[torch.Tensor, "E 3"]
+) -> tuple[Int[torch.Tensor, " E"], Int[torch.Tensor, " b"]]:
     """The bond (undirected edge) of each directed edge, and one directed edge of each bond."""
     (i, j), (a, b, c) = edges, offsets.T
     backward = (a < 0) | (a == 0) & ((b < 0) | (b == 0) & (c < 0))
@@ -184,30 +199,30 @@ def _bonds(edges, offsets):
     if (bad := (once != 1) | (count != 2)).any():
         edge = int(bad[bond].nonzero()[0])
         ways = sorted([int(once[bond[edge]]), int((count - once)[bond[edge]])])
-        got = f"{ways[0]} and {ways[1]} of the one between atoms {edges[0, edge]} and {edges[1, edge]} with offset {offsets[edge].tolist()}"
-        raise ValueError(
-            message(
-                "each edge once in both directions",
-                got,
-                "look at how the edges were made, or pass none",
-            )
+        got = (
+            f"{ways[0]} and {ways[1]} of the one between atoms {edges[0, edge]} and "
+            f"{edges[1, edge]} with offset {offsets[edge].tolist()}"
         )
+        do = "look at how the edges were made, or pass none"
+        raise ValueError(message("each edge once in both directions", got, do))
     edge_of_bond = bond.new_empty(len(count))
     edge_of_bond[bond[~flipped]] = (~flipped).nonzero()[:, 0]
     return bond, edge_of_bond
 
 
-def _angles(centres, short):
+def _angles(
+    centres: Int[torch.Tensor, " E"], short: Bool[torch.Tensor, " E"]
+) -> tuple[Int[torch.Tensor, " A"], Int[torch.Tensor, " A"]]:
     """All ordered pairs of two of the short edges that have one centre."""
     order = short.nonzero()[:, 0]
     order = order[torch.argsort(centres[order], stable=True)]
     _, place, count = torch.unique_consecutive(
         centres[order], return_inverse=True, return_counts=True
     )
-    start, n = count.cumsum(0) - count, count[place]
+    start = count.cumsum(0) - count  # of the edges of each centre
+    n = count[place]  # how many edges the centre of each edge has
     first = torch.repeat_interleave(torch.arange(len(order), device=order.device), n)
-    within = torch.arange(len(first), device=order.device) - torch.repeat_interleave(
-        n.cumsum(0) - n, n
-    )
+    pairs_before = torch.repeat_interleave(n.cumsum(0) - n, n)
+    within = torch.arange(len(first), device=order.device) - pairs_before
     second = start[place][first] + within
     return order[first[first != second]], order[second[first != second]]

@@ -6,11 +6,13 @@ from __future__ import annotations
 import ast
 import io
 import json
+import os
 import re
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
+from torch.export import ExportedProgram
 
 from bridge import archive
 from bridge.archive import Odd
@@ -19,20 +21,23 @@ from torch_side.calls.arrays import dtype_name
 from torch_side.calls.inference import check_mode
 
 ENTRIES = (*(f"{file}.pt2" for file, _, _ in archive.FUNCTIONS.values()), archive.METADATA)
-SAMPLES = "data/sample_inputs/model.pt"  # a pickle; nothing needs it
-# of a .pt2, below its root folder: no compiled libraries, no pickled objects, no files of older
-# formats
+SAMPLES = "data/sample_inputs/model.pt"  # a pickle, which nothing needs
+# What a .pt2 may hold below its root folder: no compiled libraries, no pickled objects and no files
+# of older formats.
 PARTS = re.compile(
     r"data/(weights|constants)/(weight_\d+|tensor_\d+|model_(weights|constants)_config\.json)|models/model\.json|archive_format|archive_version"
     rf"|\.data/(version|serialization_id)|byteorder|{re.escape(SAMPLES)}"
 )
-TARGETS = re.compile(  # what a node may call
+# what a node of a graph may call
+TARGETS = re.compile(
     r"torch\.ops\.(aten\.(?!from_file)|prims\.|higher_order\.)\w+(\.\w+)?|torch\.sym_\w+|math\.\w+"
     r"|_operator\.(add|sub|mul|floordiv|truediv|mod|neg|pos|pow|and_|or_|not_|eq|ne|lt|le|gt|ge|getitem)"
 )
+# names in expressions of sizes
 WORDS = re.compile(
     r"L|args|kwargs|size|stride|math|int_oo|and_|or_|positive|integer|real|nonnegative|[suzf]\d+|[A-Z]\w*"
 )
+# syntax of expressions of sizes
 PLAIN = (
     ast.Expression,
     ast.BinOp,
@@ -45,35 +50,52 @@ PLAIN = (
     ast.Load,
     ast.operator,
     ast.unaryop,
+    ast.Name,
+    ast.Attribute,
+    ast.Constant,
+    ast.cmpop,
+    ast.boolop,
 )
-PLAIN += (ast.Name, ast.Attribute, ast.Constant, ast.cmpop, ast.boolop)
-TREES = {None, "builtins.tuple", "builtins.list", "builtins.dict"}  # of arguments
+TREES = {None, "builtins.tuple", "builtins.list", "builtins.dict"}  # containers of arguments
+Kind = tuple[tuple[int | None, ...], str]  # shape without rows, None for any width; dtype
 
 
 class Programs(NamedTuple):
-    """The functions of a local potential, three torch modules, and its cutoff in Angstrom."""
+    """The functions of a local potential, three torch modules, and its cutoff in Angstrom.
 
-    init: Callable
-    edge: Callable
-    readout: Callable
+    init      atomic numbers Z (n,) -> node features (n,F)
+    edge      nodes i and j (n,F), r_ij = r_j - r_i (n,3) -> messages (n,M)
+    readout   node (n,F), sums of its messages (n,M) -> energies (n,) in eV"""
+
+    init: Callable[..., torch.Tensor]
+    edge: Callable[..., torch.Tensor]
+    readout: Callable[..., torch.Tensor]
     cutoff: float
 
 
-def save(path, init, edge, readout, cutoff, *, precision: str) -> None:
-    """Write three torch callables (functions or nn.Modules in evaluation mode) to the zip `path` as
-    torch.export programs.
+def save(
+    path: str | os.PathLike[str],
+    init: Callable[..., torch.Tensor],
+    edge: Callable[..., torch.Tensor],
+    readout: Callable[..., torch.Tensor],
+    cutoff: float,
+    *,
+    precision: Literal["32bit", "64bit"],
+) -> None:
+    """Writes three torch callables (functions or nn.Modules in evaluation mode) to the zip `path`
+    as torch.export programs.
 
-    init(Z (n,)) -> (n,F); edge(node_i, node_j, r_ij = r_j - r_i (n,3)) -> (n,M); readout(node
-    (n,F), sums (n,M)) -> energies (n,), eV and Angstrom, for any n from 0 on; `cutoff` in Angstrom.
-    precision "32bit" exports for int32 atomic numbers and float32 else, "64bit" for int64 and
-    float64; the weights must be of that dtype. They are exported on the device of their parameters
-    (functions: the CPU), with all weights that they hold or close over. The file appears whole or
-    not at all.
+    They are init(Z (n,)) -> (n,F), edge(node_i, node_j, r_ij = r_j - r_i (n,3)) -> (n,M) and
+    readout(node (n,F), sums (n,M)) -> energies (n,), in eV and Angstrom, for any number of rows n
+    from 0 on. `cutoff` is in Angstrom. The precision "32bit" exports them for int32 atomic numbers
+    and float32 arrays, "64bit" for int64 and float64, and their weights must be of that dtype. Each
+    is exported on the device of its parameters (a function on the CPU), with all weights that it
+    holds or closes over. The file appears whole or not at all.
 
-    Raises: TypeError for what is not callable; ValueError for another precision or cutoff, a module
-    in training mode, results that do not fit, and what torch.export can't write for every n, a JAX
-    function that came by bridge.to_torch among them (jax_side.montecarlo.files.save writes those),
-    naming the function.
+    Raises: TypeError for what is not callable; ValueError for another precision or cutoff and for a
+    module in training mode; ValueError that names the function, where its result does not fit, and
+    where torch.export can't write it for every n, as for a JAX function that came by
+    bridge.to_torch (jax_side.montecarlo.files.save writes those).
 
     >>> import tempfile, torch
     >>> gauss = lambda a, b, r: a * b * torch.exp(-(r**2).sum(-1, keepdim=True))
@@ -83,8 +105,9 @@ def save(path, init, edge, readout, cutoff, *, precision: str) -> None:
     >>> local.edge(torch.ones(2, 1), torch.ones(2, 1), torch.zeros(2, 3)).tolist(), local.cutoff
     ([[1.0], [1.0]], 3.0)
     """
-    types, cutoff = archive.types(precision), archive.checked_cutoff(cutoff)
-    entries = {}
+    types = archive.types(precision)
+    cutoff = archive.checked_cutoff(cutoff)
+    entries: dict[str, bytes] = {}
     for (name, (file, takes, gives)), f in zip(archive.FUNCTIONS.items(), (init, edge, readout)):
         if not callable(f):
             raise TypeError(
@@ -95,34 +118,36 @@ def save(path, init, edge, readout, cutoff, *, precision: str) -> None:
                 )
             )
         check_mode(f)
-        entries[f"{file}.pt2"], types[gives] = _exported(
-            name, f, [types[k] for k in takes], types[gives]
-        )
+        inputs = [types[k] for k in takes]
+        entries[f"{file}.pt2"], types[gives] = _exported(name, f, inputs, types[gives])
     archive.write(path, {**entries, archive.METADATA: archive.metadata_bytes(cutoff, precision)})
 
 
-def load(path, *, limit: int = archive.LIMIT) -> Programs:
-    """Programs(init, edge, readout, cutoff) of a zip that `save` wrote: torch modules for any
-    number of rows.
+def load(path: str | os.PathLike[str], *, limit: int = archive.LIMIT) -> Programs:
+    """Returns Programs(init, edge, readout, cutoff) of a zip that `save` wrote: torch modules for
+    any number of rows.
 
-    In torch they run as they are, on the device they were saved on; integers may be of any dtype,
-    floats of the file's precision alone (they are never cast). torch.func and torch.autograd
-    differentiate them as often as one likes. In JAX: LocalPotential(*(bridge.to_jax(f) for f in
-    local[:3]), local.cutoff); the defaults of to_jax serve gradients, Hessians and vmap. `limit`:
-    bytes of all entries together, also within a .pt2.
+    In torch they run as they are, on the device that they were saved on. Integers may have any
+    dtype, and floats must have that of the file's precision, since they are never cast. torch.func
+    and torch.autograd differentiate them to any order. For JAX, write
+    LocalPotential(*(bridge.to_jax(f) for f in local[:3]), local.cutoff); the defaults of to_jax
+    serve gradients, Hessians and vmap. `limit` is the largest size of all entries together, in
+    bytes, and also that of the entries of each .pt2.
 
-    What torch's own loader trusts: it unpickles sample inputs with weights_only=True, and if that
-    fails with weights_only=False; pickled weights and objects; it evaluates expressions of sizes as
-    Python (by sympy), and loads compiled libraries. So here only plain tensors, a graph of aten and
-    the like and expressions of symbols and numbers come through, repacked so that torch sees what
-    was checked, and the sample inputs are taken out. Still a graph is a program: read those of
-    people whom you trust.
+    torch's own loader trusts a file: it unpickles sample inputs with weights_only=True and, if that
+    fails, with weights_only=False; it unpickles weights and objects; it evaluates expressions of
+    sizes as Python (by sympy); and it loads compiled libraries. Therefore this function lets
+    through only plain tensors, graphs of aten and similar operators, and expressions of symbols and
+    numbers. They are repacked, so that torch sees exactly what was checked, without the sample
+    inputs. But a graph is still a program: load only files from sources whose programs you would
+    run.
 
-    Raises: ValueError that names the file and the reason, its __cause__ what the reader said: no
-    zip or a broken one, entries missing, more, twice, too large, encrypted, links, with names that
-    leave the folder (in the zip and in each .pt2); metadata.json without exactly cutoff (finite, >
-    0) and precision; programs that can't be read, of other arity, ranks, dtypes or widths, or for a
-    fixed number of rows. OSError where the file can't be opened.
+    Raises: ValueError that names the file and the reason, its __cause__ being what the reader said.
+    Reasons are a zip that is broken or none; entries that are missing, unknown, twice there, too
+    large, encrypted, links, or with names that leave the folder, in the zip and in each .pt2; a
+    metadata.json without exactly cutoff (finite, > 0) and precision; and programs that can't be
+    read, that have another number of arguments, other ranks, dtypes or widths, or one fixed number
+    of rows. OSError where the file can't be opened.
 
     >>> import tempfile
     >>> with tempfile.NamedTemporaryFile() as f:  # doctest: +NORMALIZE_WHITESPACE
@@ -133,58 +158,58 @@ def load(path, *, limit: int = archive.LIMIT) -> Programs:
     """
     found = archive.read(path, ENTRIES, limit)
     cutoff, precision = archive.metadata(path, found[archive.METADATA])
-    types, modules = archive.types(precision), []
+    types = archive.types(precision)
+    modules: dict[str, _Rows] = {}
     for name, (file, takes, gives) in archive.FUNCTIONS.items():
         try:
-            program, inputs = (
-                _read(_repacked(found[f"{file}.pt2"], limit)),
-                [types[k] for k in takes],
-            )
+            program = _read(_repacked(found[f"{file}.pt2"], limit))
+            inputs = [types[k] for k in takes]
             types[gives] = _check(program, inputs, types[gives])
-            modules.append(_Rows(name, program.module(), inputs))
+            modules[name] = _Rows(name, program.module(), inputs)
         except Odd as odd:
             raise archive.refused(
                 path, f"{file}.pt2 with {odd.args[0]}", odd.args[1]
             ) from odd.__cause__
         except Exception as e:
-            raise archive.refused(
-                path,
-                f"{file}.pt2 that torch.export can't run ({archive.said(e)})",
-                "export it anew",
-            ) from e
-    return Programs(*modules, cutoff)
+            got = f"{file}.pt2 that torch.export can't run ({archive.said(e)})"
+            raise archive.refused(path, got, "export it anew") from e
+    return Programs(**modules, cutoff=cutoff)
 
 
 class _Taking(torch.nn.Module):
     """Any callable as a module of positional arguments."""
 
-    def __init__(self, f):
+    def __init__(self, f: Callable[..., torch.Tensor]) -> None:
         super().__init__()
-        self.f, self.training = f, False
+        self.f = f
+        self.training = False
 
-    def forward(self, *args):
+    def forward(self, *args: torch.Tensor) -> torch.Tensor:
+        """Returns f(*args)."""
         return self.f(*args)
 
 
 class _Rows(torch.nn.Module):
-    """A program of rows; integers come to the dtype that it wants, floats must have it."""
+    """A program of rows. Integers are cast to the dtype that it takes, and floats must have it."""
 
-    def __init__(self, name, program, inputs):
+    def __init__(self, name: str, program: torch.nn.Module, inputs: Sequence[Kind]) -> None:
         super().__init__()
-        self.name, self.program, self.inputs, self.training = name, program, inputs, False
+        self.name = name
+        self.program = program
+        self.inputs = inputs
+        self.training = False
 
-    def forward(self, *args):
-        return self.program(
-            *(
-                self._cast(k, x, kind)
-                for k, (x, kind) in enumerate(zip(args, self.inputs, strict=True))
-            )
-        )
+    def forward(self, *args: torch.Tensor) -> torch.Tensor:
+        """Returns the program's result. Raises: ValueError for floats of another dtype."""
+        pairs = enumerate(zip(args, self.inputs, strict=True))
+        return self.program(*(self._cast(k, x, kind) for k, (x, kind) in pairs))
 
-    def _cast(self, k, x, kind):
-        if kind[1].startswith("int") and not x.is_floating_point() and x.dtype != torch.bool:
-            return x.to(getattr(torch, kind[1]))
-        if dtype_name(x.dtype) != kind[1]:
+    def _cast(self, k: int, x: torch.Tensor, kind: Kind) -> torch.Tensor:
+        """Argument k in the dtype that the program takes."""
+        dtype = kind[1]
+        if dtype.startswith("int") and not x.is_floating_point() and x.dtype != torch.bool:
+            return x.to(getattr(torch, dtype))
+        if dtype_name(x.dtype) != dtype:
             do = "cast positions, cell and all else to one dtype, or save the potential in the other precision"
             raise ValueError(
                 message(
@@ -196,41 +221,41 @@ class _Rows(torch.nn.Module):
         return x
 
 
-def _exported(name, f, inputs, wanted):
-    """The .pt2 of f, and (shape without rows, dtype) of its result."""
+def _exported(
+    name: str, f: Callable[..., torch.Tensor], inputs: Sequence[Kind], wanted: Kind
+) -> tuple[bytes, Kind]:
+    """The .pt2 of f, and the kind of its result."""
     rows = torch.export.Dim("n", min=0)
-    device = (
-        next((p.device for p in f.parameters()), None) if isinstance(f, torch.nn.Module) else None
-    )
-    # no two the same tensor
-    examples = tuple(
-        torch.ones((5, *shape), dtype=getattr(torch, dtype), device=device)
-        for shape, dtype in inputs
-    )
+    device = None
+    if isinstance(f, torch.nn.Module):
+        device = next((p.device for p in f.parameters()), None)
+    takes = ", ".join(map(archive.words, inputs))
+    # Each is a tensor of its own, so that torch.export does not take two arguments for one.
+    examples = []
+    for shape, dtype in inputs:
+        sizes: tuple[Any, ...] = (5, *shape)  # the functions that came before have set the widths
+        examples.append(torch.ones(sizes, dtype=getattr(torch, dtype), device=device))
     try:
         program = torch.export.export(
-            _Taking(f), examples, dynamic_shapes=(tuple({0: rows} for _ in inputs),)
+            _Taking(f), tuple(examples), dynamic_shapes=(tuple({0: rows} for _ in inputs),)
         )
         torch.export.save(program, out := io.BytesIO())
         blob = _repacked(out.getvalue())
         return blob, _check(_read(blob), inputs, wanted)
     except Odd as odd:
-        raise ValueError(
-            message(
-                f"{name} as rows of {archive.words(wanted)} from "
-                f"{', '.join(map(archive.words, inputs))}",
-                *odd.args,
-            )
-        ) from odd.__cause__
+        expected = f"{name} as rows of {archive.words(wanted)} from {takes}"
+        raise ValueError(message(expected, *odd.args)) from odd.__cause__
     except Exception as e:
-        expected = f"{name} as a function that torch.export can write for any number of rows n, of {', '.join(map(archive.words, inputs))}"
+        expected = (
+            f"{name} as a function that torch.export can write for any number of rows n, of {takes}"
+        )
         do = "see the cause; a JAX function is for jax_side.montecarlo.files.save"
         raise ValueError(message(expected, archive.said(e), do)) from e
 
 
-def _repacked(blob, limit=archive.LIMIT) -> bytes:
-    """A .pt2 of what was looked at in `blob`, without sample inputs. Raises Odd."""
-    found = {}
+def _repacked(blob: bytes, limit: int = archive.LIMIT) -> bytes:
+    """A .pt2 of what was checked in `blob`, without sample inputs. Raises Odd."""
+    found: dict[str, bytes] = {}
     for name, data in archive.entries(blob, limit).items():
         _, _, part = name.partition("/")
         if not PARTS.fullmatch(part):
@@ -254,22 +279,28 @@ def _repacked(blob, limit=archive.LIMIT) -> bytes:
     return archive.zipped(found)
 
 
-def _items(x, key=""):
-    """(key, value) of all that is no container, wherever it is; items of a list have the list's
-    key."""
-    if isinstance(x, dict | list):
-        for k, v in x.items() if isinstance(x, dict) else ((key, v) for v in x):
+def _items(x: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of everything in x that is no container, at any depth. Items of a list have the
+    list's key."""
+    if isinstance(x, dict):
+        for k, v in x.items():
             yield from _items(v, k)
+    elif isinstance(x, list):
+        for v in x:
+            yield from _items(v, key)
     else:
         yield key, x
 
 
-def _check_item(key, value):
-    """Nothing that torch's loader would unpickle, or evaluate as more than an expression of sizes.
-    Raises Odd."""
-    if (key == "use_pickle" and value is not False) or (
-        key == "path_name" and not re.fullmatch(r"(weight|tensor)_\d+", str(value))
-    ):
+def _check_item(key: str, value: Any) -> None:
+    """Raises Odd for what torch's loader would unpickle, or evaluate as more than an expression of
+    sizes."""
+    plain = True
+    if key == "use_pickle":
+        plain = value is False
+    elif key == "path_name":
+        plain = bool(re.fullmatch(r"(weight|tensor)_\d+", str(value)))
+    if not plain:
         raise Odd(
             f"a pickled object ({key} {value!r:.60})", "keep nothing but tensors in the functions"
         )
@@ -278,71 +309,64 @@ def _check_item(key, value):
             f"a call of {value!r:.80}, which another process may not have",
             "write it in torch's own operations",
         )
-    if (
-        key in ("in_spec", "out_spec")
-        and not {v for k, v in _items(json.loads(value)) if k == "type"} <= TREES
-    ):
-        raise Odd(f"arguments {value!r:.80}", "export functions of plain tensors")
+    if key in ("in_spec", "out_spec"):
+        containers = {v for k, v in _items(json.loads(value)) if k == "type"}
+        if not containers <= TREES:
+            raise Odd(f"arguments {value!r:.80}", "export functions of plain tensors")
     if key in ("expr_str", "guards_code") and not _plain(value):
         raise Odd(f"{key} {value!r:.80}, which is no plain expression of sizes", "export it anew")
 
 
-def _plain(text) -> bool:
+def _plain(text: str) -> bool:
+    """True for an expression of sizes that is made of arithmetic and known names alone."""
     for x in ast.walk(ast.parse(text, mode="eval")):
-        word = (
-            x.id
-            if isinstance(x, ast.Name)
-            else x.attr
-            if isinstance(x, ast.Attribute)
-            else x.value
-            if isinstance(x, ast.Constant)
-            else 0
-        )
-        if (
-            isinstance(word, str) and not (WORDS.fullmatch(word) and "__" not in word)
-        ) or not isinstance(x, PLAIN):
+        if not isinstance(x, PLAIN):
+            return False
+        word = None
+        if isinstance(x, ast.Name):
+            word = x.id
+        elif isinstance(x, ast.Attribute):
+            word = x.attr
+        elif isinstance(x, ast.Constant):
+            word = x.value
+        if isinstance(word, str) and ("__" in word or not WORDS.fullmatch(word)):
             return False
     return True
 
 
-def _read(blob):
-    """Raises Odd."""
+def _read(blob: bytes) -> ExportedProgram:
+    """The program of a .pt2 that was repacked. Raises Odd."""
     try:
         return torch.export.load(io.BytesIO(blob))
     except Exception as e:
         raise Odd(f"what torch.export can't read ({archive.said(e)})", "export it anew") from e
 
 
-def _check(program, inputs, wanted):
-    """(shape without rows, dtype) of the result, all types being as wanted. Raises Odd."""
-    made = {n.name: n.meta.get("val") for n in program.graph.nodes}
-    ins, outs = (
-        [made.get(x) for x in xs]
-        for xs in (program.graph_signature.user_inputs, program.graph_signature.user_outputs)
-    )
-    if (
-        len(ins) != len(inputs)
-        or len(outs) != 1
-        or not all(isinstance(x, torch.Tensor) for x in (*ins, *outs))
-    ):
+def _check(program: ExportedProgram, inputs: Sequence[Kind], wanted: Kind) -> Kind:
+    """The kind of the program's result. Raises Odd unless the program takes `inputs`, gives what is
+    `wanted`, and does so for any number of rows."""
+    made: dict[Any, Any] = {n.name: n.meta.get("val") for n in program.graph.nodes}
+    signature = program.graph_signature
+    ins = [made.get(x) for x in signature.user_inputs]
+    outs = [made.get(x) for x in signature.user_outputs]
+    tensors = [x for x in (*ins, *outs) if isinstance(x, torch.Tensor)]
+    if len(ins) != len(inputs) or len(outs) != 1 or len(tensors) != len(ins) + 1:
         raise Odd(
             f"{len(ins)} arguments and {len(outs)} results",
             f"it must take {len(inputs)} tensors and give one tensor",
         )
-    for x, kind in (*zip(ins, inputs), (outs[0], wanted)):
+    for x, kind in zip(tensors, (*inputs, wanted)):
         got = spec(x.shape, dtype_name(x.dtype))
         if not archive.fits(x.shape, dtype_name(x.dtype), kind):
             raise Odd(got, f"it must be {archive.words(kind)} there")
         if not all(isinstance(k, int) for k in x.shape[1:]):
             raise Odd(got, "only the number of rows may be open")
-    rows = {str(x.shape[0]) for x in (*ins, *outs)}
-    if (
-        len(rows) != 1
-        or not isinstance(ins[0].shape[0], torch.SymInt)
-        or any(r.lower > 2 or r.upper < 2**31 for r in program.range_constraints.values())
-    ):
+    rows = {str(x.shape[0]) for x in tensors}
+    ranges = program.range_constraints.values()
+    limited = any(r.lower > 2 or r.upper < 2**31 for r in ranges)
+    if len(rows) != 1 or not isinstance(tensors[0].shape[0], torch.SymInt) or limited:
         raise Odd(
             f"{' and '.join(sorted(rows))} rows ({program.range_constraints})",
             "export it with one dynamic leading size n >= 0 of all tensors",
         )
-    return tuple(outs[0].shape[1:]), wanted[1]
+    return tuple(tensors[-1].shape[1:]), wanted[1]
