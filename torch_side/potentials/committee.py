@@ -111,6 +111,7 @@ class Committee(Model):
     def _evaluate(
         self, inputs: dict[str, torch.Tensor], trained: bool | None
     ) -> dict[str, torch.Tensor]:
+        """The active outputs of inputs without padding."""
         if trained is None:
             trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         members, keep = self.members, trained
