@@ -223,6 +223,7 @@ def _outputs(energy, pos, cell, changing):
 
 def _x64() -> bool:
     """Whether JAX keeps 64-bit dtypes."""
+    # JAX adds the attribute to its Config as it runs, where pyright can't see it.
     return jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
 
 

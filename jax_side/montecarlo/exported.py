@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.export
@@ -14,6 +15,9 @@ import jax.numpy as jnp
 from bridge.archive import Odd, fits, said, words
 from bridge.errors import message, spec
 
+# Shape without rows, and dtype, of an array of rows; see bridge.archive.types.
+Kind = tuple[tuple[int | None, ...], str]
+
 # custom calls that every jaxlib serves: shapes, shardings, linear algebra, random bits
 OWN_TARGETS = re.compile(
     r"(lapack|cusolver|cublas|hipsolver|hipblas)_\w+|(cu|hip)_threefry2x32_ffi|Sharding|SPMD\w+|shape_assertion|stablehlo\.dynamic_\w+|mhlo\.\w+"
@@ -21,8 +25,9 @@ OWN_TARGETS = re.compile(
 )
 
 
-def foreign(program) -> str:
-    """What ties an exported program to the process that made it, in words."""
+def foreign(program: jax.export.Exported) -> str:
+    """Returns what ties an exported program to the process that made it, in words; "" if nothing
+    does."""
     if program.ordered_effects or program.unordered_effects:
         return "with effects"
     if program.nr_devices != 1:
@@ -35,8 +40,11 @@ def foreign(program) -> str:
     return f"with a custom call {', '.join(foreign)}" if foreign else ""
 
 
-def read(blob, order) -> list:
-    """The exported function and `order` derivatives. Raises Odd."""
+def read(blob: bytes, order: int) -> list[jax.export.Exported]:
+    """Returns the exported function and its first `order` derivatives.
+
+    Raises: Odd for a blob that can't be read, that no other process can run, or that has fewer
+    derivatives."""
     try:
         programs = [jax.export.deserialize(bytearray(blob))]
         while len(programs) <= order and programs[-1].has_vjp():
@@ -44,9 +52,9 @@ def read(blob, order) -> list:
         whys = [foreign(p) for p in programs]
     except Exception as e:  # flatbuffers and MLIR have no one exception for what they can't read
         raise Odd(f"that jax.export can't read ({said(e)})", "export it anew") from e
-    if any(whys):
+    if why := next(filter(None, whys), ""):
         raise Odd(
-            next(filter(None, whys)),
+            why,
             "it can't run in another process than its author's: write it in JAX alone",
         )
     if len(programs) <= order:
@@ -57,13 +65,18 @@ def read(blob, order) -> list:
     return programs
 
 
-def check(programs, inputs, wanted):
-    """(shape without rows, dtype) of the result, all types being as wanted. Raises Odd."""
+def check(programs: Sequence[jax.export.Exported], inputs: Sequence[Kind], wanted: Kind) -> Kind:
+    """Returns the kind of the result: its shape without rows and its dtype.
+
+    `programs` are what `read` gave, `inputs` the kinds of the arguments, `wanted` that of the
+    result, where a width None may be any.
+
+    Raises: Odd for a program of other types, of a fixed number of rows, or for other platforms, and
+    for a derivative that does not belong to the program before it."""
     program, here = programs[0], jax.export.default_export_platform()
     ins, outs = program.in_avals, program.out_avals
-    if program.in_tree != jax.tree.structure(
-        (tuple(0 for _ in inputs), {})
-    ) or program.out_tree != jax.tree.structure(0):
+    takes = jax.tree.structure((tuple(0 for _ in inputs), {}))
+    if program.in_tree != takes or program.out_tree != jax.tree.structure(0):
         raise Odd(
             f"of {len(ins)} arguments and {len(outs)} results",
             f"it must take {len(inputs)} arrays and give one array",
@@ -86,33 +99,40 @@ def check(programs, inputs, wanted):
         raise Odd(
             f"for {', '.join(program.platforms)}", f"export it with platforms=({here!r}, ...)"
         )
+    types = lambda avals: [(str(x.shape), x.dtype) for x in avals]
     for p, d in itertools.pairwise(programs):
-        types = [
-            [(str(x.shape), x.dtype) for x in xs]
-            for xs in ((*p.in_avals, *p.out_avals), d.in_avals, p.in_avals, d.out_avals)
-        ]
-        if types[0] != types[1] or types[2] != types[3]:
+        takes_same = types(d.in_avals) == types((*p.in_avals, *p.out_avals))
+        gives_same = types(d.out_avals) == types(p.in_avals)
+        if not (takes_same and gives_same):
             raise Odd("whose derivative is of another function", "export it anew")
     return outs[0].shape[1:], wanted[1]
 
 
 class Rows:
-    """A function of rows, served by an exported program and its derivatives."""
+    """A function of arrays of rows, served by an exported program and its derivatives.
 
-    def __init__(self, name, programs, inputs):
-        self.name, self.inputs, self.call = name, inputs, _differentiable(name, programs)
+    It may be called under jit, vmap and reverse mode. `name` is for error texts, `programs` are
+    what `read` gave, and `inputs` are the kinds of the arguments.
 
-    def __call__(self, *args):
-        return self.call(
-            *(
-                _cast(self.name, k, x, *kind)
-                for k, (x, kind) in enumerate(zip(args, self.inputs, strict=True))
-            )
-        )[0]
+    Raises: a call raises ValueError for arguments of other kinds, and where more derivatives are
+    asked for than there are programs."""
+
+    def __init__(
+        self, name: str, programs: Sequence[jax.export.Exported], inputs: Sequence[Kind]
+    ) -> None:
+        self.name = name
+        self.inputs = inputs
+        self.call = _differentiable(name, programs)
+
+    def __call__(self, *args: jax.Array) -> jax.Array:
+        pairs = zip(args, self.inputs, strict=True)
+        cast = [_cast(self.name, k, x, *kind) for k, (x, kind) in enumerate(pairs)]
+        return self.call(*cast)[0]
 
 
-def _cast(name, k, x, shape, dtype):
-    """Integers as the program wants them; a float that it does not want is an error."""
+def _cast(name: str, k: int, x: jax.Array, shape: tuple[int | None, ...], dtype: str) -> jax.Array:
+    """Argument `k` with integers cast to the program's dtype; ValueError for a float of another
+    dtype or width than the program takes."""
     if dtype.startswith("int") and jnp.issubdtype(x.dtype, jnp.integer):
         x = x.astype(dtype)
     if not fits(x.shape, str(x.dtype), (shape, dtype)):
@@ -127,20 +147,32 @@ def _cast(name, k, x, shape, dtype):
     return x
 
 
-def _differentiable(name, programs, done=0):
+def _differentiable(
+    name: str, programs: Sequence[jax.export.Exported], done: int = 0
+) -> Callable[..., list[jax.Array]]:
     """The first program as a function of arrays -> list of arrays; the others are its
     derivatives."""
     if not programs:
         return functools.partial(_no_more, name, done - 1)
-    flat, back = _batched(programs[0]), _differentiable(name, programs[1:], done + 1)
-    f = jax.custom_vjp(lambda *args: flat(*args))
-    f.defvjp(
-        lambda *args: (f(*args), args), lambda args, cotangents: tuple(back(*args, *cotangents))
-    )
+    flat = _batched(programs[0])
+    back = _differentiable(name, programs[1:], done + 1)
+
+    @jax.custom_vjp
+    def f(*args):
+        return flat(*args)
+
+    def forward(*args):
+        return f(*args), args
+
+    def backward(args, cotangents):
+        return tuple(back(*args, *cotangents))
+
+    f.defvjp(forward, backward)
     return f
 
 
 def _no_more(name, order, *_):
+    """The derivative that is not in the file: a ValueError."""
     raise ValueError(
         message(
             f"at most {order} derivatives of the loaded {name}",
@@ -150,12 +182,13 @@ def _no_more(name, order, *_):
     )
 
 
-def _batched(program):
-    """The program under vmap: one call, of the rows of all examples."""
+def _batched(program: jax.export.Exported) -> Callable[..., list[jax.Array]]:
+    """The program as a function of arrays of rows. Under vmap it is one call with the rows of all
+    examples."""
 
     @jax.custom_batching.custom_vmap
     def flat(*args):
-        if args[0].shape[0] == 0:  # a symbolic size is 1 or more
+        if args[0].shape[0] == 0:  # the program's symbolic number of rows is 1 or more
             return [jnp.zeros((0, *x.shape[1:]), x.dtype) for x in program.out_avals]
         return jax.tree.leaves(program.call(*args))
 

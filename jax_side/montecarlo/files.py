@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
 import jax
 import jax.export
 
@@ -10,6 +14,7 @@ from bridge import archive
 from bridge.errors import message, spec
 from jax_side.calls.primitive import bridge_p
 from jax_side.montecarlo import exported
+from jax_side.montecarlo.exported import Kind
 from jax_side.montecarlo.local import LocalPotential
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -17,29 +22,37 @@ ENTRIES = (*(f"{file}.jax" for file, _, _ in archive.FUNCTIONS.values()), archiv
 X64 = 'run jax.config.update("jax_enable_x64", True) first'
 
 
-def save(path, local: LocalPotential, *, precision: str, order: int = 1, platforms=None) -> None:
-    """Write `local` to the zip `path`, which `load`, and kUPS's LocalMLIAPData.from_zip_file, read
-    in any other process.
+def save(
+    path: str | os.PathLike[str],
+    local: LocalPotential,
+    *,
+    precision: Literal["32bit", "64bit"],
+    order: int = 1,
+    platforms: Sequence[str] | None = None,
+) -> None:
+    """Writes `local` to the zip `path`, which `load`, and kUPS's LocalMLIAPData.from_zip_file, can
+    read in any other process.
 
-    Each function becomes a jax.export blob for any number of rows; weights that it closes over
-    (arrays of JAX or numpy) go in as constants. It must take any number of rows n while it is
+    Each function becomes a jax.export blob for any number of rows. Weights that it closes over
+    (arrays of JAX or NumPy) are written as constants. It must take any number of rows n while it is
     traced: no Python `if` on n, and x.shape[0] in place of len(x).
 
-    precision   "32bit": it is traced for int32 atomic numbers and float32 else; "64bit": int64 and
-                float64 (needs x64)
-    order       how often the loaded potential can be differentiated: energies only 0, forces 1,
-                Hessians 2. Each order adds a program to each blob. 1 is the least that kUPS can run
-                MD with
-    platforms   those that the blobs run on, as jax.export names them, e.g. ("cpu", "cuda", "tpu");
-                None: this process's
+    precision   "32bit": functions are traced for int32 atomic numbers and float32 arrays. "64bit":
+                for int64 and float64, which needs x64
+    order       how often the loaded potential can be differentiated: 0 gives energies only, 1
+                forces, 2 Hessians. Each order adds a program to each blob. kUPS needs at least 1
+                for MD
+    platforms   the platforms that the blobs run on, as jax.export names them, e.g. ("cpu", "cuda",
+                "tpu"). None means this process's
 
-    The file appears whole or not at all; cutoff in Angstrom. The same functions give the same
-    bytes.
+    The file appears whole or not at all. Its cutoff is in Angstrom. The same functions give the
+    same bytes.
 
-    Raises: TypeError for what is no LocalPotential; ValueError for another precision or order, for
-    functions whose results don't fit the precision or one another, for a torch function that came
-    by bridge.to_jax (torch_side.montecarlo.files.save writes those) and for what jax.export can't
-    write, callbacks among them, naming the function.
+    Raises: TypeError if `local` is not a LocalPotential; ValueError for another precision, order or
+    platform; ValueError that names the function, where its result does not fit the precision or the
+    other functions, where it is a torch function that came by bridge.to_jax (use
+    torch_side.montecarlo.files.save for those), and where jax.export can't write it, as for one
+    with callbacks.
 
     >>> import jax.numpy as jnp, tempfile
     >>> from jax_side.montecarlo.local import LocalPotential
@@ -79,28 +92,30 @@ def save(path, local: LocalPotential, *, precision: str, order: int = 1, platfor
     archive.write(path, {**entries, archive.METADATA: archive.metadata_bytes(cutoff, precision)})
 
 
-def load(path, order: int = 1, *, limit: int = archive.LIMIT) -> LocalPotential:
-    """The LocalPotential of a zip that `save` wrote, or another program in the same format
+def load(
+    path: str | os.PathLike[str], order: int = 1, *, limit: int = archive.LIMIT
+) -> LocalPotential:
+    """Returns the LocalPotential of a zip that `save` wrote, or another program in the same format
     (exported for kUPS, say).
 
-    It runs under jit, scan and vmap (a batch is one call of B n rows, so each function must treat
-    its rows alike, as a LocalPotential's do) and differentiates up to `order` times by reverse mode
-    (jax.grad, jax.vjp, jax.jacrev; a Hessian is jacrev of jacrev: jax.export writes no rule for
-    forward mode). Any integer atomic numbers go in; positions must be float32 for a file of
-    precision 32bit and float64 for 64bit: they are never cast. `limit`: bytes of all entries
-    together.
+    It runs under jit, scan and vmap. A batch is one call of B n rows, so each function must treat
+    its rows alike, as a LocalPotential's do. It differentiates up to `order` times by reverse mode
+    (jax.grad, jax.vjp, jax.jacrev). A Hessian is jacrev of jacrev, because jax.export writes no
+    rule for forward mode. Atomic numbers may have any integer dtype. Positions are never cast: they
+    must be float32 for a file of precision 32bit and float64 for 64bit. `limit` is the largest size
+    of all entries together, in bytes.
 
-    Everything that can be seen before a program runs is checked here: nothing is unpickled, nothing
-    unpacked to disk. But the blobs are programs: read them from those whom you trust with your
-    processor's time, as XLA's own reader is not made for enemies: a blob forged with care can end
-    the process.
+    All that can be known before a program runs is checked here. Nothing is unpickled, and nothing
+    is unpacked to disk. But the blobs are programs, and XLA's reader is not made for hostile input:
+    a forged blob can end the process. Load files only from sources whose programs you would run.
 
-    Raises: ValueError that names the file and the reason, its __cause__ what the reader said: no
-    zip or a broken one, entries missing, more, twice, too large, encrypted, links, with names that
-    leave the folder; metadata.json without exactly cutoff (finite, > 0) and precision; blobs that
-    can't be read, of other arity, ranks, dtypes or widths, for one number of rows only, with
-    effects or foreign custom calls, for other platforms, or with fewer derivatives than `order`;
-    64bit while x64 is off. OSError where the file can't be opened.
+    Raises: ValueError that names the file and the reason, its __cause__ being what the reader said.
+    Reasons are a zip that is broken or none; entries that are missing, unknown, twice there, too
+    large, encrypted, links, or with names that leave the folder; a metadata.json without exactly
+    cutoff (finite, > 0) and precision; blobs that can't be read, that have another number of
+    arguments, other ranks, dtypes or widths, one fixed number of rows, effects or foreign custom
+    calls, that are for other platforms, or that have fewer derivatives than `order`; and 64bit
+    while x64 is off. OSError where the file can't be opened.
 
     >>> import tempfile
     >>> with tempfile.NamedTemporaryFile() as f:  # doctest: +NORMALIZE_WHITESPACE
@@ -112,7 +127,7 @@ def load(path, order: int = 1, *, limit: int = archive.LIMIT) -> LocalPotential:
     _check_order(order)
     found = archive.read(path, ENTRIES, limit)
     cutoff, precision = archive.metadata(path, found[archive.METADATA])
-    if precision == "64bit" and not jax.config.jax_enable_x64:
+    if precision == "64bit" and not _x64():
         raise archive.refused(path, "one of precision 64bit while x64 is off", X64)
     types, functions = archive.types(precision), {}
     for name, (file, takes, gives) in archive.FUNCTIONS.items():
@@ -127,27 +142,37 @@ def load(path, order: int = 1, *, limit: int = archive.LIMIT) -> LocalPotential:
     return LocalPotential(**functions, cutoff=cutoff)
 
 
-def _types(precision):
+def _x64() -> bool:
+    """Whether JAX keeps 64-bit dtypes."""
+    # JAX adds the attribute to its Config as it runs, where pyright can't see it.
+    return jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _types(precision: str) -> dict[str, Kind]:
+    """The kinds of all arrays by the letters of archive.FUNCTIONS; ValueError for 64bit without
+    x64."""
     types = archive.types(precision)
-    if precision == "64bit" and not jax.config.jax_enable_x64:
+    if precision == "64bit" and not _x64():
         raise ValueError(message("x64 on for precision='64bit'", "x64 off", X64))
     return types
 
 
-def _check_order(order):
+def _check_order(order: int) -> None:
+    """ValueError for what is not a number of derivatives."""
     if isinstance(order, bool) or not isinstance(order, int) or order < 0:
         raise ValueError(
             message("order as a number of derivatives, 0 or more", repr(order), "give an int")
         )
 
 
-def _structs(rows, inputs):
+def _structs(rows: Any, inputs: Sequence[Kind]) -> list[jax.ShapeDtypeStruct]:
+    """Arguments of these kinds with `rows` rows, an int or a symbolic size."""
     return [jax.ShapeDtypeStruct((rows, *shape), dtype) for shape, dtype in inputs]
 
 
-def _traced(name, f, inputs, wanted):
-    """(shape without rows, dtype) of the result of f, which must be one array as wanted; and no
-    torch inside."""
+def _traced(name: str, f: Callable[..., Any], inputs: Sequence[Kind], wanted: Kind) -> Kind:
+    """The kind of f's result. ValueError unless it is one array as `wanted`, and where f contains a
+    torch function."""
     rows = 5
     jaxpr, out = jax.make_jaxpr(lambda *xs: f(*xs), return_shape=True)(*_structs(rows, inputs))
     if _bridged(jaxpr.jaxpr):
@@ -159,16 +184,18 @@ def _traced(name, f, inputs, wanted):
                 do,
             )
         )
+    is_array = hasattr(out, "shape")
     if (
-        not hasattr(out, "shape")
+        not is_array
         or out.shape[:1] != (rows,)
         or not archive.fits(out.shape, str(out.dtype), wanted)
     ):
-        got = spec(out.shape, out.dtype) if hasattr(out, "shape") else f"{jax.tree.structure(out)}"
+        takes = ", ".join(map(archive.words, inputs))
+        got = spec(out.shape, out.dtype) if is_array else f"{jax.tree.structure(out)}"
         do = "return one such array; weights of another dtype make results of another"
         raise ValueError(
             message(
-                f"{archive.words(wanted)} from {name} of {', '.join(map(archive.words, inputs))}",
+                f"{archive.words(wanted)} from {name} of {takes}",
                 f"{got} for n={rows}",
                 do,
             )
@@ -176,27 +203,31 @@ def _traced(name, f, inputs, wanted):
     return out.shape[1:], wanted[1]
 
 
-def _bridged(jaxpr) -> bool:
+def _bridged(jaxpr: Any) -> bool:
     """Whether the bridge's primitive is anywhere inside."""
     inner = lambda x: getattr(x, "jaxpr", x)
-    inside = [
-        inner(x)
-        for e in jaxpr.eqns
-        for x in jax.tree.leaves(
-            list(e.params.values()), is_leaf=lambda x: hasattr(inner(x), "eqns")
-        )
-    ]
-    return any(e.primitive is bridge_p for e in jaxpr.eqns) or any(
-        hasattr(x, "eqns") and _bridged(x) for x in inside
-    )
+    has_equations = lambda x: hasattr(inner(x), "eqns")
+    for equation in jaxpr.eqns:
+        if equation.primitive is bridge_p:
+            return True
+        parameters = jax.tree.leaves(list(equation.params.values()), is_leaf=has_equations)
+        if any(has_equations(x) and _bridged(inner(x)) for x in parameters):
+            return True
+    return False
 
 
-def _exported(name, f, inputs, order, platforms) -> bytes:
+def _exported(
+    name: str,
+    f: Callable[..., Any],
+    inputs: Sequence[Kind],
+    order: int,
+    platforms: Sequence[str] | None,
+) -> bytes:
+    """f as a blob of jax.export with `order` derivatives; ValueError where it can't be written."""
     (rows,) = jax.export.symbolic_shape("n")
     try:
-        program = jax.export.export(jax.jit(lambda *xs: f(*xs)), platforms=platforms)(
-            *_structs(rows, inputs)
-        )
+        export = jax.export.export(jax.jit(lambda *xs: f(*xs)), platforms=platforms)
+        program = export(*_structs(rows, inputs))
         why, blob = exported.foreign(program), bytes(program.serialize(vjp_order=order))
     except Exception as e:
         expected = f"{name} as a function that jax.export can write for any number of rows n, {order} derivatives of it and platforms={platforms}"

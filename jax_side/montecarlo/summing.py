@@ -3,24 +3,30 @@ two-sum)."""
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
+from jaxtyping import Float
+
+Array = Float[jax.Array, "*shape"]
+Pair = tuple[Array, Array]  # (high, low): the rounded value, and what rounding took from it
 
 
-def plus(high, low, x):
-    """(high, low) + x, and high + low again as a pair whose high is the rounded value."""
+def plus(high: Array, low: Array, x: Array) -> Pair:
+    """Returns (high, low) + x, again as a pair whose high is the rounded value."""
     high, error = two_sum(high, x)
     return two_sum(high, low + error)
 
 
-def two_sum(a, b):
-    """a + b rounded, and exactly what was lost."""
+def two_sum(a: Array, b: Array) -> Pair:
+    """Returns a + b rounded, and exactly what was lost (Knuth, TAOCP 4.2.2)."""
     s = a + b
     b_seen = s - a
     return s, (a - (s - b_seen)) + (b - b_seen)
 
 
-def total(x):
-    """Sum of x (n,) as a pair, halves added to halves; differentiable."""
+def total(x: Float[jax.Array, " n"]) -> tuple[Float[jax.Array, ""], Float[jax.Array, ""]]:
+    """Returns the sum of x (n,) as a pair of scalars, by adding halves to halves. It can be
+    differentiated."""
     high, low = x, jnp.zeros_like(x)
     while len(high) > 1:
         half = -(-len(high) // 2)
@@ -28,4 +34,7 @@ def total(x):
         high, low = jnp.pad(high, pad), jnp.pad(low, pad)
         high, error = two_sum(high[:half], high[half:])
         low = low[:half] + low[half:] + error
-    return (high[0], low[0]) if len(high) else (jnp.zeros((), x.dtype),) * 2
+    if len(high) == 0:
+        nothing = jnp.zeros((), x.dtype)
+        return nothing, nothing
+    return high[0], low[0]
