@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,34 +18,24 @@ Row = tuple[str, bool, str]  # what, whether all is well, what was found or what
 
 
 def facts() -> list[Row]:
-    """Versions, devices and settings of JAX."""
-    dispatch = (
-        "off"
-        if not compat.asynchronous()
-        else f'on: fine on the ffi lane; lane="host" called by several threads can wait for ever: {lanes.SYNCHRONOUS}'
+    """Returns versions, devices and settings of JAX."""
+    versions = (
+        f"{jax.__version__}, jaxlib {_version('jaxlib')}, jax-tvm-ffi {_version('jax-tvm-ffi')}"
     )
+    found = "ffi (cpu, cuda), host"
+    if not lanes.has_ffi():
+        found = "host alone, slower: pip install jax-tvm-ffi"
+    wide = "on"
+    if not compat.config.jax_enable_x64:
+        wide = 'off, float64 is an error: call jax.config.update("jax_enable_x64", True)'
+    dispatch = "off"
+    if compat.asynchronous():
+        dispatch = f'on: fine on the ffi lane; lane="host" called by several threads can wait for ever: {lanes.SYNCHRONOUS}'
     return [
-        (
-            "jax",
-            True,
-            f"{jax.__version__}, jaxlib {_version('jaxlib')}, jax-tvm-ffi "
-            f"{_version('jax-tvm-ffi')}",
-        ),
+        ("jax", True, versions),
         ("devices of JAX", True, ", ".join(map(str, jax.local_devices()))),
-        (
-            "lanes",
-            lanes.has_ffi(),
-            "ffi (cpu, cuda), host"
-            if lanes.has_ffi()
-            else "host alone, slower: pip install jax-tvm-ffi",
-        ),
-        (
-            "64-bit dtypes",
-            True,
-            "on"
-            if jax.config.jax_enable_x64
-            else 'off, float64 is an error: call jax.config.update("jax_enable_x64", True)',
-        ),
+        ("lanes", lanes.has_ffi(), found),
+        ("64-bit dtypes", True, wide),
         ("lending arrays", *_lending()),
         ("asynchronous dispatch", True, dispatch),
         ("compilation cache", True, _cache()),
@@ -52,9 +44,13 @@ def facts() -> list[Row]:
     ]
 
 
-def checks(bridged) -> list[Row]:
-    """`bridged(lane)` gives x -> 2 x + x, made by the other bank, as a JAX function; a second depth
-    calls back into JAX."""
+def checks(bridged: Callable[[str], Callable[..., Any]]) -> list[Row]:
+    """Returns whether calls into the other bank, their gradients and their batches are right, on
+    each lane.
+
+    `bridged(lane)` gives x -> 2 x + x as a JAX function that the other bank has made. It calls back
+    into JAX for a part of it.
+    """
     x = jnp.arange(3.0, dtype="float32")
     found = []
     for lane in ("ffi", "host") if lanes.has_ffi() else ("host",):
@@ -71,7 +67,7 @@ def checks(bridged) -> list[Row]:
     return found
 
 
-def _check(what: str, call, x) -> Row:
+def _check(what: str, call: Callable[..., Any], x: Any) -> Row:
     try:
         y = np.asarray(call(x))
     except Exception as e:
@@ -81,23 +77,25 @@ def _check(what: str, call, x) -> Row:
 
 
 def _cache() -> str:
-    """Is what XLA compiles kept for the next process?"""
-    folder = jax.config.jax_compilation_cache_dir
-    if not folder or not jax.config.jax_enable_compilation_cache:
+    """Whether compiled programs are kept for the next process."""
+    folder = compat.config.jax_compilation_cache_dir
+    if not folder or not compat.config.jax_enable_compilation_cache:
         do = 'jax.config.update("jax_compilation_cache_dir", "/a/folder") keeps programs for the next process'
         return f"off, each process compiles anew: {do} (those without a call into torch)"
-    least = jax.config.jax_persistent_cache_min_compile_time_secs
+    least = compat.config.jax_persistent_cache_min_compile_time_secs
     return f"on, in {folder}, for what takes {least:g} s or more to compile (jax_persistent_cache_min_compile_time_secs)"
 
 
-# jaxlib hands sums over short axes, of which e3nn-like models are full, to YNNPACK; no fusion type
-# takes them back.
+# jaxlib hands sums over short axes, of which e3nn-like models are full, to YNNPACK. With no fusion
+# type named, XLA keeps them.
 XLAS_OWN = {"xla_cpu_experimental_ynn_fusion_type": ""}
-SLOWER = 2.0  # of what is measured as 8 to 12; on a busy machine it wavers by a third
+# The ratio of times from which on it is told. Where YNNPACK is slow it is 8 to 12, and wavers by a
+# third on a busy machine.
+SLOWER = 2.0
 
 
 def _reductions() -> str:
-    """Time of a sum over an axis of 3, as jaxlib has it and by XLA's own code, in turn."""
+    """The time of a sum over an axis of 3, as jaxlib computes it, beside that of XLA's own code."""
     option = f"compiler_options={XLAS_OWN}"
     x = jnp.ones((2048, 64, 3), "float32")
     ways = [jax.jit(_norms), jax.jit(_norms, compiler_options=XLAS_OWN)]
@@ -115,24 +113,20 @@ def _reductions() -> str:
     return f"{ratio:.0f} times slower than XLA's own code (YNNPACK): for JAX models pass jax.jit {option}, and measure"
 
 
-def _norms(x):
+def _norms(x: jax.Array) -> jax.Array:
     return (x * x).sum(-1)
 
 
-def _seconds(call, x) -> float:
+def _seconds(call: Callable[..., Any], x: Any) -> float:
     start = time.perf_counter()
     call(x).block_until_ready()
     return time.perf_counter() - start
 
 
 def _lending() -> tuple[bool, str]:
-    fast = bool(arrays._cpu_view(0))
-    return (
-        fast,
-        "4 us an array"
-        if fast
-        else "by the public functions, 19 us an array: this jaxlib has other private names",
-    )
+    if arrays._cpu_view(0):
+        return True, "4 us an array"
+    return False, "by the public functions, 19 us an array: this jaxlib has other private names"
 
 
 def _version(package: str) -> str:

@@ -3,51 +3,84 @@ results in the user's pytree."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
 import jax
 
 from bridge.call import Call, one_of
-from bridge.function import Function
+from bridge.function import Spec
 from jax_side.calls import lanes, primitive, registry
 from jax_side.calls.signature import Signature, check_width, output_names, sign
 
 tree = jax.tree_util
 
 
+class Exporter(Protocol):
+    """What this bank needs of a callable of the other bank. Exporters of the same callable and
+    options are equal and hash alike."""
+
+    target: Callable[..., Any]
+
+    def check(self) -> None:
+        """Raises ValueError for a callable that is no function."""
+        ...
+
+    def check_types(self, types: Sequence[Spec], names: Sequence[str]) -> None:
+        """Raises TypeError naming the first array of a dtype that the other bank does not know."""
+        ...
+
+    def infer(
+        self, call: Call, inputs: tuple[Spec, ...], names: tuple[str, ...]
+    ) -> tuple[tuple[Spec, ...], Any]:
+        """Returns the types of the outputs and their tree."""
+        ...
+
+    def function(
+        self,
+        call: Call,
+        inputs: tuple[Spec, ...],
+        outputs: tuple[Spec, ...],
+        out_tree: Any,
+        names: tuple[tuple[str, ...], tuple[str, ...]],
+        owners: Callable[[list[str]], tuple[str, ...]],
+    ) -> Any:
+        """Returns the base Function, which has the `out_tree`."""
+        ...
+
+
 class JaxCallable:
-    """What bridge.to_jax returns for a callable; its docstring is the documentation. Equal, and
-    equally hashed, for the same callable and options.
+    """What bridge.to_jax returns for a callable; its docstring is the documentation.
 
-    `exporter` is the other bank's: `target`, `check()`, `check_types(types, names)`, `infer(call,
-    inputs, names)` -> (output types, their tree), and `function(call, inputs, outputs, out_tree,
-    names, owners)`, which gives a base Function."""
+    JaxCallables of the same callable and options are equal and hash alike. `outputs` are None, or
+    the types that the user declared: a pytree, or a function of the inputs' types.
 
-    def __init__(self, exporter, outputs, lane: str):
+    Raises: ValueError for a lane that does not exist, and for a callable that is no function.
+    """
+
+    def __init__(self, exporter: Exporter, outputs: Any, lane: str) -> None:
         registry.release_retired()
         exporter.check()
-        self._exporter, self._outputs, self._lane = (
-            exporter,
-            outputs,
-            one_of("lane", lane, lanes.LANES),
-        )
-        self._key = (
-            exporter,
-            outputs if callable(outputs) else tuple(map(tuple, _flat(outputs))),
-            lane,
-        )
-        self._known: dict[Signature, Function] = {}
+        self._exporter = exporter
+        self._outputs = outputs
+        self._lane = one_of("lane", lane, lanes.LANES)
+        declared = outputs if callable(outputs) else tuple(map(tuple, _flat(outputs)))
+        self._key = (exporter, declared, lane)
+        # a base Function of the other bank, which has the tree of its outputs
+        self._known: dict[Signature, Any] = {}
         self.__wrapped__ = exporter.target
         self.__name__ = getattr(exporter.target, "__name__", type(exporter.target).__name__)
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, JaxCallable) and self._key == other._key
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash(self._key)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"bridge.to_jax({self.__name__})"
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         registry.release_retired()
         signature, arrays = sign(args, kwargs)
         fn = self._known.get(signature)
@@ -55,9 +88,9 @@ class JaxCallable:
             fn = self._known[signature] = self._function(signature)
         return fn.out_tree.unflatten(primitive.call(fn, *arrays, lane=self._lane))
 
-    def _function(self, signature: Signature) -> Function:
-        """The Function for one signature: its output types are inferred or declared here, before
-        anything runs."""
+    def _function(self, signature: Signature) -> Any:
+        """The base Function for one signature. Its output types are inferred here, or taken as
+        declared, before anything runs."""
         call = Call(self.__wrapped__, signature.tree, signature.static, tree.tree_flatten)
         given = signature.names()
         self._exporter.check_types(signature.inputs, given)
@@ -74,7 +107,7 @@ class JaxCallable:
         )
 
 
-def _flat(outputs):
+def _flat(outputs: Any) -> list[tuple[Any, ...]]:
     """Declared outputs as something hashable."""
     leaves, structure = tree.tree_flatten(outputs)
     return [

@@ -1,23 +1,41 @@
-"""Everything of JAX that is not public, in one place. Seen working in jax 0.10.2 and 0.12.0 (`make
-test` and `make test-latest`); the same names stand in the sources of 0.11.2, which has not been
-run."""
+"""Everything of JAX that is not public, in one place.
+
+It works in jax 0.10.2 and 0.12.0 (`make test` and `make test-latest`). The same names stand in the
+sources of 0.11.2, which has not been run.
+"""
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import jax
 from jax._src import core
+from jax._src.ad_util import Zero as Zero
 from jax._src.interpreters import ad, batching, mlir
 from jaxlib import xla_client
 
 Primitive = core.Primitive
-Zero = ad.Zero
 is_undefined_primal = ad.is_undefined_primal
 lower_fun = mlir.lower_fun
+config: Any = jax.config  # its options are attributes that no type checker knows
 
 
-def register(p: core.Primitive, *, impl, abstract_eval, jvp, transpose, batch, lower) -> None:
-    """The rules of a primitive with several results; `lower` maps a platform (None: every other
-    one) to its rule."""
+def register(
+    p: core.Primitive,
+    *,
+    impl: Callable[..., Any],
+    abstract_eval: Callable[..., Any],
+    jvp: Callable[..., Any],
+    transpose: Callable[..., Any],
+    batch: Callable[..., Any],
+    lower: Mapping[str | None, Callable[..., Any]],
+) -> None:
+    """Sets the rules of a primitive with several results.
+
+    `lower` maps a platform to its lowering rule; the rule of None is for all other platforms.
+    """
     p.multiple_results = True
     p.def_impl(impl)
     p.def_abstract_eval(abstract_eval)
@@ -28,21 +46,23 @@ def register(p: core.Primitive, *, impl, abstract_eval, jvp, transpose, batch, l
         mlir.register_lowering(p, rule, platform=platform)
 
 
-def eager(args) -> bool:
-    """True where nothing is being traced, and a call on these is its own result; `bind` finds that
-    out in 7 us."""
+def eager(args: Sequence[Any]) -> bool:
+    """True where nothing is being traced, so that a call on these arguments can run at once.
+
+    `Primitive.bind` would find the same out in 7 us.
+    """
     # A list is quicker than a generator here, and this is a hot path.
     return core.trace_state_clean() and not any([isinstance(a, core.Tracer) for a in args])  # noqa: C419
 
 
-def align(args):
-    """Inside shard_map all operands vary over the same manual axes; the transpose of this sums over
-    them."""
+def align(args: Sequence[Any]) -> Sequence[Any]:
+    """Returns operands that vary over the same manual axes, as shard_map wants it. The transpose
+    of this sums over these axes."""
     return core.auto_insert_reshard(*args)
 
 
-def result_aval(shape, dtype, avals):
-    """An output type that carries the manual axes of the inputs."""
+def result_aval(shape: tuple[int, ...], dtype: Any, avals: Sequence[Any]) -> core.ShapedArray:
+    """Returns an output type that carries the manual axes of the inputs."""
     if not avals:
         return core.ShapedArray(shape, dtype)
     return core.ShapedArray(
@@ -53,43 +73,60 @@ def result_aval(shape, dtype, avals):
     )
 
 
-def for_export(ctx) -> bool:
-    """True while jax.export lowers: its program outlives every Python object and can keep none
+def for_export(ctx: Any) -> bool:
+    """True while jax.export lowers. Its program outlives every Python object and can keep none
     alive."""
     return ctx.module_context.lowering_parameters.for_export
 
 
-def keep_alive(ctx, owner) -> None:
-    """`owner` lives as long as the executable that is being lowered."""
+def keep_alive(ctx: Any, owner: object) -> None:
+    """Keeps `owner` alive as long as the executable that is being lowered."""
     ctx.module_context.add_keepalive(owner)
 
 
-def no_tangent(x) -> Zero:
-    """The tangent of an integer or bool value."""
+def vjp_with_aux(
+    f: Callable[..., tuple[Any, Any]], *primals: Any
+) -> tuple[Any, Callable[[Any], tuple[Any, ...]], Any]:
+    """Returns (y, its pullback, aux) for f, which returns (y, aux): jax.vjp with has_aux=True,
+    whose type says otherwise."""
+    return jax.vjp(f, *primals, has_aux=True)  # pyright: ignore[reportReturnType]
+
+
+def no_tangent(x: Any) -> Zero:
+    """Returns the tangent of an integer or bool value."""
     return Zero(core.typeof(x).to_tangent_aval())
 
 
-def no_cotangent(shape, dtype) -> Zero:
-    """The cotangent of an output that nobody asks about, for the function that jax.vjp returns: no
-    0 * inf comes of it."""
+def no_cotangent(shape: tuple[int, ...], dtype: Any) -> Zero:
+    """Returns the cotangent of an output that nobody asks about, for the function that jax.vjp
+    gives. Unlike an array of zeros it can't become 0 * inf."""
     return Zero(core.ShapedArray(shape, dtype).to_ct_aval())
 
 
-def float0(x) -> bool:
+def float0(x: Any) -> bool:
+    """True for a tangent of float0, the dtype of tangents of integers."""
     return getattr(x, "dtype", None) == jax.dtypes.float0
 
 
-def unmapped(dim) -> bool:
-    """0.10 writes None for an input without a batch axis."""
+def unmapped(dim: Any) -> bool:
+    """True for an input without a batch axis, for which jax 0.10 writes None."""
     return dim is None
 
 
 def asynchronous() -> bool:
-    """The flag jax_cpu_enable_async_dispatch, which is no attribute of jax.config."""
+    """Returns the flag jax_cpu_enable_async_dispatch, which is no attribute of jax.config."""
     return jax.config._value_holders["jax_cpu_enable_async_dispatch"].value
 
 
-def cpu_client():
-    """A CPU client beside the one that JAX has; jit runs a program on the client whose arrays it is
-    given."""
+def cpu_client() -> Any:
+    """Returns a CPU client beside the one that JAX has. jit runs a program on the client whose
+    arrays it is given."""
     return xla_client.make_cpu_client(asynchronous=False)
+
+
+def jaxlib_private() -> Any:
+    """Returns the module of jaxlib's own functions on buffers, whose names may go.
+
+    Raises: ImportError where it has gone itself.
+    """
+    return importlib.import_module("jaxlib._jax")

@@ -3,7 +3,7 @@ differentiates and batches it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,40 +11,53 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bridge.call import Call, parameter_names
+from bridge.call import Call, Static, parameter_names
 from bridge.errors import message
-from bridge.function import Engine, Function, Spec
-from jax_side.calls import arrays, programs
+from bridge.function import Arrays, Engine, Function, Mapped, Positions, Spec
+from jax_side.calls import arrays, compat, programs
 from jax_side.calls.signature import check_width, output_names
 
 tree = jax.tree_util
 
 
 class Transforms(Engine):
-    """By jax.jvp, jax.vjp and jax.vmap, inside the one program that a Function becomes."""
-
-    def jvp(self, f, primals, wrt, tangents, outs):
-        g, xs = programs.restrict(f, primals, wrt, outs)
-        return jax.jvp(g, xs, tuple(tangents))[1]
-
-    def vjp(self, f, primals, wrt, cotangents, outs):
-        g, xs = programs.restrict(f, primals, wrt, outs)
-        return jax.vjp(g, *xs)[1](tuple(cotangents))
-
-    def gradient(self, f, primals, wrt, out):
-        g, xs = programs.restrict(f, primals, wrt)
-        y, pull, ys = jax.vjp(lambda *xs: ((ys := g(*xs))[out], ys), *xs, has_aux=True)
-        return (*ys, *pull(jnp.ones_like(y)))
-
-    def vmap(self, f, mapped, size, arrays):
-        return jax.vmap(
-            f, in_axes=tuple(0 if m else None for m in mapped), out_axes=0, axis_size=size
-        )(*arrays)
+    """The engine of JAX: jax.jvp, jax.vjp and jax.vmap, inside the one program that a Function
+    becomes."""
 
     shares = False  # JAX's own vmap does
 
-    def check_vmap(self, f, mapped):
-        pass
+    def jvp(
+        self, f: Function, primals: Arrays, wrt: Positions, tangents: Arrays, outs: Positions
+    ) -> Sequence[Any]:
+        """Returns the tangents of the outputs `outs`, given those of the inputs `wrt`."""
+        g, xs = programs.restrict(f, primals, wrt, outs)
+        return jax.jvp(g, xs, tuple(tangents))[1]
+
+    def vjp(
+        self, f: Function, primals: Arrays, wrt: Positions, cotangents: Arrays, outs: Positions
+    ) -> Sequence[Any]:
+        """Returns the cotangents of the inputs `wrt`, given those of the outputs `outs`."""
+        g, xs = programs.restrict(f, primals, wrt, outs)
+        return jax.vjp(g, *xs)[1](tuple(cotangents))
+
+    def gradient(self, f: Function, primals: Arrays, wrt: Positions, out: int) -> Sequence[Any]:
+        """Returns all outputs, and then the gradients of the scalar output `out` in `wrt`."""
+        g, xs = programs.restrict(f, primals, wrt)
+
+        def scalar_first(*xs):
+            ys = g(*xs)
+            return ys[out], ys
+
+        y, pull, ys = compat.vjp_with_aux(scalar_first, *xs)
+        return (*ys, *pull(jnp.ones_like(y)))
+
+    def vmap(self, f: Function, mapped: Mapped, size: int, arrays: Arrays) -> Sequence[Any]:
+        """Returns the outputs over `size` examples, which lie along the first axis."""
+        in_axes = tuple(0 if m else None for m in mapped)
+        return jax.vmap(f, in_axes=in_axes, out_axes=0, axis_size=size)(*arrays)
+
+    def check_vmap(self, f: Function, mapped: Mapped) -> None:
+        """Raises nothing: JAX batches every function."""
 
 
 _TRANSFORMS = Transforms()
@@ -52,7 +65,7 @@ _TRANSFORMS = Transforms()
 
 @dataclass(frozen=True)
 class JaxFunction(Function):
-    """The base Function of this bank."""
+    """The base Function of this bank: a JAX callable with arguments of known types."""
 
     call: Call
     inputs: tuple[Spec, ...]
@@ -63,19 +76,22 @@ class JaxFunction(Function):
     program_of = staticmethod(programs.program)
     record = staticmethod(programs.record)
 
-    def __str__(self):
+    def __str__(self) -> str:
         return self.call.name
 
-    def __call__(self, *xs) -> tuple:
-        """Traced, never run as it is; each output becomes an array of its own."""
+    def __call__(self, *xs: Any) -> tuple[Any, ...]:
+        """Returns the outputs, each as an array of its own. It is traced, and never run as it
+        is."""
         return tuple(map(jnp.asarray, self.call(xs)[0]))
 
     @property
     def output_names(self) -> tuple[str, ...]:
+        """How error texts call the outputs."""
         return output_names(self.out_tree)
 
     @property
     def compilations(self) -> int:
+        """How many programs were compiled for this Function and its derivatives."""
         return programs.compilations(self)
 
 
@@ -84,28 +100,30 @@ class Exporter:
     """What the other bank needs of a JAX callable: how its arguments are taken apart, and a
     Function for their types."""
 
-    target: Callable
+    target: Callable[..., Any]
     flatten = staticmethod(tree.tree_flatten)
-    # what types depend on beside those of the inputs
-    setting = staticmethod(lambda: jax.config.jax_enable_x64)
+    # what the types of the outputs depend on beside those of the inputs
+    setting = staticmethod(lambda: compat.config.jax_enable_x64)
 
-    def leaf_names(self, structure) -> tuple[str, ...]:
-        """The name of each leaf of a call: its own key where it lies in a dict, else that of its
-        parameter."""
+    def leaf_names(self, structure: Any) -> tuple[str, ...]:
+        """Returns the name of each leaf of a call: its own key if it lies in a dict, else the name
+        of its parameter."""
         try:
             parameters = parameter_names(self.target)
         except (TypeError, ValueError):  # a built-in function
             parameters = []
-        return tuple(
-            _name(path, parameters)
-            for path, _ in tree.tree_leaves_with_path(
-                structure.unflatten(range(structure.num_leaves))
-            )
-        )
+        call = structure.unflatten(range(structure.num_leaves))
+        return tuple(_name(path, parameters) for path, _ in tree.tree_leaves_with_path(call))
 
-    def function(self, structure, static, inputs: tuple[Spec, ...]) -> JaxFunction:
-        """Raises what the callable raises for such arguments; ValueError for 64-bit inputs while
-        x64 is off."""
+    def function(
+        self, structure: Any, static: tuple[Static, ...], inputs: tuple[Spec, ...]
+    ) -> JaxFunction:
+        """Returns the Function of calls whose arguments have this structure, these static leaves
+        and these types.
+
+        Raises: ValueError for 64-bit inputs while x64 is off; TypeError for dtypes that only one
+        side knows; whatever the callable raises as it is traced.
+        """
         for i, s in enumerate(inputs):
             if s.dtype not in arrays.DTYPES:
                 raise TypeError(
@@ -142,7 +160,7 @@ class Exporter:
         )
 
 
-def _name(path, parameters: list[str]) -> str:
+def _name(path: Any, parameters: list[str]) -> str:
     """The name of one leaf of (args, kwargs)."""
     key = path[-1]
     if isinstance(key, tree.DictKey):
@@ -152,14 +170,19 @@ def _name(path, parameters: list[str]) -> str:
     return parameters[min(path[1].idx, len(parameters) - 1)] if parameters else str(path[1].idx)
 
 
-def call_itself(model, *args, **kwargs):
-    """The apply of a pytree that is itself callable, as equinox's modules are."""
+def call_itself(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls a pytree that is itself callable, as equinox's modules are. It is their `apply`."""
     return model(*args, **kwargs)
 
 
-def parameters(params) -> tuple[Any, tuple, list]:
-    """(the pytree with positions for leaves, the names on the way to each leaf, leaves: JAX arrays
-    or Python values)."""
+def parameters(params: Any) -> tuple[Any, tuple[tuple[str, ...], ...], list[Any]]:
+    """Takes a pytree of parameters apart.
+
+    Returns the pytree with positions in place of its leaves, the names on the way to each leaf, and
+    the leaves, which are JAX arrays or Python values.
+
+    Raises: TypeError where no leaf is an array.
+    """
     found = tree.tree_leaves_with_path(params)
     leaves = [jnp.asarray(x) if isinstance(x, (np.ndarray, np.generic)) else x for _, x in found]
     if not any(isinstance(x, jax.Array) for x in leaves):
@@ -174,7 +197,7 @@ def parameters(params) -> tuple[Any, tuple, list]:
     return skeleton, tuple(tuple(map(_key, path)) or ("param",) for path, _ in found), leaves
 
 
-def _key(key) -> str:
-    """One step of a path, as state_dict can write it."""
+def _key(key: Any) -> str:
+    """One step of a path, as torch's state_dict can write it."""
     name = next(getattr(key, a) for a in ("key", "name", "idx") if hasattr(key, a))
     return str(name).replace(".", "_")

@@ -1,8 +1,8 @@
 """How XLA reaches a foreign Function: the ffi lane (jax-tvm-ffi; CPU and CUDA) and the host lane
 (jax.pure_callback).
 
-Both hand buffers to `fn.base.run`, which reads them where they lie and writes the outputs in place.
-The ffi lane knows a Function by its number in the registry.
+Both lanes hand buffers to `fn.base.run`, which reads them where they lie and writes the outputs in
+place. The ffi lane knows a Function by its number in the registry.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import atexit
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,40 +30,38 @@ FFI_PLATFORMS = ("cpu", "cuda")
 TARGET = "bridge_call"
 
 
-# What travels in place of a dtype that DLPack or jax-tvm-ffi has no name for.
+# A dtype that DLPack or jax-tvm-ffi has no name for travels as another one, its carrier.
 
 
 def _carrier(spec: Spec) -> jax.ShapeDtypeStruct:
     if spec.dtype.startswith("complex"):
-        return jax.ShapeDtypeStruct(
-            (*spec.shape, 2), jnp.float32 if spec.dtype == "complex64" else jnp.float64
-        )
-    return jax.ShapeDtypeStruct(
-        spec.shape, jnp.uint8 if spec.dtype.startswith("float8") else jnp.dtype(spec.dtype)
-    )
+        part = jnp.float32 if spec.dtype == "complex64" else jnp.float64
+        return jax.ShapeDtypeStruct((*spec.shape, 2), part)
+    dtype = jnp.uint8 if spec.dtype.startswith("float8") else jnp.dtype(spec.dtype)
+    return jax.ShapeDtypeStruct(spec.shape, dtype)
 
 
-def _to_carrier(x, spec: Spec):
+def _to_carrier(x: jax.Array, spec: Spec) -> jax.Array:
     if spec.dtype.startswith("complex"):
         return jnp.stack([x.real, x.imag], -1)
-    return jax.lax.bitcast_convert_type(x, jnp.uint8) if spec.dtype.startswith("float8") else x
+    if spec.dtype.startswith("float8"):
+        return jax.lax.bitcast_convert_type(x, jnp.uint8)
+    return x
 
 
-def _from_carrier(x, spec: Spec):
+def _from_carrier(x: jax.Array, spec: Spec) -> jax.Array:
     if spec.dtype.startswith("complex"):
         return jax.lax.complex(x[..., 0], x[..., 1])
-    return (
-        jax.lax.bitcast_convert_type(x, jnp.dtype(spec.dtype))
-        if spec.dtype.startswith("float8")
-        else x
-    )
+    if spec.dtype.startswith("float8"):
+        return jax.lax.bitcast_convert_type(x, jnp.dtype(spec.dtype))
+    return x
 
 
 # No lane: an eager call.
 
 
-def eager(fn: Function, args) -> list[jax.Array]:
-    """Run now, in this thread; arrays in and out share memory with the tensors."""
+def eager(fn: Function, args: Iterable[jax.Array]) -> list[jax.Array]:
+    """Runs a Function now, in this thread. Arrays in and out share memory with the tensors."""
     outs = fn.base.run(fn, arrays.lend([arrays.export(a) for a in args]))
     return arrays.taken(fn.base.give(outs), fn.outputs)
 
@@ -70,22 +69,27 @@ def eager(fn: Function, args) -> list[jax.Array]:
 # The ffi lane.
 
 
-def ffi(fn: Function, number: str, *args):
-    """One XLA custom call; operands and results are DLPack tensors over XLA's own buffers."""
+def ffi(fn: Function, number: str, *args: jax.Array) -> list[jax.Array]:
+    """Calls a Function by one XLA custom call, whose operands and results are DLPack tensors over
+    XLA's own buffers."""
     call = jax.ffi.ffi_call(TARGET, [_carrier(s) for s in fn.outputs])
     outs = call(*map(_to_carrier, args, fn.inputs), number=number)
     return [_from_carrier(o, s) for o, s in zip(outs, fn.outputs, strict=True)]
 
 
 def register_ffi(tensor_type: type) -> None:
-    """Register the one target of each platform, once; `tensor_type` is the class that buffers
-    arrive as."""
+    """Registers the one target of each platform, once.
+
+    `tensor_type` is the class that buffers arrive as.
+
+    Raises: ImportError without jax-tvm-ffi.
+    """
     with lock:
         _register(tensor_type)
 
 
 def has_ffi() -> bool:
-    """True where the ffi lane can be had; lane="auto" takes the host lane elsewhere."""
+    """True where the ffi lane is available. Elsewhere lane="auto" takes the host lane."""
     try:
         import jax_tvm_ffi  # noqa: F401
     except ImportError:
@@ -141,22 +145,26 @@ def _enter_gpu(number, stream, *buffers):
 
 
 class HostCall:
-    """What jax.pure_callback calls; equal for equal Functions, so that programs are found again.
+    """What jax.pure_callback calls. HostCalls of equal Functions are equal, so that programs are
+    found again.
 
-    `run(arrays, outputs)` fills NumPy arrays; without it the other bank does, which is lent the
-    memory of both."""
+    `run(arrays, outputs)` fills NumPy arrays; `fn` then is anything hashable that has `outputs`.
+    Without `run` it is a Function, whose bank is lent the memory of both.
+    """
 
-    def __init__(self, fn: Function, run: Callable | None = None):
-        self.fn, self.depth, self._run = fn, here.depth, run or _lending(fn)
+    def __init__(self, fn: Any, run: Callable[..., Any] | None = None) -> None:
+        self.fn = fn
+        self.depth = here.depth
+        self._run = run or _lending(fn)
         self._outputs = [_host_carrier(s) for s in fn.outputs]
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, HostCall) and self.fn == other.fn and self.depth == other.depth
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash(self.fn)
 
-    def __call__(self, *given):
+    def __call__(self, *given: Any) -> list[np.ndarray]:
         outs = [np.empty(shape, carrier) for shape, carrier, _ in self._outputs]
         outside, here.depth = here.depth, self.depth + 1
         try:
@@ -167,21 +175,23 @@ class HostCall:
                 for o, (*_, dtype) in zip(outs, self._outputs)
             ]
         except BaseException as e:
-            given = outs = None
+            del given, outs
             error = carried(e)
         finally:
             here.depth = outside
         raise error
 
 
-def _lending(fn: Function) -> Callable:
+def _lending(fn: Function) -> Callable[..., Any]:
     run = fn.base.runner(fn, ready=False)
     return lambda given, outs: run(arrays.lend(given), [o.__dlpack__() for o in outs])
 
 
-def _wait(given, limit=30.0) -> None:
-    """jax.pure_callback copies its inputs with XLA's threads, which may all be in callbacks: an
-    error, not a wait for ever."""
+def _wait(given: Sequence[Any], limit: float = 30.0) -> None:
+    """Waits for the inputs of a callback, and raises RuntimeError after `limit` seconds.
+
+    jax.pure_callback copies its inputs with XLA's threads, which may all be in callbacks: then
+    they would never arrive."""
     start = time.monotonic()
     while not all(a.is_ready() for a in given):
         waited = time.monotonic() - start
@@ -203,17 +213,20 @@ SYNCHRONOUS = (
 )
 
 
-def _host_carrier(s: Spec) -> tuple:
-    """(shape, dtype that it travels in, dtype): NumPy's DLPack knows complex, but neither bfloat16
-    nor float8."""
-    width = {"bfloat16": "uint16"}.get(
-        s.dtype, "uint8" if s.dtype.startswith("float8") else s.dtype
-    )
-    return s.shape, np.dtype(width), jnp.dtype(s.dtype)
+def _host_carrier(s: Spec) -> tuple[tuple[int, ...], np.dtype, np.dtype]:
+    """(shape, dtype that it travels in, dtype). NumPy's DLPack knows complex dtypes, but neither
+    bfloat16 nor float8."""
+    if s.dtype == "bfloat16":
+        carrier = "uint16"
+    elif s.dtype.startswith("float8"):
+        carrier = "uint8"
+    else:
+        carrier = s.dtype
+    return s.shape, np.dtype(carrier), jnp.dtype(s.dtype)
 
 
-def host(fn: Function, *args):
-    """One jax.pure_callback."""
+def host(fn: Function, *args: jax.Array) -> Sequence[jax.Array]:
+    """Calls a Function by one jax.pure_callback."""
     results = [jax.ShapeDtypeStruct(s.shape, jnp.dtype(s.dtype)) for s in fn.outputs]
     return jax.pure_callback(HostCall(fn), results, *args)
 
@@ -222,13 +235,13 @@ def host(fn: Function, *args):
 
 
 @contextmanager
-def raising():
-    """Raise the exceptions of bridged code as they were: type, attributes and traceback, `from`
-    JAX's own error.
+def raising() -> Iterator[None]:
+    """Raises the exceptions of bridged code as they were, with their type, attributes and
+    traceback, `from` JAX's own error.
 
-    JAX hands a callback's exception on as text. Inside this context the object is kept beside the
-    text and raised in its place, also for a computation that is still running when the block ends
-    (the block waits for all arrays).
+    JAX hands a callback's exception on as text. Inside this context the exception itself is kept
+    beside the text and raised in its place. This holds for computations that are still running when
+    the block ends, too: the block waits for all arrays.
 
         >>> import bridge, jax, torch
         >>> def broken(x): raise KeyError("no such species")
@@ -246,17 +259,18 @@ def raising():
             error = _first(listener, [e])
             if error is None:
                 raise
-        if error is not None:
-            raise listener.original(error) from error
+        original = None if error is None else listener.original(error)
+        if original is not None:
+            raise original from error
 
 
-def _first(listener: Listener, errors):
-    """The first JAX error that stands for an exception of this listener's; others belong to earlier
+def _first(listener: Listener, errors: Iterable[BaseException]) -> BaseException | None:
+    """The first JAX error that stands for an exception of this listener's. Others belong to earlier
     code."""
     return next((e for e in errors if listener.original(e) is not None), None)
 
 
-def _errors_of_running():
+def _errors_of_running() -> Iterator[BaseException]:
     """The errors of arrays that are still being computed, or failed."""
     for array in jax.live_arrays():
         try:

@@ -1,15 +1,16 @@
 """Programs that run inside callbacks of other programs (JAX in torch in JAX), without a deadlock.
 
 XLA's CPU client lets 32 computations be in flight, and has one thread for each core. A callback
-that runs a program on the same client can wait for ever: for a place behind computations that wait
-for the callback, or for threads that are all in callbacks. So the programs of each depth run on a
-client of their own, which runs them at once, in the thread that calls.
+that runs a program on the same client can wait for ever: its program may queue behind computations
+that wait for the callback, or all threads may be in callbacks. So the programs of each depth run on
+a client of their own, which runs them at once, in the thread that calls.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
+from typing import Any
 
 import jax
 
@@ -26,6 +27,7 @@ here = Here()
 
 
 @functools.cache
-def cpu_device(depth: int):
-    """The CPU device of a depth; beneath callbacks, of a client that was made for it."""
+def cpu_device(depth: int) -> Any:
+    """Returns the CPU device for programs of a depth. Beneath callbacks it belongs to a client that
+    was made for this depth."""
     return compat.cpu_client().local_devices()[0] if depth else jax.local_devices(backend="cpu")[0]

@@ -4,6 +4,7 @@ first one gives."""
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,8 @@ from jax_side.calls.compat import Zero
 bridge_p = compat.Primitive("bridge")
 
 
-def call(fn: Function, *args, lane: str = "auto"):
-    """Apply a Function to JAX arrays or tracers of exactly its input types; gives a list of
+def call(fn: Function, *args: Any, lane: str = "auto") -> list[jax.Array]:
+    """Applies a Function to JAX arrays or tracers of exactly its input types, and returns its
     outputs."""
     if compat.eager(args):
         return _impl(*args, fn=fn, lane=lane)
@@ -25,9 +26,9 @@ def call(fn: Function, *args, lane: str = "auto"):
 
 
 def _impl(*args, fn, lane):
-    """Eager, on any lane: no runtime in between, so an exception arrives as it is; arrays on
-    several devices need XLA."""
-    # constants of a jaxpr that is run eagerly are none
+    """An eager call, which no lane serves: an exception arrives as it is, since there is no runtime
+    in between. Arrays that lie on several devices need XLA."""
+    # Constants of a jaxpr that is run eagerly need not be JAX arrays.
     args = [a if isinstance(a, jax.Array) else jnp.asarray(a) for a in args]
     if any(a.sharding.num_devices > 1 for a in args):
         return jax.jit(functools.partial(call, fn, lane=lane))(*args)
@@ -62,8 +63,8 @@ def _jvp(primals, tangents, *, fn, lane):
 
 
 def _jvp_of_energy(gradient: Function, fn: Function, primals, dx, lane):
-    """A real scalar for each example: value and gradient come from one call, and the tangent is
-    their inner product here."""
+    """The rule for a real scalar output for each example. Value and gradient come from one call,
+    and the tangent is the inner product of gradient and dx."""
     results = call(gradient, *primals, lane=lane)
     outs, grads = results[: len(fn.outputs)], results[len(fn.outputs) :]
     lead = max(o.ndim for o, s in zip(outs, fn.outputs) if s.inexact)
@@ -95,7 +96,8 @@ def _batch(args, dims, *, fn, lane):
 
 
 def _lead(x, dim, mapped, needed, size):
-    """The batch axis first; an input that must have one and has none is broadcast."""
+    """The input with its batch axis first. One that must have a batch axis and has none is
+    broadcast."""
     if mapped:
         return jnp.moveaxis(x, dim, 0)
     return jnp.broadcast_to(x, (size, *x.shape)) if needed else x

@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 
@@ -20,20 +20,20 @@ from jax_side.calls.nesting import here
 
 
 class Owner:
-    """What a compiled program holds: while any lives, its number answers."""
+    """What a compiled program holds. A number stands for its Function as long as an owner of it
+    lives."""
 
-    def __init__(self, number: str):
+    def __init__(self, number: str) -> None:
         self.number = number
 
 
 class Called(NamedTuple):
-    """What a number stands for: a Function, the depth of the programs that call it, and what they
-    enter by."""
+    """What a number stands for."""
 
     fn: Function
-    depth: int
-    n: int
-    enter: Callable
+    depth: int  # of the programs that call it
+    n: int  # of its inputs
+    enter: Callable[..., Any]  # what a lane calls
 
 
 lock = threading.RLock()
@@ -42,19 +42,19 @@ _numbers: dict[tuple[Function, int], str] = {}
 _owners: weakref.WeakValueDictionary[str, Owner] = weakref.WeakValueDictionary()
 _retired: set[str] = set()
 _pinned: set[Owner] = set()
-# A short string: of a numeric attribute jax-tvm-ffi 0.1.3 keeps 16 bytes for each call, for ever;
-# strings above 7 bytes crash.
+# Numbers are short strings: of a numeric attribute jax-tvm-ffi 0.1.3 keeps 16 bytes for each call,
+# for ever, and strings of more than 7 bytes crash it.
 _next = map("{:x}".format, itertools.count(1))
 
 
-def _entry(fn: Function) -> Callable:
+def _entry(fn: Function) -> Callable[..., Any]:
     """What a lane calls."""
     return fn.base.runner(fn, ready=True) if fn.plain else functools.partial(fn.base.run, fn)
 
 
 def own(fn: Function) -> Owner:
-    """The owner of a Function's number for the programs that are lowered here; equal Functions
-    share it."""
+    """Returns the owner of a Function's number, for a program that is being lowered. Equal
+    Functions share it."""
     release_retired()
     with lock:
         called = fn, here.depth
@@ -68,8 +68,8 @@ def own(fn: Function) -> Owner:
 
 
 def own_forever(fn: Function) -> Owner:
-    """For a program that jax.export writes: it lives until the process ends, by a number that no
-    other process has."""
+    """Returns an owner for a program that jax.export writes. It lives until the process ends, and
+    its number is one that no other process has."""
     number = "x" + secrets.token_urlsafe(6)[:6]
     owner = _owners[number] = Owner(number)
     functions[number] = Called(fn, here.depth, len(fn.inputs), _entry(fn))
@@ -78,22 +78,23 @@ def own_forever(fn: Function) -> Owner:
 
 
 def _retire(number: str) -> None:
-    """A finalizer: it may run inside a deallocation, where jax.live_arrays() would revive dead
-    arrays, so it only notes."""
+    """Notes that an owner is gone. This is a finalizer, and does no more: it may run inside a
+    deallocation, where jax.live_arrays() would revive dead arrays."""
     _retired.add(number)
 
 
 def release_retired() -> None:
-    """Forget Functions whose programs are gone, unless an array is still being computed (it may be
-    by one of them).
+    """Forgets Functions whose programs are gone.
 
-    Called wherever a bridged function is made, called or lowered: a dropped model is freed then,
-    not at once."""
+    As long as an array is being computed, which one of these programs may do, nothing is forgotten.
+    This is called wherever a bridged function is made, called or lowered: a dropped model is freed
+    then, not at once.
+    """
     while (gone := tuple(_retired)) and all(
         a.is_deleted() or a.is_ready() for a in jax.live_arrays()
     ):
-        # only those noted before the arrays were looked at: what another thread drops meanwhile may
-        # be running
+        # Only those that were noted before the arrays were looked at: what another thread drops
+        # meanwhile may still be running.
         with lock:
             for number in gone:
                 _retired.discard(number)
@@ -101,7 +102,8 @@ def release_retired() -> None:
                     del _numbers[functions.pop(number)[:2]]
 
 
-def unknown(number: str):
+def unknown(number: str) -> NoReturn:
+    """Raises RuntimeError for a number that stands for nothing in this process."""
     raise RuntimeError(
         message(
             "a program compiled in this process",
@@ -113,9 +115,11 @@ def unknown(number: str):
 
 
 def close() -> None:
-    """At exit (after Ctrl-C, say) programs may still run in XLA's threads: their next call fails,
-    and Python waits for that, since a thread that asks for the GIL of an interpreter that is gone
-    ends the process with SIGABRT."""
+    """Ends, at exit, the programs that may still run in XLA's threads (after Ctrl-C, for example).
+
+    Their next call fails, and Python waits for that: a thread that asks for the GIL of an
+    interpreter that is gone would end the process with SIGABRT.
+    """
     functions.clear()
     for array in jax.live_arrays():
         with suppress(Exception):

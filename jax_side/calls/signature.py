@@ -12,45 +12,50 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bridge.call import between, static_leaf
+from bridge.call import Static, between, static_leaf
 from bridge.errors import message
 from bridge.function import WIDE, Spec
+from jax_side.calls import compat
 
 tree = jax.tree_util
 
 
 @dataclass(frozen=True)
 class Signature:
-    """Pytree of (args, kwargs), types of the arrays, and (position, kind, value) of the leaves that
-    are no arrays."""
+    """The pytree of (args, kwargs), the types of its arrays, and (position, kind, value) of the
+    leaves that are no arrays."""
 
     tree: Any
     inputs: tuple[Spec, ...]
-    static: tuple[tuple[int, Any, Any], ...]
+    static: tuple[Static, ...]
 
-    def _paths(self) -> list:
+    def _paths(self) -> list[Any]:
         """The key path of each array."""
         fixed = {i for i, *_ in self.static}
         paths = tree.tree_leaves_with_path(self.tree.unflatten(range(self.tree.num_leaves)))
         return [path for i, (path, _) in enumerate(paths) if i not in fixed]
 
     def names(self) -> tuple[str, ...]:
-        """How arrays are called in error texts: argument 0, argument 0['pos'], charge."""
+        """Returns how error texts call the arrays: argument 0, argument 0['pos'], charge."""
         return tuple(
             (f"argument {p[1].idx}" if p[0].idx == 0 else p[1].key) + tree.keystr(p[2:])
             for p in self._paths()
         )
 
     def parameters(self, names: list[str]) -> tuple[str, ...]:
-        """The parameter that each array belongs to, given those of the callable in order."""
+        """Returns the parameter that each array belongs to, given those of the callable in
+        order."""
         return tuple(
             names[min(p[1].idx, len(names) - 1)] if p[0].idx == 0 else p[1].key
             for p in self._paths()
         )
 
-    def declared(self, outputs):
-        """(types, tree) of outputs that the user declared: a pytree, or a function of the inputs'
-        types."""
+    def declared(self, outputs: Any) -> tuple[tuple[Spec, ...], Any]:
+        """Returns (types, tree) of the outputs that the user declared, as a pytree or as a function
+        of the inputs' types.
+
+        Raises: TypeError for a leaf without shape and dtype.
+        """
         if callable(outputs):
             args, kwargs = self.tree.unflatten(
                 between(self.static, (jax.ShapeDtypeStruct(*s) for s in self.inputs))
@@ -69,9 +74,12 @@ class Signature:
         return tuple(Spec(tuple(x.shape), jnp.dtype(x.dtype).name) for x in leaves), out_tree
 
 
-def sign(args, kwargs) -> tuple[Signature, list[jax.Array]]:
-    """The signature of a call and its arrays. Raises TypeError for a value that is neither array
-    nor hashable, ValueError for one that JAX would narrow."""
+def sign(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Signature, list[jax.Array]]:
+    """Returns the signature of a call, and its arrays.
+
+    Raises: TypeError for a value that is neither an array nor hashable; ValueError for a NumPy
+    array that JAX would narrow.
+    """
     leaves, structure = tree.tree_flatten((args, kwargs))
     arrays, static = [], []
     for i, x in enumerate(leaves):
@@ -79,15 +87,14 @@ def sign(args, kwargs) -> tuple[Signature, list[jax.Array]]:
             arrays.append(x if isinstance(x, jax.Array) else _from_numpy(x))
         else:
             static.append(_static(i, x))
-    return Signature(
-        structure, tuple([Spec(x.shape, _name(x.dtype)) for x in arrays]), tuple(static)
-    ), arrays
+    inputs = tuple([Spec(x.shape, _name(x.dtype)) for x in arrays])
+    return Signature(structure, inputs, tuple(static)), arrays
 
 
 _name = functools.cache(operator.attrgetter("name"))  # of a dtype; NumPy makes it anew each time
 
 
-def _static(i: int, x):
+def _static(i: int, x: Any) -> Static:
     if hasattr(x, "__torch_function__") or hasattr(x, "__dlpack__"):
         raise TypeError(
             message(
@@ -99,19 +106,20 @@ def _static(i: int, x):
     return static_leaf(i, x, "arrays")
 
 
-def _from_numpy(x) -> jax.Array:
+def _from_numpy(x: np.ndarray | np.generic) -> jax.Array:
     check_width(Spec(x.shape, x.dtype.name), "a NumPy argument")
     return jnp.asarray(x)
 
 
 def check_width(s: Spec, what: str) -> None:
-    """ValueError for 64-bit parts while x64 is off."""
-    if s.dtype in WIDE and not jax.config.jax_enable_x64:
+    """Raises ValueError for 64-bit parts while x64 is off; `what` says in its text what has
+    them."""
+    if s.dtype in WIDE and not compat.config.jax_enable_x64:
         do = 'call jax.config.update("jax_enable_x64", True), or cast it first'
         raise ValueError(message(f"{what} of at most 32-bit parts while x64 is off", str(s), do))
 
 
-def output_names(structure) -> tuple[str, ...]:
-    """How outputs are called in error texts: ['energy'], [0]; a lone one is 0."""
+def output_names(structure: Any) -> tuple[str, ...]:
+    """Returns how error texts call outputs: ['energy'], [0]. A lone output is called 0."""
     paths = tree.tree_leaves_with_path(structure.unflatten(range(structure.num_leaves)))
     return tuple(tree.keystr(path) or "0" for path, _ in paths)
