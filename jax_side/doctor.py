@@ -48,8 +48,8 @@ def checks(bridged: Callable[[str], Callable[..., Any]]) -> list[Row]:
     """Returns whether calls into the other bank, their gradients and their batches are right, on
     each lane.
 
-    `bridged(lane)` gives x -> 2 x + x as a JAX function that the other bank has made. It calls back
-    into JAX for a part of it.
+    `bridged(lane)` gives x -> 2 x + x as a JAX function that the other bank runs, by itself or by
+    calling back into JAX.
     """
     x = jnp.arange(3.0, dtype="float32")
     found = []

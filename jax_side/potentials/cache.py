@@ -3,60 +3,85 @@ rejected, as in kUPS."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Int
 
 from bridge.call import one_of
 from bridge.contract import INPUTS, OUTPUTS, dtype_name
 from bridge.errors import message, spec
+from jax_side.potentials.derivatives import Inputs
 from jax_side.potentials.potential_out import PotentialOut
 
 tree = jax.tree_util
+# for arrays outside of the contract: whether they have rows of atoms or of systems
+Rows = Mapping[str, Literal["N", "B"]]
 
 
 class Cache(NamedTuple):
-    """The inputs of all systems and what the potential gave for them; a proposal looks the same."""
+    """The inputs of all systems, and what the potential gave for them. A proposal is one too."""
 
-    inputs: dict
+    inputs: Inputs
     out: PotentialOut
+
+
+Selected = TypeVar("Selected", dict[str, Any], PotentialOut, Cache)
 
 
 @partial(tree.register_dataclass, data_fields=("potential",), meta_fields=("rows",))
 @dataclass(frozen=True)
 class CachedPotential:
-    potential: Any
-    rows: tuple = ()
+    """What `cached` returns; its docstring is the documentation."""
 
-    def init(self, inputs) -> Cache:
-        # computed once: XLA may else make a second copy, rounded otherwise
+    potential: Callable[[Inputs], PotentialOut]
+    rows: tuple[tuple[str, Literal["N", "B"]], ...] = ()
+
+    def init(self, inputs: Inputs) -> Cache:
+        """Returns a cache of these inputs, from one evaluation of the potential."""
+        # The barrier has XLA compute the outputs once; else it may compute a second copy, which is
+        # rounded otherwise.
         return Cache(dict(inputs), jax.lax.optimization_barrier(self.potential(inputs)))
 
-    def propose(self, inputs) -> tuple[PotentialOut, Cache]:
+    def propose(self, inputs: Inputs) -> tuple[PotentialOut, Cache]:
+        """Returns (outputs, proposal) for these inputs, from one evaluation of the potential."""
         proposal = self.init(inputs)
         return proposal.out, proposal
 
-    def commit(self, cache, proposal, accept) -> Cache:
+    def commit(self, cache: Cache, proposal: Cache, accept: Bool[ArrayLike, " B"]) -> Cache:
+        """Returns the cache with the proposal's rows for the systems that are accepted.
+
+        Raises: ValueError as `select_systems`.
+        """
         return select_systems(accept, proposal, cache, cache.inputs["batch"], dict(self.rows))
 
 
-def cached(potential, rows=None) -> CachedPotential:
-    """A potential (inputs -> PotentialOut) with a cache of the inputs and outputs last accepted,
-    system by system, for Monte Carlo.
+def cached(
+    potential: Callable[[Inputs], PotentialOut], rows: Rows | None = None
+) -> CachedPotential:
+    """Returns a potential (inputs -> PotentialOut) with a cache of the inputs and outputs that were
+    last accepted, system by system, for Monte Carlo.
 
         chains = cached(potential)
-        cache = chains.init(inputs)                              # one evaluation; cache.inputs,
-        cache.out out, proposal = chains.propose(cache.inputs | {"pos": moved})   # one evaluation
-        cache = chains.commit(cache, proposal, accept)           # none; accept (B,) bool
+        # one evaluation; the cache has cache.inputs and cache.out
+        cache = chains.init(inputs)
+        # one evaluation
+        out, proposal = chains.propose(cache.inputs | {"pos": moved})
+        # no evaluation; accept is (B,) bool
+        cache = chains.commit(cache, proposal, accept)
 
-    After a commit the inputs and every leaf of the output are the proposal's for systems accepted,
-    and the old ones, identical to the bit (signed zeros and NaN payloads too), for those rejected:
-    positions and energies can't come apart. Pure: works in jit, scan (the cache as carry) and vmap.
-    `rows`, which inputs may change, and errors: as in select_systems. Raises TypeError for a
-    potential that is not callable.
+    After a commit, the inputs and every leaf of the output are the proposal's for the systems that
+    were accepted. For those that were rejected they are the old ones, identical to the bit (signed
+    zeros and NaN payloads too). So positions and energies can't come apart. All of it is pure, and
+    works in jit, scan (the cache as carry) and vmap. `rows`, and which inputs may change, are as in
+    select_systems.
+
+    Raises: TypeError for a potential that is not callable; a commit raises as select_systems.
 
     >>> from jax_side.potentials.direct import direct
     >>> chains = cached(direct(lambda x: {"energy": jax.ops.segment_sum((x["pos"] ** 2).sum(-1), x["batch"], 2)}, None))
@@ -77,17 +102,25 @@ def cached(potential, rows=None) -> CachedPotential:
     return CachedPotential(potential, tuple((rows or {}).items()))
 
 
-def select_systems(accept, new, old, batch, rows=None):
-    """Where accept[system], the rows of `new`, else those of `old`, identical to the bit:
-    jnp.where, no arithmetic.
+def select_systems(
+    accept: Bool[ArrayLike, " B"],
+    new: Selected,
+    old: Selected,
+    batch: Int[jax.Array, " N"],
+    rows: Rows | None = None,
+) -> Selected:
+    """Returns the rows of `new` for the systems where `accept` is True, and those of `old` for the
+    others, identical to the bit: jnp.where selects them, without arithmetic.
 
-    accept (B,) bool; batch (N,) int, the system of each atom in both. `new` and `old` are alike:
-    dicts of the contract (inputs or outputs), PotentialOuts, or Caches. Arrays of N rows follow
-    accept[batch], those of B rows follow accept; rows of atoms in no system (batch >= B) stay old.
-    An array that is the same object in both is left as it is. Keys outside of the contract need a
-    word: rows={"velocities": "N", "keys": "B"}. Arrays without rows of systems (edge_index and
-    cell_offsets, whose slots move from system to system) can only be selected where there is one
-    system, or left as they are. NaNs in bfloat16 lose their payload in XLA on the CPU.
+    accept is (B,) bool, and batch (N,) int the system of each atom in both. `new` and `old` are
+    alike: dicts of the contract (inputs or outputs), PotentialOuts, or Caches. Arrays of N rows
+    follow accept[batch], and those of B rows follow accept. Rows of atoms in no system (batch >= B)
+    stay old. An array that is the same object in both is left as it is. For keys outside of the
+    contract, `rows` says which rows their arrays have: rows={"velocities": "N", "keys": "B"}.
+
+    Arrays without rows of systems (edge_index and cell_offsets, whose slots move from system to
+    system) can only be selected where there is one system, or left as they are. NaNs in bfloat16
+    lose their payload in XLA on the CPU.
 
     Raises: ValueError for an accept that is not bool (B,), for unlike keys, kinds, shapes or
     dtypes, and for arrays that can't be selected by systems.
@@ -96,13 +129,25 @@ def select_systems(accept, new, old, batch, rows=None):
     >>> r["pos"][:, 0].tolist()
     [1.0, 0.0, 0.0]
     """
-    accept = jnp.asarray(accept)
+    accepted = jnp.asarray(accept)
+    # casts, since a type checker can't see that `new` is what `old` is
     if isinstance(old, Cache):
-        return Cache(
-            *(select_systems(accept, n, o, batch, rows) for n, o in zip(new, old, strict=True))
-        )
+        proposal = cast(Cache, new)
+        inputs = _select_dict(accepted, proposal.inputs, old.inputs, batch, rows)
+        return Cache(inputs, _select_out(accepted, proposal.out, old.out, batch))
     if isinstance(old, PotentialOut):
-        return _select_out(accept, new, old, batch)
+        return _select_out(accepted, cast(PotentialOut, new), old, batch)
+    return _select_dict(accepted, cast(dict, new), old, batch, rows)
+
+
+def _select_dict(
+    accept: jax.Array,
+    new: dict[str, Any],
+    old: dict[str, Any],
+    batch: jax.Array,
+    rows: Rows | None = None,
+) -> dict[str, Any]:
+    """select_systems for dicts."""
     if set(new) != set(old):
         raise ValueError(
             message(
@@ -111,18 +156,18 @@ def select_systems(accept, new, old, batch, rows=None):
                 "propose from the inputs of the cache: cache.inputs | {...}",
             )
         )
-    masks = _masks(
-        accept,
-        batch,
-        next((x.shape[0] for name, x in old.items() if _rows(name, rows) == "B"), accept.size),
-    )
-    return {name: _select(name, _rows(name, rows), masks, new[name], x) for name, x in old.items()}
+    axes = {name: _rows(name, rows) for name in old}
+    sizes = (x.shape[0] for name, x in old.items() if axes[name] == "B")
+    masks = _masks(accept, batch, next(sizes, accept.size))
+    return {name: _select(name, axes[name], masks, new[name], x) for name, x in old.items()}
 
 
-def _select_out(accept, new, old, batch):
-    """The same for PotentialOuts."""
-    kinds = [tree.tree_structure(x) for x in (new, old)]
-    if kinds[0] != kinds[1]:
+def _select_out(
+    accept: jax.Array, new: PotentialOut, old: PotentialOut, batch: jax.Array
+) -> PotentialOut:
+    """select_systems for PotentialOuts."""
+    structure = tree.tree_structure(old)
+    if tree.tree_structure(new) != structure:
         raise ValueError(
             message(
                 f"outputs alike ({', '.join(old.named())})",
@@ -130,13 +175,12 @@ def _select_out(accept, new, old, batch):
                 "propose with the potential that made the cache",
             )
         )
-    return tree.tree_unflatten(
-        kinds[1], select_systems(accept, new.named(), old.named(), batch).values()
-    )
+    selected = _select_dict(accept, new.named(), old.named(), batch)
+    return structure.unflatten(selected.values())
 
 
-def _masks(accept, batch, n_systems):
-    """Rows to be taken, for arrays of systems, of atoms, and of neither."""
+def _masks(accept: jax.Array, batch: jax.Array, n_systems: int) -> dict[str, jax.Array]:
+    """Which rows of `new` are taken, for arrays of systems, of atoms, and of neither."""
     if accept.shape != (n_systems,) or accept.dtype != bool:
         raise ValueError(
             message(
@@ -149,15 +193,18 @@ def _masks(accept, batch, n_systems):
     return masks | {"all": accept[0]} if n_systems == 1 else masks
 
 
-def _rows(name, rows):
-    """N, B, or "all" for what has no rows of systems; None if nobody knows."""
-    if name in (rows or {}):
+def _rows(name: str, rows: Rows | None) -> str | None:
+    """ "N", "B", or "all" for what has no rows of systems; None if nobody knows."""
+    if rows and name in rows:
         return one_of(f"rows of {name}", rows[name], ("N", "B"))
-    shape = (INPUTS | OUTPUTS).get(name, [None])[0]
-    return shape and (shape[0] if shape[0] in ("N", "B") else "all")
+    known = INPUTS.get(name) or OUTPUTS.get(name)
+    if known is None:
+        return None
+    axis = known[0][0]
+    return str(axis) if axis in ("N", "B") else "all"
 
 
-def _select(name, axis, masks, new, old):
+def _select(name: str, axis: str | None, masks: dict[str, jax.Array], new: Any, old: Any) -> Any:
     if new is old:
         return old
     if axis not in masks:

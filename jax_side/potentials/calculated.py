@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,35 +20,37 @@ from bridge.conventions import from_
 from bridge.errors import message
 from bridge.function import Spec
 from jax_side.calls.lanes import HostCall
+from jax_side.potentials.derivatives import Inputs, Named
+
+Arrays = dict[str, np.ndarray]  # by the names of the contract
 
 
 @dataclass(frozen=True)
 class Calculated:
-    """What jax_side.engines.ase.model returns; its docstring is the documentation. `Atoms` is ase's
-    class."""
+    """What jax_side.engines.ase.model returns; its docstring is the documentation.
 
-    calculator: object
+    `calculator` is a calculator of ASE, and `Atoms` is ase's class.
+    """
+
+    calculator: Any
     card: Card
     Atoms: type
 
     @property
-    def __name__(self):
+    def __name__(self) -> str:
+        """The name of the calculator's class, for error texts."""
         return type(self.calculator).__name__
 
-    def __call__(self, inputs: dict) -> dict:
+    def __call__(self, inputs: Inputs) -> Named:
         sizes, dtype = check_inputs(inputs), str(inputs["pos"].dtype)
         if dtype not in ("float32", "float64"):
             raise ValueError(message("pos as float32 or float64", dtype, "cast pos and cell"))
         keys = tuple(k for k in (*STRUCTURE, *INFO) if k in inputs)
-        shapes = tuple(output_shapes(*sizes, self.card.active).values())
-        call = _Calculation(
-            self.calculator,
-            self.Atoms,
-            keys,
-            self.card.active,
-            tuple(Spec(shape, dtype) for shape in shapes),
-        )
-        return dict(zip(self.card.active, _run(call, [inputs[k] for k in keys])))
+        names = self.card.active
+        shapes = output_shapes(*sizes, names).values()
+        outputs = tuple(Spec(shape, dtype) for shape in shapes)
+        call = _Calculation(self.calculator, self.Atoms, keys, names, outputs)
+        return dict(zip(names, _run(call, [inputs[k] for k in keys])))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -70,16 +74,17 @@ def _(call, primals, tangents):
 
 @dataclass(frozen=True)
 class _Calculation:
-    """What the host lane runs: arrays of the contract in, outputs of the calculator into given
-    arrays."""
+    """What the host lane runs. It takes arrays of the contract, and writes the outputs of the
+    calculator into given arrays."""
 
-    calculator: object
+    calculator: Any
     Atoms: type
-    keys: tuple
-    names: tuple
-    outputs: tuple
+    keys: tuple[str, ...]  # names of the inputs
+    names: tuple[str, ...]  # of the outputs
+    outputs: tuple[Spec, ...]
 
-    def run(self, arrays, outs):
+    def run(self, arrays: Sequence[Any], outs: Sequence[np.ndarray]) -> None:
+        """Fills `outs` by one calculation for each system, with zeros for padding atoms."""
         given, out = dict(zip(self.keys, map(np.asarray, arrays))), dict(zip(self.names, outs))
         for x in outs:
             x[...] = 0
@@ -88,8 +93,8 @@ class _Calculation:
             if len(mine):
                 self._system(given, s, mine, out)
 
-    def _system(self, given, s, mine, out):
-        """One system's rows of the outputs."""
+    def _system(self, given: Arrays, s: int, mine: np.ndarray, out: Arrays) -> None:
+        """Fills the rows of the outputs that belong to system s, whose atoms are `mine`."""
         info = {name: float(given[name][s]) for name in INFO if name in given}
         atoms = self.Atoms(
             given["atomic_numbers"][mine],
@@ -103,16 +108,15 @@ class _Calculation:
             for name, needed in PROPERTIES.items()
             if set(needed) <= set(self.names) and name != "free_energy"
         ]
-        found = _calculated(
-            self.calculator,
-            atoms,
-            [name for name in wanted if name != "stress" or has_stress(atoms)],
-        )
+        to_calculate = [name for name in wanted if name != "stress" or has_stress(atoms)]
+        found = _calculated(self.calculator, atoms, to_calculate)
         for name in wanted:
             if name in ("energy", "dipole"):
                 out[name][s] = found[name]
+            elif name == "forces":
+                out["position_gradients"][mine] = -found[name]
             elif name != "stress":
-                out[PROPERTIES[name][0]][mine] = -found[name] if name == "forces" else found[name]
+                out[PROPERTIES[name][0]][mine] = found[name]
         if "stress" in wanted:
             out["cell_gradients"][s] = _cell_gradients(atoms, found)
 
@@ -120,9 +124,9 @@ class _Calculation:
 _locks = weakref.WeakKeyDictionary()
 
 
-def _calculated(calculator, atoms, names) -> dict:
-    """At most one calculation for all properties; what the calculator has of these atoms is not
-    calculated again."""
+def _calculated(calculator: Any, atoms: Any, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The properties of these atoms, from one calculation, or from none if the calculator has them
+    already."""
     with _locks.setdefault(calculator, threading.Lock()):
         changes = calculator.check_state(atoms)
         if changes:
@@ -142,8 +146,8 @@ def _calculated(calculator, atoms, names) -> dict:
         return {name: np.array(calculator.results[name]) for name in names}
 
 
-def _cell_gradients(atoms, found):
-    """G from stress and forces; 0 where nothing is periodic."""
+def _cell_gradients(atoms: Any, found: dict[str, np.ndarray]) -> np.ndarray | float:
+    """G from stress and forces. Without a stress it is 0 where nothing is periodic, else NaN."""
     if "stress" not in found:
         return np.nan if atoms.pbc.any() else 0.0
     W = from_("ase", found["stress"], atoms.cell.array)

@@ -3,7 +3,7 @@ gradients, all else by JAX."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -15,8 +15,10 @@ from jaxtyping import Float, Int
 from bridge.contract import GRADIENTS
 from bridge.errors import message
 
-Named = dict[str, jax.Array]  # outputs of a model, by the names of the contract
-Placed = dict[Hashable, jax.Array]  # the arrays of a call, by place
+Named = dict[str, jax.Array]  # by the names of the contract
+Inputs = dict[str, Any]  # the same, with pytrees of arrays under names of the user's own
+Model = Callable[[Inputs], Named]  # from the contract's inputs to its outputs
+Placed = dict[Any, jax.Array]  # the arrays of a call, by place, which is anything hashable
 
 
 class Call(NamedTuple):

@@ -15,7 +15,7 @@ from bridge.card import Card, shared_out
 from bridge.contract import INFO, check_inputs, check_outputs
 from bridge.errors import message
 from jax_side.potentials.cache import Cache, CachedPotential, cached, select_systems
-from jax_side.potentials.derivatives import Call, outputs
+from jax_side.potentials.derivatives import Call, Inputs, Named, outputs
 from jax_side.potentials.outputs import check_unused, marked
 from jax_side.potentials.potential import UNKNOWN
 from jax_side.potentials.potential_out import (
@@ -24,10 +24,13 @@ from jax_side.potentials.potential_out import (
     KINDS,
     NAMES,
     EmptyType,
+    HessianKind,
+    Kind,
     Linear,
     Positions,
     PositionsAndCell,
     PotentialOut,
+    Scalar,
 )
 
 __all__ = [
@@ -50,43 +53,50 @@ __all__ = [
 tree = jax.tree_util
 
 
-def direct(model, gradients="positions and cell", hessians=None, *, derivative_order=None):
-    """A model that returns its own gradients as a potential: `potential(inputs)` is a PotentialOut,
-    from one evaluation.
+def direct(
+    model: Callable[[Inputs], Named | PotentialOut],
+    gradients: Kind = "positions and cell",
+    hessians: HessianKind = None,
+    *,
+    derivative_order: int | None = None,
+) -> DirectPotential:
+    """Returns a model that gives its own gradients as a potential: `potential(inputs)` is a
+    PotentialOut, from one evaluation.
 
-    `model` is a JAX callable (a torch model by bridge.to_jax included) of the dict of
-    bridge.contract; it returns one with energy (B,) eV, position_gradients g = dE/dr at fixed cell
-    (N,3), cell_gradients G = dE/dh at fixed Cartesian positions (B,3,3), hessian (N,3,N,3), as far
-    as these are asked for; or a PotentialOut. (For an energy alone:
-    direct(strain.with_gradients(energy)).)
+    `model` is a JAX callable (a torch model by bridge.to_jax included) that takes the dict of
+    bridge.contract. It returns a PotentialOut, or a dict with energy (B,) eV, position_gradients g
+    = dE/dr at fixed cell (N,3), cell_gradients G = dE/dh at fixed Cartesian positions (B,3,3) and
+    hessian (N,3,N,3), as far as these are asked for. For an energy alone, use
+    direct(strain.with_gradients(energy)).
 
     gradients         "positions and cell": out.gradients is PositionsAndCell(positions, cell).
-                      "positions": Positions(positions). None: EMPTY, as for Monte Carlo
-    hessians          "positions": out.hessians is Positions(hessian). None: EMPTY
-    derivative_order  1: the model can't be differentiated, its gradients are all there is. None: as
-                      often as one likes, or what the model's card says
+                      "positions": it is Positions(positions). None: it is EMPTY, as for Monte Carlo
+    hessians          "positions": out.hessians is Positions(hessian). None: it is EMPTY
+    derivative_order  1: the model can't be differentiated, its gradients are all there is. None:
+                      it can be as often as one likes, or as often as its card says
 
     The cell gradient is the one that kUPS's direct potentials take of a torch model, at fixed
-    Cartesian positions: the whole (3,3), where kUPS then keeps the parameters of its frame (the
-    lower triangle). For G at fixed fractional coordinates, or from a virial, see
+    Cartesian positions. It is the whole (3,3), of which kUPS then keeps the parameters of its frame
+    (the lower triangle). For G at fixed fractional coordinates, or from a virial, see
     jax_side.potentials.strain.
 
-    total_energies differentiates by the gradients that the model returns, asked for or not: dE[b] =
-    sum_{i in b} g_i . dr_i + <G_b, dh_b>, so that jax.grad costs the same one evaluation. All else
-    (other inputs, gradients of gradients, a model that returns no gradients at all) is JAX's own
-    derivative of the model; with derivative_order=1 a derivative of the energy in other inputs is
-    refused, and derivatives of gradients are NaN. jit, grad, jvp, hessian, vmap and scan compose
-    with it. Parameters to be differentiated go into the inputs, under a key of their own.
+    total_energies differentiates by the gradients that the model returns, whether they are asked
+    for or not: dE[b] = sum_{i in b} g_i . dr_i + <G_b, dh_b>. So jax.grad costs the same one
+    evaluation. All else (other inputs, gradients of gradients, a model that returns no gradients at
+    all) is JAX's own derivative of the model. With derivative_order=1 a derivative of the energy in
+    other inputs is refused, and derivatives of gradients are NaN. jit, grad, jvp, hessian, vmap and
+    scan compose with it. Parameters to be differentiated go into the inputs, under a key of their
+    own.
 
-    `a + b` and `sum_potentials(a, b)` add, `2 * a` scales (also by traced weights: thermodynamic
-    integration), `a.narrowed("positions")` gives less. Potentials are pytrees whose leaves are the
-    weights, so that `jax.jit(lambda p, x: p(x))` compiles once for all weights, and jax.grad in a
-    potential is that in its weights.
+    `a + b` and `sum_potentials(a, b)` add potentials. `2 * a` scales one, also by a traced weight,
+    as in thermodynamic integration. `a.narrowed("positions")` gives less. Potentials are pytrees
+    whose leaves are the weights, so that `jax.jit(lambda p, x: p(x))` compiles once for all
+    weights, and jax.grad in a potential is that in its weights.
 
-    Raises: ValueError where the model does not give what is asked for (here, if it has a card; else
-    as it is traced), and for inputs and outputs outside of the contract; TypeError for a model that
-    is not callable or returns something else; NotImplementedError for a derivative in pos or cell
-    of which the model gives no gradient, naming it.
+    Raises: ValueError where the model does not give what is asked for (at once if it has a card,
+    else as it is traced), and for inputs and outputs outside of the contract; TypeError for a model
+    that is not callable or returns something else; NotImplementedError for a derivative in pos or
+    cell of which the model gives no gradient, naming it.
 
     >>> import jax.numpy as jnp
     >>> spring = direct(lambda x: {"energy": (x["pos"] ** 2).sum()[None], "position_gradients": 2 * x["pos"]}, "positions")
@@ -100,12 +110,13 @@ def direct(model, gradients="positions and cell", hessians=None, *, derivative_o
         raise TypeError(
             message("a callable model(inputs)", f"{model!r:.60}", "pass the model's function")
         )
-    one_of("gradients", gradients, tuple(KINDS)), one_of("hessians", hessians, tuple(HESSIANS))
+    one_of("gradients", gradients, tuple(KINDS))
+    one_of("hessians", hessians, tuple(HESSIANS))
     card = _card(model)
     if card is not None:
         wanted = ("energy", *KINDS[gradients], *HESSIANS[hessians])
         card.check_outputs(wanted, _name(model))
-        if idle := [n for n in wanted if n not in card.active_outputs]:
+        if idle := [n for n in wanted if n not in card.active]:
             do = f"pass model.asking({', '.join(map(repr, idle))})"
             raise ValueError(
                 message(
@@ -119,27 +130,39 @@ def direct(model, gradients="positions and cell", hessians=None, *, derivative_o
 
 
 class Potential(Linear):
-    """What `direct` describes: sums, scalings and narrowings of potentials are potentials.
+    """What `direct` describes. Sums, scalings and narrowings of potentials are potentials too."""
 
-    `takes` holds those of charge and spin that it has a use for; a sum gives them to the terms that
-    have one."""
+    # Subclasses have these as fields or as properties.
+    gradients: Any  # one of KINDS
+    hessians: Any  # one of HESSIANS
+    # those of charge and spin that it has a use for; a sum gives them to the terms that have one
+    takes: Any
 
-    def __add__(self, other):
+    def __call__(self, inputs: Inputs) -> PotentialOut:
+        """Returns the outputs for the dict of the contract."""
+        raise NotImplementedError
+
+    def __add__(self, other: Potential) -> Potential:
         return sum_potentials(self, other) if isinstance(other, Potential) else NotImplemented
 
-    def scaled(self, scale):
+    def scaled(self, scale: Scalar) -> ScaledPotential:
+        """Returns the potential times a weight."""
         return ScaledPotential(self, scale)
 
-    def narrowed(self, gradients, hessians=None):
-        """The same with fewer gradients (and, unless asked for, no hessians). ValueError for more
-        than there is."""
-        one_of(
-            "gradients",
-            gradients,
-            tuple(k for k, names in KINDS.items() if {*names} <= {*KINDS[self.gradients]}),
-        )
+    def narrowed(self, gradients: Kind, hessians: HessianKind = None) -> Potential:
+        """Returns the potential with fewer gradients, and without hessians unless they are asked
+        for.
+
+        Raises: ValueError for more than there is.
+        """
+        own = {*KINDS[self.gradients]}
+        fewer = tuple(kind for kind, names in KINDS.items() if {*names} <= own)
+        one_of("gradients", gradients, fewer)
         one_of("hessians", hessians, tuple(k for k in HESSIANS if k in (self.hessians, None)))
         return self._narrowed(gradients, hessians)
+
+    def _narrowed(self, gradients: Kind, hessians: HessianKind) -> Potential:
+        raise NotImplementedError
 
 
 @partial(
@@ -149,23 +172,34 @@ class Potential(Linear):
 )
 @dataclass(frozen=True)
 class DirectPotential(Potential):
-    model: Callable
-    gradients: str | None
-    hessians: str | None
-    derivative_order: int | None
-    card = property(lambda self: _card(self.model) or UNKNOWN)
-    takes = property(lambda self: frozenset(INFO) - set(self.card.unused(INFO)))
+    """What `direct` returns."""
 
-    def __call__(self, inputs) -> PotentialOut:
+    model: Callable[[Inputs], Named | PotentialOut]
+    gradients: Kind
+    hessians: HessianKind
+    derivative_order: int | None
+
+    @property
+    def card(self) -> Card:
+        """The model's card."""
+        return _card(self.model) or UNKNOWN
+
+    @property
+    def takes(self) -> frozenset[str]:
+        """Those of charge and spin that the model has a use for."""
+        return frozenset(INFO) - set(self.card.unused(INFO))
+
+    def __call__(self, inputs: Inputs) -> PotentialOut:
         check_inputs(inputs)
         check_unused(self.card, inputs, _name(self.model))
         return PotentialOut.of(_evaluate(self, inputs), self.gradients, self.hessians)
 
-    def _narrowed(self, gradients, hessians):
+    def _narrowed(self, gradients: Kind, hessians: HessianKind) -> DirectPotential:
         return replace(self, gradients=gradients, hessians=hessians)
 
-    def outputs(self, inputs):
-        """The model's own, by names of the contract, checked."""
+    def outputs(self, inputs: Inputs) -> Named:
+        """Returns the model's outputs by the names of the contract, checked, without a rule for
+        their derivatives."""
         out, who = self.model(inputs), _name(self.model)
         if not isinstance(out, (dict, PotentialOut)):
             do = "wrap an energy alone by jax_side.potentials.strain.with_gradients"
@@ -189,42 +223,72 @@ class DirectPotential(Potential):
 @partial(tree.register_dataclass, data_fields=("potentials",), meta_fields=())
 @dataclass(frozen=True)
 class SummedPotential(Potential):
-    potentials: tuple
-    gradients = property(lambda self: self.potentials[0].gradients)
-    hessians = property(lambda self: self.potentials[0].hessians)
-    takes = property(lambda self: frozenset().union(*(p.takes for p in self.potentials)))
+    """What `sum_potentials` returns."""
 
-    def __call__(self, inputs) -> PotentialOut:
+    potentials: tuple[Potential, ...]
+
+    @property
+    def gradients(self) -> Kind:
+        """Those of each term."""
+        return self.potentials[0].gradients
+
+    @property
+    def hessians(self) -> HessianKind:
+        """Those of each term."""
+        return self.potentials[0].hessians
+
+    @property
+    def takes(self) -> frozenset[str]:
+        """Those of charge and spin that some term has a use for."""
+        return frozenset().union(*(p.takes for p in self.potentials))
+
+    def __call__(self, inputs: Inputs) -> PotentialOut:
         each = shared_out(inputs, [Card(optional_inputs=p.takes) for p in self.potentials])
         return reduce(PotentialOut.__add__, [p(given) for p, given in zip(self.potentials, each)])
 
-    def _narrowed(self, *kinds):
-        return SummedPotential(tuple(p.narrowed(*kinds) for p in self.potentials))
+    def _narrowed(self, gradients: Kind, hessians: HessianKind) -> SummedPotential:
+        return SummedPotential(tuple(p.narrowed(gradients, hessians) for p in self.potentials))
 
 
 @partial(tree.register_dataclass, data_fields=("potential", "scale"), meta_fields=())
 @dataclass(frozen=True, eq=False)
 class ScaledPotential(Potential):
-    potential: Potential
-    scale: Any
-    gradients = property(lambda self: self.potential.gradients)
-    hessians = property(lambda self: self.potential.hessians)
-    takes = property(lambda self: self.potential.takes)
+    """A potential times a weight."""
 
-    def __call__(self, inputs) -> PotentialOut:
+    potential: Potential
+    scale: Scalar
+
+    @property
+    def gradients(self) -> Kind:
+        """Those of the potential."""
+        return self.potential.gradients
+
+    @property
+    def hessians(self) -> HessianKind:
+        """Those of the potential."""
+        return self.potential.hessians
+
+    @property
+    def takes(self) -> frozenset[str]:
+        """Those of charge and spin that the potential has a use for."""
+        return self.potential.takes
+
+    def __call__(self, inputs: Inputs) -> PotentialOut:
         return self.potential(inputs) * self.scale
 
-    def _narrowed(self, *kinds):
-        return replace(self, potential=self.potential.narrowed(*kinds))
+    def _narrowed(self, gradients: Kind, hessians: HessianKind) -> ScaledPotential:
+        return replace(self, potential=self.potential.narrowed(gradients, hessians))
 
 
-def sum_potentials(*potentials) -> Potential:
-    """The sum of potentials made by `direct`, each evaluated once: energies, gradients and hessians
-    add.
+def sum_potentials(*potentials: Potential) -> SummedPotential:
+    """Returns the sum of potentials made by `direct`, each of which is evaluated once. Energies,
+    gradients and hessians add.
 
-    Weights are `w * potential`. Raises: ValueError for no potentials, or for unlike gradients or
-    hessians (narrow one of them: `a.narrowed("positions")`; nothing is dropped silently); TypeError
-    for what `direct` has not made.
+    Weights are `w * potential`. Gradients and hessians of all terms must be alike, since nothing is
+    dropped silently: narrow a term that has more, by `a.narrowed("positions")`.
+
+    Raises: ValueError for no potentials, or for unlike gradients or hessians; TypeError for what
+    `direct` has not made.
 
     >>> sum_potentials()
     Traceback (most recent call last):
@@ -253,8 +317,8 @@ def sum_potentials(*potentials) -> Potential:
     return SummedPotential(potentials)
 
 
-def _evaluate(potential, inputs):
-    """The model's outputs; the energy among them differentiates by the gradients among them."""
+def _evaluate(potential: DirectPotential, inputs: Inputs) -> Named:
+    """The model's outputs. The energy among them differentiates by the gradients among them."""
     leaves, structure = tree.tree_flatten(inputs)
 
     def evaluate(arrays):
@@ -262,15 +326,16 @@ def _evaluate(potential, inputs):
 
     others = "unknown" if potential.derivative_order in (0, 1) else "JAX"
     places = structure.unflatten(range(len(leaves)))
-    return outputs(Call(evaluate, places, others, _name(potential.model)), dict(enumerate(leaves)))
+    call = Call(evaluate, places, others, _name(potential.model))
+    return outputs(call, dict(enumerate(leaves)))
 
 
-def _card(model):
+def _card(model: Any) -> Card | None:
     """The card of a model, or of the torch model that it is a bridge to."""
     while model is not None and not hasattr(model, "card"):
         model = getattr(model, "__wrapped__", None) or getattr(model, "__self__", None)
     return getattr(model, "card", None)
 
 
-def _name(model):
+def _name(model: Any) -> str:
     return getattr(model, "__name__", type(model).__name__)

@@ -7,23 +7,33 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Float, Int
 
 from bridge.contract import check_inputs
 from bridge.errors import message
+from jax_side.potentials.derivatives import Named
 from jax_side.potentials.potential import array
 
 
 @dataclass(frozen=True)
 class Edges:
-    """What bridge.edges returns; its docstring is the documentation. `find` takes the dict of the
-    contract."""
+    """What bridge.edges returns; its docstring is the documentation.
 
-    find: Callable
+    `find` takes pos, cell, pbc and batch of the contract and returns edge_index and cell_offsets.
+    """
 
-    def __call__(self, positions, cell=None, pbc=None, batch=None):
+    find: Callable[[Named], Named]
+
+    def __call__(
+        self,
+        positions: Float[ArrayLike, "N 3"],
+        cell: Float[ArrayLike, "*B 3 3"] | None = None,
+        pbc: Bool[ArrayLike, "*B #3"] | None = None,
+        batch: Int[ArrayLike, " N"] | None = None,
+    ) -> Named:
         pos = jax.lax.stop_gradient(array("positions", positions))
-        systems = 1 if batch is None else None if cell is None else cell.shape[0]
-        if systems is None:
+        if batch is not None and cell is None:
             raise ValueError(
                 message(
                     "a cell (B,3,3) for several systems",
@@ -31,15 +41,17 @@ class Edges:
                     "pass zeros and pbc=False for open ones",
                 )
             )
-        cell, given = (
-            jnp.zeros((systems, 3, 3), pos.dtype)
-            if cell is None
-            else jax.lax.stop_gradient(array("cell", cell)),
-            cell is not None,
-        )
-        pbc = jnp.broadcast_to(jnp.asarray(given if pbc is None else pbc), (systems, 3))
-        cell = cell[None] if batch is None and given else cell
-        batch = jnp.zeros(len(pos), jnp.int32) if batch is None else batch
-        inputs = {"pos": pos, "cell": cell, "pbc": pbc, "batch": jnp.asarray(batch)}
+        if cell is None:
+            cells = jnp.zeros((1, 3, 3), pos.dtype)
+        else:
+            cells = jax.lax.stop_gradient(array("cell", cell))
+            cells = cells[None] if batch is None else cells
+        periodic = (cell is not None) if pbc is None else pbc
+        inputs = {
+            "pos": pos,
+            "cell": cells,
+            "pbc": jnp.broadcast_to(jnp.asarray(periodic), (len(cells), 3)),
+            "batch": jnp.zeros(len(pos), jnp.int32) if batch is None else jnp.asarray(batch),
+        }
         check_inputs(inputs, tuple(inputs))
         return self.find(inputs)

@@ -3,127 +3,157 @@ constants, vibrations."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, Literal
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Float, Int
 
 from bridge.errors import message, spec
 from jax_side.potentials.potential import array
 
 THZ = 15.6333042  # sqrt(eV/Angstrom^2/amu) / 2 pi in THz (CODATA 2018)
 UNITS = {"THz": THZ, "cm^-1": THZ * 33.3564095, "meV": THZ * 4.13566770}
-FIRST, SECOND = np.array(
-    [[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]], "int32"
-)  # xx, yy, zz, yz, xz, xy
+# the two axes of each of Voigt's indices: xx, yy, zz, yz, xz, xy
+FIRST = np.array([0, 1, 2, 1, 0, 0], "int32")
+SECOND = np.array([0, 1, 2, 2, 2, 1], "int32")
 STIFFNESSES = ("energy", "lagrangian", "stress")
 
+Energy = Callable[..., Float[jax.Array, ""]]  # energy(positions, cell) in eV
+Positions = Float[ArrayLike, "N 3"]  # in Angstrom
+Cell = Float[ArrayLike, "3 3"]  # lattice vectors as rows, in Angstrom
+Hessian = Float[jax.Array, "N 3 N 3"]
+# numbers (K,) of rows, or (K,2) pairs of atom and axis
+Rows = Int[ArrayLike, "K *pair"] | Sequence[Any]
+Voigt = Float[jax.Array, "6 6"]
 
-def hvp(energy, positions, cell, vectors):
-    """The Hessian times vectors: H v = d/dx grad E(r + x v), without H.
+
+def hvp(
+    energy: Energy, positions: Positions, cell: Cell | None, vectors: Float[ArrayLike, "*K N 3"]
+) -> Float[jax.Array, "*K N 3"]:
+    """Returns the Hessian times vectors, H v = d/dx grad E(r + x v), without making H.
 
     `energy(positions, cell)` is any JAX function to a scalar in eV: a potential (bridge.potential,
     jax_side.potentials.potential) of one system, or pure JAX. Shapes: positions (N,3), cell (3,3)
-    by rows or None, vectors (N,3) or (K,N,3); result as vectors, in eV/Angstrom^2 times their unit.
-    It is the pullback of the gradient (H is symmetric), which through a bridged model costs one
-    forward and two backward passes, less than its jvp; under vmap all K at once. jit, vmap, and
-    derivatives work, as far as the model has them.
+    by rows or None, vectors (N,3) or (K,N,3). The result has the shape of the vectors, and the unit
+    eV/Angstrom^2 times theirs. It is the pullback of the gradient, since H is symmetric. Through a
+    bridged model a pullback costs one forward and two backward passes, less than its jvp does. All K
+    vectors are served at once, by vmap. jit, vmap, and derivatives work, as far as the model has
+    them.
 
-    Raises: ValueError for positions or vectors of another shape, and an energy that is no scalar.
+    Raises: ValueError for positions or vectors of another shape, and for an energy that is no
+    scalar.
 
     >>> hvp(lambda r, h: (r**3).sum(), jnp.ones((1, 3)), None, jnp.array([[1.0, 0, 2]])).tolist()
     [[6.0, 0.0, 12.0]]
     """
-    positions, vectors = array("positions", positions), array("vectors", vectors)
-    pull = _pullback(energy, positions, cell)
-    if (
-        vectors.ndim not in (2, 3)
-        or vectors.shape[-2:] != positions.shape
-        or vectors.dtype != positions.dtype
-    ):
-        n = len(positions)
-        expected = (
-            f"vectors as {spec((n, 3), positions.dtype)} or {spec(('K', n, 3), positions.dtype)}"
-        )
+    r, v = array("positions", positions), array("vectors", vectors)
+    pull = _pullback(energy, r, cell)
+    if v.ndim not in (2, 3) or v.shape[-2:] != r.shape or v.dtype != r.dtype:
+        n = len(r)
         raise ValueError(
             message(
-                expected,
-                spec(vectors.shape, vectors.dtype),
+                f"vectors as {spec((n, 3), r.dtype)} or {spec(('K', n, 3), r.dtype)}",
+                spec(v.shape, v.dtype),
                 "give one vector for each atom, in the dtype of the positions",
             )
         )
-    return pull(vectors) if vectors.ndim == 2 else jax.vmap(pull)(vectors)
+    return pull(v) if v.ndim == 2 else jax.vmap(pull)(v)
 
 
-def hessian_rows(energy, positions, cell, rows, *, chunk=None):
-    """Some rows of the Hessian, (K,N,3) in eV/Angstrom^2: rows[k] = d/dr (dE/dr_ia) at fixed cell.
+def hessian_rows(
+    energy: Energy,
+    positions: Positions,
+    cell: Cell | None,
+    rows: Rows,
+    *,
+    chunk: int | None = None,
+) -> Float[jax.Array, "K N 3"]:
+    """Returns some rows of the Hessian, (K,N,3) in eV/Angstrom^2, of which rows[k] is
+    d/dr (dE/dr_ia) at fixed cell.
 
-    `rows` (K,) int are numbers 3 i + a of atom i and axis a, or (K,2) the pairs (i, a). energy,
-    positions and cell are those of `hvp`. All rows are made at once, by jax.vmap over the
-    cotangents of one gradient; `chunk` of them at a time bounds the memory.
+    `rows` are (K,) int, the numbers 3 i + a of atom i and axis a, or (K,2) int, the pairs (i, a).
+    energy, positions and cell are those of `hvp`. All rows are made at once, by jax.vmap over the
+    cotangents of one gradient. With `chunk` so many are made at a time, which bounds the memory.
 
-    Raises: ValueError as `hvp`, and for rows that are not there (under tracing, where values can't
+    Raises: ValueError as `hvp`, and for rows that do not exist (under tracing, where values can't
     be seen, such a row is NaN).
 
     >>> hessian_rows(lambda r, h: r[0, 0] * r[1, 2], jnp.ones((2, 3)), None, [(0, 0)]).tolist()
     [[[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]]
     """
-    positions = array("positions", positions)
-    pull, n = _pullback(energy, positions, cell), positions.size
-    rows = _flat_rows(rows, n)
-    units = jax.nn.one_hot(rows, n, dtype=positions.dtype).reshape(-1, *positions.shape)
-    return jnp.where(rows[:, None, None] < 0, jnp.nan, _mapped(pull, units, chunk))
+    r = array("positions", positions)
+    pull = _pullback(energy, r, cell)
+    numbers = _flat_rows(rows, r.size)
+    units = jax.nn.one_hot(numbers, r.size, dtype=r.dtype).reshape(-1, *r.shape)
+    return jnp.where(numbers[:, None, None] < 0, jnp.nan, _mapped(pull, units, chunk))
 
 
-def hessian(energy, positions, cell=None, *, chunk=None):
-    """d2E/dr dr at fixed cell, (N,3,N,3) in eV/Angstrom^2: all rows of `hessian_rows`, with the
-    same arguments and errors.
+def hessian(
+    energy: Energy, positions: Positions, cell: Cell | None = None, *, chunk: int | None = None
+) -> Hessian:
+    """Returns d2E/dr dr at fixed cell, (N,3,N,3) in eV/Angstrom^2.
 
-    Nothing is symmetrised: how far it is from symmetric is how far the model's forces are from the
-    gradient of an energy.
+    These are all rows of `hessian_rows`, with the same arguments and errors. Nothing is
+    symmetrised: how far H is from symmetric is how far the model's forces are from the gradient of
+    an energy.
 
     >>> hessian(lambda r, h: (r**2).sum(), jnp.ones((1, 3))).reshape(3, 3).diagonal().tolist()
     [2.0, 2.0, 2.0]
     """
-    positions = array("positions", positions)
-    pull = _pullback(energy, positions, cell)
-    units = jnp.eye(positions.size, dtype=positions.dtype).reshape(-1, *positions.shape)
-    return _mapped(pull, units, chunk).reshape(*positions.shape, *positions.shape)
+    r = array("positions", positions)
+    pull = _pullback(energy, r, cell)
+    units = jnp.eye(r.size, dtype=r.dtype).reshape(-1, *r.shape)
+    return _mapped(pull, units, chunk).reshape(*r.shape, *r.shape)
 
 
-def elastic_constants(energy, positions, cell, relaxed=True, *, stiffness="energy", chunk=None):
-    """Elastic constants (6,6) in eV/Angstrom^3, Voigt order xx, yy, zz, yz, xz, xy (1 eV/Angstrom^3
-    = 160.2177 GPa).
+def elastic_constants(
+    energy: Energy,
+    positions: Positions,
+    cell: Cell,
+    relaxed: bool = True,
+    *,
+    stiffness: Literal["energy", "lagrangian", "stress"] = "energy",
+    chunk: int | None = None,
+) -> Voigt:
+    """Returns the elastic constants (6,6) in eV/Angstrom^3, in Voigt order xx, yy, zz, yz, xz, xy
+    (1 eV/Angstrom^3 = 160.2177 GPa).
 
     The strain is symmetric, r -> r(I+e), h -> h(I+e), with e_yz = eta_4 / 2 and so on, V = |det h|:
 
-        relaxed=False   clamped ions: the atoms follow the strain, K = d2E/deta deta / V
-        relaxed=True    the atoms give way: K = (d2E/deta deta - L^T H^+ L) / V, with L = d2E/dr
-                        deta and H^+ the pseudo-inverse of the Hessian, uniform translations
-                        projected out (Lutsko, J. Appl. Phys. 65, 2991 (1989))
+        relaxed=False   clamped ions. The atoms follow the strain, and K = d2E/deta deta / V
+        relaxed=True    the atoms relax in the strained cell. K = (d2E/deta deta - L^T H^+ L) / V,
+                        where L = d2E/dr deta, and H^+ is the pseudo-inverse of the Hessian with
+                        uniform translations projected out (Lutsko, J. Appl. Phys. 65, 2991 (1989))
 
-    For relaxed=True forces must vanish: relax first (else it is the curvature at fixed L and H, of
-    no state that there is). An unstable crystal (negative modes of H) gives numbers without a
-    meaning. Without stress all stiffnesses are the same; under a stress s (tension positive) they
-    are not, and `stiffness` says which one is meant (Barron and Klein, Proc. Phys. Soc. 85, 523
-    (1965); Wallace, Thermodynamics of Crystals (1972)), T_ijkl = (d_ik s_jl + d_il s_jk + d_jk s_il
-    + d_jl s_ik) / 4:
+    For relaxed=True the forces must vanish, so relax the structure first. (With forces, K is a
+    curvature that belongs to no physical state.) For an unstable crystal, whose H has negative
+    modes, the numbers have no meaning.
 
-        "energy"        K itself: second derivatives of the energy in e, symmetric in Voigt's
-                        indices
-        "lagrangian"    C = K - T: the same in the Lagrangian strain e + e^2 / 2, the thermodynamic
-                        elastic constants
-        "stress"        B = K + T - s_ij d_kl: derivatives ds_ij / de_kl of the Cauchy stress, what
-                        finite differences of stresses give (ase.stress too); decides on stability;
-                        not symmetric if s is not a pressure
+    Without stress all stiffnesses are the same. Under a stress s (tension positive) they differ, and
+    `stiffness` says which one is meant (Barron and Klein, Proc. Phys. Soc. 85, 523 (1965); Wallace,
+    Thermodynamics of Crystals (1972)). With T_ijkl = (d_ik s_jl + d_il s_jk + d_jk s_il + d_jl
+    s_ik) / 4 they are:
 
-    energy, positions (N,3) and cell (3,3), by rows, are as for `hvp`; all axes are periodic. Costs
-    6 pullbacks of the gradient, and 3 N more for relaxed=True (`chunk` as in `hessian_rows`). Under
-    jit, `relaxed` and `stiffness` are static.
+        "energy"        K itself, the second derivatives of the energy in e. It is symmetric in
+                        Voigt's indices
+        "lagrangian"    C = K - T, the second derivatives in the Lagrangian strain e + e^2 / 2.
+                        These are the thermodynamic elastic constants
+        "stress"        B = K + T - s_ij d_kl, the derivatives ds_ij / de_kl of the Cauchy stress,
+                        which finite differences of stresses give (those of ASE's too). It decides
+                        on stability. It is not symmetric if s is not a pressure
+
+    energy, positions (N,3) and cell (3,3), by rows, are as for `hvp`. All axes are periodic. It
+    costs 6 pullbacks of the gradient, and 3 N more for relaxed=True (`chunk` is as in
+    `hessian_rows`). Under jit, `relaxed` and `stiffness` are static.
 
     Raises: ValueError as `hvp`, for a missing or singular cell (under tracing such a cell gives no
-    finite number), and an unknown stiffness.
+    finite number), and for an unknown stiffness.
 
     >>> spring = lambda r, h: (h**2).sum() / 2
     >>> elastic_constants(spring, jnp.zeros((1, 3)), jnp.eye(3)).diagonal().tolist()
@@ -137,48 +167,64 @@ def elastic_constants(energy, positions, cell, relaxed=True, *, stiffness="energ
                 "take one of these",
             )
         )
-    positions, cell = array("positions", positions), _checked_cell(cell)
-    volume = abs(jnp.linalg.det(cell))
-    stress, (mixed, curvature) = _strain_derivatives(energy, positions, cell)
+    r, h = array("positions", positions), _checked_cell(cell)
+    volume = abs(jnp.linalg.det(h))
+    stress, (mixed, curvature) = _strain_derivatives(energy, r, h)
     if relaxed:
-        curvature = curvature - _given_way(hessian(energy, positions, cell, chunk=chunk), mixed)
+        curvature = curvature - _relaxation(hessian(energy, r, h, chunk=chunk), mixed)
     return _stiffness(curvature / volume, stress / volume, stiffness)
 
 
-def dynamical_matrix(energy, positions, cell, masses, *, chunk=None):
-    """D_ia,jb = H_ia,jb / sqrt(m_i m_j), (N,3,N,3) in eV/Angstrom^2/amu: that of a crystal at q =
-    0, or of a molecule (cell None).
+def dynamical_matrix(
+    energy: Energy,
+    positions: Positions,
+    cell: Cell | None,
+    masses: Float[ArrayLike, " N"],
+    *,
+    chunk: int | None = None,
+) -> Hessian:
+    """Returns the dynamical matrix D_ia,jb = H_ia,jb / sqrt(m_i m_j), (N,3,N,3) in
+    eV/Angstrom^2/amu, of a crystal at q = 0, or of a molecule (cell None).
 
-    `masses` (N,) in amu, cast to the dtype of the positions; the rest as `hessian`. For other wave
-    vectors take a supercell, whose q = 0 holds them.
+    `masses` (N,) are in amu, and are cast to the dtype of the positions. The other arguments are
+    those of `hessian`. For other wave vectors take a supercell: they are at its q = 0.
 
     Raises: ValueError as `hvp`, and for masses of another shape.
 
     >>> dynamical_matrix(lambda r, h: (r**2).sum(), jnp.ones((1, 3)), None, jnp.array([4.0]))[0, :, 0].diagonal().tolist()
     [0.5, 0.5, 0.5]
     """
-    positions = array("positions", positions)
-    masses = jnp.asarray(masses, positions.dtype)
-    if masses.shape != positions.shape[:1]:
+    r = array("positions", positions)
+    m = jnp.asarray(masses, r.dtype)
+    if m.shape != r.shape[:1]:
         raise ValueError(
             message(
-                f"masses as [{len(positions)}]",
-                spec(masses.shape, masses.dtype),
+                f"masses as [{len(r)}]",
+                spec(m.shape, m.dtype),
                 "give one mass in amu for each atom",
             )
         )
-    root = jnp.sqrt(masses)[:, None]
-    return hessian(energy, positions, cell, chunk=chunk) / root[:, None, None] / root
+    root = jnp.sqrt(m)[:, None]
+    return hessian(energy, r, cell, chunk=chunk) / root[:, None, None] / root
 
 
-def frequencies(energy, positions, cell, masses, *, unit="THz", chunk=None):
-    """Frequencies (3N,) at q = 0, ascending, in "THz" (default; f, not 2 pi f), "cm^-1" or "meV" (h
-    f).
+def frequencies(
+    energy: Energy,
+    positions: Positions,
+    cell: Cell | None,
+    masses: Float[ArrayLike, " N"],
+    *,
+    unit: Literal["THz", "cm^-1", "meV"] = "THz",
+    chunk: int | None = None,
+) -> Float[jax.Array, " 3*N"]:
+    """Returns the frequencies (3N,) at q = 0, ascending, in "THz" (f, not 2 pi f), "cm^-1" or "meV"
+    (h f).
 
-    Arguments and errors are those of `dynamical_matrix`, of which they are the roots of the
-    eigenvalues over 2 pi: the symmetric part is taken, and a negative eigenvalue gives -|f|, an
-    imaginary frequency. Three are acoustic, zero but for rounding if the energy does not change as
-    everything moves (a molecule has three rotations as well).
+    Arguments and errors are those of `dynamical_matrix`, of whose symmetric part the frequencies
+    are the square roots of the eigenvalues, over 2 pi. A negative eigenvalue gives -|f|, which
+    stands for an imaginary frequency. Three frequencies are acoustic. They are zero but for rounding
+    if the energy does not change as all atoms move together (a molecule has three rotations as
+    well).
 
     >>> [round(float(f), 2) for f in frequencies(lambda r, h: (r**2).sum() / 2, jnp.ones((1, 3)), None, jnp.ones(1))]
     [15.63, 15.63, 15.63]
@@ -192,7 +238,7 @@ def frequencies(energy, positions, cell, masses, *, unit="THz", chunk=None):
     return UNITS[unit] * jnp.sign(squares) * jnp.sqrt(abs(squares))
 
 
-def _pullback(energy, positions, cell):
+def _pullback(energy: Energy, positions: jax.Array, cell: Any) -> Callable[[jax.Array], jax.Array]:
     """v -> H v, from the gradient in the positions."""
     if positions.ndim != 2 or positions.shape[1] != 3:
         raise ValueError(
@@ -207,7 +253,7 @@ def _pullback(energy, positions, cell):
     return lambda v: pull(v)[0]
 
 
-def _scalar(energy, positions, cell):
+def _scalar(energy: Energy, positions: jax.Array, cell: Any) -> Float[jax.Array, ""]:
     value = energy(positions, cell)
     if jnp.shape(value) != ():
         do = "bind the potential to one system (no batch=), and use jax.vmap for several"
@@ -215,22 +261,22 @@ def _scalar(energy, positions, cell):
     return value
 
 
-def _mapped(pull, vectors, chunk):
-    return (
-        jax.vmap(pull)(vectors) if chunk is None else jax.lax.map(pull, vectors, batch_size=chunk)
-    )
+def _mapped(
+    pull: Callable[[jax.Array], jax.Array], vectors: jax.Array, chunk: int | None
+) -> jax.Array:
+    """The pullback of each vector."""
+    if chunk is None:
+        return jax.vmap(pull)(vectors)
+    return jax.lax.map(pull, vectors, batch_size=chunk)
 
 
-def _flat_rows(rows, n):
-    """(K,) numbers of rows, -1 for those that are not there; an error for these if they can be
-    seen."""
+def _flat_rows(rows: Any, n: int) -> Int[jax.Array, " K"]:
+    """The numbers of rows among n. A row that does not exist is an error if its value can be seen,
+    else -1."""
     seen = not isinstance(rows, jax.core.Tracer)
     rows = np.asarray(rows) if seen else rows
-    if (
-        not jnp.issubdtype(rows.dtype, jnp.integer)
-        or rows.ndim not in (1, 2)
-        or rows.shape[1:] not in ((), (2,))
-    ):
+    integers = jnp.issubdtype(rows.dtype, jnp.integer)
+    if not integers or rows.ndim not in (1, 2) or rows.shape[1:] not in ((), (2,)):
         raise ValueError(
             message(
                 "rows as int [K] or [K, 2]",
@@ -238,11 +284,9 @@ def _flat_rows(rows, n):
                 "give 3 atom + axis, or pairs (atom, axis)",
             )
         )
-    bad = (
-        ((rows < 0) | (rows >= (n if rows.ndim == 1 else np.array([n // 3, 3]))))
-        .reshape(len(rows), -1)
-        .any(1)
-    )
+    limit = n if rows.ndim == 1 else np.array([n // 3, 3])
+    outside = (rows < 0) | (rows >= limit)
+    bad = outside.reshape(len(rows), -1).any(1)
     if seen and bad.any():
         raise ValueError(
             message(
@@ -254,33 +298,30 @@ def _flat_rows(rows, n):
     return jnp.where(bad, -1, rows)
 
 
-def _checked_cell(cell):
-    """A cell with a volume, or an error; NaN where values can't be seen."""
+def _checked_cell(cell: Any) -> Float[jax.Array, "3 3"]:
+    """A cell with a volume, or an error. Without a volume it is NaN where values can't be seen."""
     do = "give the lattice vectors as rows: what is not periodic has no elastic constants"
-    cell = None if cell is None else array("cell", cell)
-    if cell is None or cell.shape != (3, 3):
-        raise ValueError(
-            message(
-                "a cell as [3, 3]", "None" if cell is None else spec(cell.shape, cell.dtype), do
-            )
-        )
-    flat = ~(
-        abs(jnp.linalg.det(cell))
-        > 8 * jnp.finfo(cell.dtype).eps * jnp.linalg.norm(cell, axis=-1).prod()
-    )
+    if cell is None:
+        raise ValueError(message("a cell as [3, 3]", "None", do))
+    cell = array("cell", cell)
+    if cell.shape != (3, 3):
+        raise ValueError(message("a cell as [3, 3]", spec(cell.shape, cell.dtype), do))
+    rounding = 8 * jnp.finfo(cell.dtype).eps * jnp.linalg.norm(cell, axis=-1).prod()
+    flat = ~(abs(jnp.linalg.det(cell)) > rounding)  # True for NaN too
     if not isinstance(flat, jax.core.Tracer) and flat:
         raise ValueError(message("an invertible cell", "a singular one", do))
     return jnp.where(flat, jnp.nan, cell)
 
 
-def _strain_derivatives(energy, positions, cell):
+def _strain_derivatives(
+    energy: Energy, positions: jax.Array, cell: jax.Array
+) -> tuple[Float[jax.Array, " 6"], tuple[Float[jax.Array, "6 N 3"], Voigt]]:
     """dE/deta (6,), and d2E/dr deta (6,N,3), d2E/deta deta (6,6)."""
 
     def strained(r, eta):
-        half = (
-            jnp.zeros((3, 3), r.dtype).at[FIRST, SECOND].add(eta / 2).at[SECOND, FIRST].add(eta / 2)
-        )
-        deform = jnp.eye(3, dtype=r.dtype) + half
+        strain = jnp.zeros((3, 3), r.dtype)
+        strain = strain.at[FIRST, SECOND].add(eta / 2).at[SECOND, FIRST].add(eta / 2)
+        deform = jnp.eye(3, dtype=r.dtype) + strain
         return _scalar(energy, r @ deform, cell @ deform)
 
     zero = jnp.zeros(6, positions.dtype)
@@ -288,21 +329,22 @@ def _strain_derivatives(energy, positions, cell):
     return slope, jax.vmap(pull)(jnp.eye(6, dtype=positions.dtype))
 
 
-def _given_way(h, mixed):
-    """L^T H^+ L (6,6), uniform translations projected out of both."""
+def _relaxation(h: Hessian, mixed: Float[jax.Array, "6 N 3"]) -> Voigt:
+    """L^T H^+ L, what the relaxing atoms take from the curvature. Uniform translations are
+    projected out of both."""
     n = len(h)
     mixed = _centred(mixed).reshape(6, 3 * n)
     h = _centred(_centred(h).transpose(2, 3, 0, 1)).reshape(3 * n, 3 * n)
     return mixed @ jnp.linalg.pinv((h + h.T) / 2, hermitian=True) @ mixed.T
 
 
-def _centred(x):
+def _centred(x: jax.Array) -> jax.Array:
     """(...,N,3) without its part along uniform translations."""
     return x - x.mean(-2, keepdims=True)
 
 
-def _stiffness(k, s, name):
-    """K (6,6) turned into the stiffness of that name, under the stress s (6,)."""
+def _stiffness(k: Voigt, s: Float[jax.Array, " 6"], name: str) -> Voigt:
+    """K turned into the stiffness of that name, under the stress s."""
     k = (k + k.T) / 2
     matrix = jnp.zeros((3, 3), s.dtype).at[FIRST, SECOND].set(s).at[SECOND, FIRST].set(s)
     i, j, unit = FIRST, SECOND, jnp.eye(3, dtype=s.dtype)

@@ -8,19 +8,32 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
 
 from bridge.contract import check_outputs, named
 from bridge.errors import message
+from jax_side.potentials.derivatives import Inputs, Model, Named
+
+Vectors = Float[jax.Array, "N 3"]  # of each atom
+Matrices = Float[jax.Array, "B 3 3"]  # of each system
+Batch = Int[jax.Array, " N"]  # the system of each atom
 
 
-def virial(position_gradients, cell_gradients, positions, batch, cell):
-    """W = dE/de of the strain r -> r(I+e), h -> h(I+e), for each system: W = R^T g + h^T G.
+def virial(
+    position_gradients: Vectors,
+    cell_gradients: Matrices,
+    positions: Vectors,
+    batch: Batch,
+    cell: Matrices,
+) -> Matrices:
+    """Returns the virial W = dE/de of the strain r -> r(I+e), h -> h(I+e) for each system.
 
-    Shapes: position_gradients g and positions (N,3), cell_gradients G and cell h (B,3,3), batch
-    (N,) int; result (B,3,3). Units: eV/Angstrom and Angstrom in, eV out. Signs: g = dE/dr (forces
-    are -g), G = dE/dh at fixed Cartesian positions; W is positive where the system wants to shrink.
-    W is exact: for an energy that rotation leaves alone it comes out symmetric, though neither of
-    its terms is, and nothing is symmetrised here. A zero cell gives R^T g.
+    It is W = R^T g + h^T G. Shapes: position_gradients g and positions (N,3), cell_gradients G and
+    cell h (B,3,3), batch (N,) int; the result is (B,3,3). Units: eV/Angstrom and Angstrom in, eV
+    out. Signs: g = dE/dr (forces are -g), G = dE/dh at fixed Cartesian positions, and W is positive
+    where the system wants to shrink. W is exact: if rotation does not change the energy, W comes
+    out symmetric, though neither of its terms is, and nothing is symmetrised here. A zero cell
+    gives R^T g.
 
     >>> one = jnp.ones((1, 3, 3))
     >>> virial(jnp.zeros((2, 3)), one, jnp.zeros((2, 3)), jnp.zeros(2, int), 2 * one)[0, 0].tolist()
@@ -29,15 +42,17 @@ def virial(position_gradients, cell_gradients, positions, batch, cell):
     return _moments(positions, position_gradients, batch, cell) + cell.mT @ cell_gradients
 
 
-def lattice_gradient_from_virial(forces, positions, batch, cell, virial):
-    """G = dE/dh at fixed Cartesian positions, from forces and virial: G = h^-T (W - R^T g), g =
-    -forces.
+def lattice_gradient_from_virial(
+    forces: Vectors, positions: Vectors, batch: Batch, cell: Matrices, virial: Matrices
+) -> Matrices:
+    """Returns G = dE/dh at fixed Cartesian positions, from forces and virial.
 
-    The signature is kUPS's, with virial = W (B,3,3) in eV. Shapes: forces and positions (N,3),
-    batch (N,) int, cell h (B,3,3) by rows; result (B,3,3) in eV/Angstrom. (R^T g)_ij = sum_b r_bi
-    g_bj over the atoms of each system. The antisymmetric part is kept: symmetrising R^T g or h^T G,
-    as some codes do, is wrong whenever sum r x g is not zero. A W that a model has symmetrised is
-    the exact one if its energy is invariant under rotation.
+    It is G = h^-T (W - R^T g) with g = -forces, where (R^T g)_ij = sum_b r_bi g_bj over the atoms
+    of each system. The signature is kUPS's, with virial = W (B,3,3) in eV. Shapes: forces and
+    positions (N,3), batch (N,) int, cell h (B,3,3) by rows; the result is (B,3,3) in eV/Angstrom.
+    The antisymmetric part is kept: symmetrising R^T g or h^T G, as some codes do, is wrong whenever
+    sum r x g is not zero. A W that a model has symmetrised is the exact one if its energy is
+    invariant under rotation.
 
     Raises: ValueError naming the system whose cell is singular, for which G does not follow from W.
     Under tracing, where values can't be seen, such a system gives NaN.
@@ -58,14 +73,17 @@ def lattice_gradient_from_virial(forces, positions, batch, cell, virial):
     return jnp.where(bad[:, None, None], jnp.nan, gradient)
 
 
-def stress(virial, cell, pbc):
-    """Cauchy stress W / V with V = |det h|, tension positive as in ASE, for each system.
+def stress(virial: Matrices, cell: Matrices, pbc: Bool[jax.Array, "B 3"]) -> Matrices:
+    """Returns the Cauchy stress W / V of each system, with V = |det h| and tension positive as in
+    ASE.
 
-    Shapes: virial W and cell h (B,3,3), pbc (B,3) bool; result (B,3,3) in eV/Angstrom^3. kUPS and
-    jax-md use the opposite sign. ASE's Voigt order is xx, yy, zz, yz, xz, xy of this matrix.
+    Shapes: virial W and cell h (B,3,3), pbc (B,3) bool; the result is (B,3,3) in eV/Angstrom^3.
+    kUPS and jax-md use the opposite sign. ASE's Voigt order is xx, yy, zz, yz, xz, xy of this
+    matrix.
 
-    Raises: ValueError naming the system, where no axis is periodic or the cell is singular: it has
-    no stress. Under tracing, where values can't be seen, such a system gives NaN, never a number.
+    Raises: ValueError naming the system that has no stress, because none of its axes is periodic or
+    its cell is singular. Under tracing, where values can't be seen, such a system gives NaN, never
+    a number.
 
     >>> stress(6 * jnp.eye(3)[None], 2 * jnp.eye(3)[None], jnp.ones((1, 3), bool))[0, 0].tolist()
     [0.75, 0.0, 0.0]
@@ -77,16 +95,16 @@ def stress(virial, cell, pbc):
     return virial / volume[:, None, None]
 
 
-def with_gradients(energy):
-    """Turn `energy(inputs)` into a model of the contract: value, g and G from one forward and one
-    backward.
+def with_gradients(energy: Callable[[Inputs], jax.Array | Named]) -> Model:
+    """Turns `energy(inputs)` into a model of the contract, which gives the energy, g and G from one
+    forward and one backward pass.
 
-    `energy` takes the dict of the contract and returns (B,) in eV, or a dict with such an "energy"
+    `energy` takes the dict of the contract. It returns (B,) in eV, or a dict with such an "energy"
     and other outputs, which are passed on. It must be differentiable in inputs["pos"] (N,3) and
-    inputs["cell"] (B,3,3), and no system may see another. The result returns dict(energy (B,),
-    position_gradients g = dE/dr at fixed cell (N,3), cell_gradients G = dE/dh at fixed Cartesian
-    positions (B,3,3), ...), pure and differentiable again. Models made from equal energies are
-    equal and hash alike, so that jit caches hit.
+    inputs["cell"] (B,3,3), and no system may see another. The model returns a dict with energy
+    (B,), position_gradients g = dE/dr at fixed cell (N,3), cell_gradients G = dE/dh at fixed
+    Cartesian positions (B,3,3), and the other outputs. It is pure, and differentiable again. Models
+    made from equal energies are equal and hash alike, so that jit caches hit.
 
     Raises, when it is called: ValueError for an energy that is not (B,) or is missing.
 
@@ -99,29 +117,27 @@ def with_gradients(energy):
 
 @dataclass(frozen=True)
 class _WithGradients:
-    energy: Callable
+    energy: Callable[[Inputs], jax.Array | Named]
 
-    def __call__(self, inputs: dict) -> dict:
+    def __call__(self, inputs: Inputs) -> Named:
         def total(pos, cell):
-            out = self.energy(inputs | {"pos": pos, "cell": cell})
-            out = named(out)
+            out = named(self.energy(inputs | {"pos": pos, "cell": cell}))
             check_outputs(out, pos.shape[0], cell.shape[0])
             return out["energy"].sum(), out
 
-        (_, out), (g, G) = jax.value_and_grad(total, (0, 1), has_aux=True)(
-            inputs["pos"], inputs["cell"]
-        )
+        differentiate = jax.value_and_grad(total, (0, 1), has_aux=True)
+        (_, out), (g, G) = differentiate(inputs["pos"], inputs["cell"])
         return out | {"position_gradients": g, "cell_gradients": G}
 
 
-def _moments(positions, vectors, batch, cell):
+def _moments(positions: Vectors, vectors: Vectors, batch: Batch, cell: Matrices) -> Matrices:
     """sum_b r_bi v_bj over the atoms b of each system: (B,3,3)."""
     outer = positions[:, :, None] * vectors[:, None, :]
     return jax.ops.segment_sum(outer, batch, num_segments=cell.shape[0])
 
 
-def _singular(cell):
-    """True where |det h| is no more than rounding, or not a number: (B,)."""
+def _singular(cell: Matrices) -> Bool[jax.Array, " B"]:
+    """True where |det h| is no more than rounding, or not a number."""
     scale = jnp.linalg.norm(cell, axis=-1).prod(-1)
     return ~(abs(jnp.linalg.det(cell)) > 8 * jnp.finfo(cell.dtype).eps * scale)
 
