@@ -19,9 +19,8 @@ from torch.autograd.function import BackwardCFunction
 
 from bridge.errors import message
 
-# A node of a graph of torch, and a custom autograd Function, as torch's own types don't have them.
-Node = Any
-Kernel = type
+Node = Any  # a node of a graph of torch: its own type lacks what is read here
+Kernel = type  # a custom autograd Function
 
 _MOVE = 1e-4  # relative change of the inputs, of which a constant must not show the tenth part
 _vouched: set[Kernel] = set()
@@ -56,10 +55,10 @@ def check_twice(
         if only_private:
             continue
         found = [g.grad_fn for g in gradients if g.requires_grad]
-        if not _reaches(found, inputs) and _changes(
-            custom(again())[at:], node, cotangents, gradients
-        ):
-            raise _cut(cls)
+        if not _reaches(found, inputs):
+            rest = custom(again())[at:]
+            if _changes(rest, node, cotangents, gradients):
+                raise _cut(cls)
         if any(g.any() for g in gradients):
             _proven.add(cls)
 
@@ -165,10 +164,10 @@ def _backward(node: Node) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 def _linear(gradients: Sequence[torch.Tensor]) -> bool:
     """False where gradients of one Function carry no graph back to the cotangents that they are
     linear in."""
-    nodes = [g.grad_fn for g in gradients if g.requires_grad]
+    nodes: list[Node] = [g.grad_fn for g in gradients if g.requires_grad]
     constants = [g for g in gradients if not g.requires_grad]
     # torch puts a node of an error in place of a backward that is @once_differentiable
-    refused = any(node is not None and "Error" in node.name() for node in nodes)
+    refused = any("Error" in node.name() for node in nodes)
     return not refused and not any(g.any() for g in constants)
 
 

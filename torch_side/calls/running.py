@@ -6,9 +6,9 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
-from operator import gt
+from operator import attrgetter, gt
 from sys import getrefcount
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -68,16 +68,13 @@ def runner(fn: Function, ready: bool) -> Callable[[Sequence[Any], Sequence[Any]]
     is_inference = torch.is_inference_mode_enabled
     is_grad_enabled = torch.is_grad_enabled
     set_grad_enabled = buffers.set_grad_enabled
-    take, storage, holders, owners = (
-        buffers.view,
-        buffers.storage,
-        buffers.holders,
-        buffers.owners,
-    )
+    take, storage = buffers.view, buffers.storage
+    holders, owners = buffers.holders, buffers.owners
     inputs = [DTYPES[s.dtype] for s in fn.inputs]
     outputs = [DTYPES[s.dtype] for s in fn.outputs]
-    # Both are known from the first call on.
-    untouched: list[tuple] | None = None  # the traces of the inputs before a call
+    # Both are known from the first call on. `references`, which says so, is set last, since several
+    # threads may make that call.
+    untouched: list[tuple] = []  # the traces of the inputs before a call
     references = 0  # how often Python refers to an input during a call
 
     def into_buffers(tensors: Sequence[Any], into: Sequence[Any]) -> None:
@@ -87,7 +84,7 @@ def runner(fn: Function, ready: bool) -> Callable[[Sequence[Any], Sequence[Any]]
             return
         if not ready:
             tensors, into = [*map(take, tensors, inputs)], [*map(take, into, outputs)]
-        if untouched is None:
+        if not references:
             untouched = _traces(tensors)
             for t in tensors:
                 references = getrefcount(t)
@@ -118,14 +115,9 @@ def runner(fn: Function, ready: bool) -> Callable[[Sequence[Any], Sequence[Any]]
     return into_buffers
 
 
-def _engine(fn: Function) -> TorchEngine:
-    """The engine of a Function of this bank."""
-    return cast(TorchEngine, fn.engine)
-
-
-def _base(fn: Function) -> TorchBase:
-    """The base of a Function of this bank."""
-    return cast(TorchBase, fn.base)
+# The engine and the base of a Function of this bank, which the neutral contract does not know.
+_engine: Callable[[Function], TorchEngine] = attrgetter("engine")
+_base: Callable[[Function], TorchBase] = attrgetter("base")
 
 
 def _traces(tensors: Sequence[torch.Tensor]) -> list[tuple]:

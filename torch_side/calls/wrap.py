@@ -188,7 +188,7 @@ class Bridged(torch.autograd.Function):
     def jvp(
         ctx: Any, _fn: None, _recording: None, *tangents: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        """Returns the tangents of the outputs, None for those that are no floats."""
+        """Returns the tangents of the outputs, None for those that have no derivative."""
         fn = ctx.fn()
         wrt = tuple(i for i, t in enumerate(tangents) if t is not None)
         inexact = tuple(o for o, s in enumerate(fn.outputs) if s.inexact)
