@@ -20,6 +20,7 @@ from bridge.atoms import INFO, PROPERTIES, calculators
 from bridge.card import Card
 from bridge.contract import ENERGY_AND_GRADIENTS, GRADIENTS, GRAPH, check_inputs, check_outputs
 from bridge.errors import message
+from jax_side.calls import compat
 from jax_side.calls.nesting import cpu_device, here
 from jax_side.potentials.calculated import Calculated
 from jax_side.potentials.potential import Potential, array
@@ -108,7 +109,7 @@ def calculator(
     if dtype:
         dtype_name = str(np.dtype(dtype))
     else:
-        dtype_name = card.dtype or ("float64" if _x64() else "float32")
+        dtype_name = card.dtype or ("float64" if compat.config.jax_enable_x64 else "float32")
     return kind(evaluate, card, dtype_name, evaluate.name)
 
 
@@ -159,7 +160,8 @@ class _OfModel:
     name: str
 
     def __call__(self, arrays: Arrays) -> Arrays:
-        self.card.check_elements(arrays["atomic_numbers"].tolist(), arrays["batch"], self.name)
+        numbers = arrays["atomic_numbers"].tolist()
+        self.card.check_elements(numbers, arrays["batch"].tolist(), self.name)
         self.card.check_pbc(arrays["pbc"].tolist(), self.name)
         if self.card.neighbor_list == "given":
             arrays = arrays | _edges(arrays, self.card.cutoff)
@@ -219,12 +221,6 @@ class _OfEnergy:
 @partial(jax.jit, static_argnums=0)
 def _outputs(energy, pos, cell, changing):
     return energy.outputs(pos, cell, **changing)
-
-
-def _x64() -> bool:
-    """Whether JAX keeps 64-bit dtypes."""
-    # JAX adds the attribute to its Config as it runs, where pyright can't see it.
-    return jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _array(name: str, x: np.ndarray) -> jax.Array:

@@ -12,6 +12,7 @@ import jax.export
 
 from bridge import archive
 from bridge.errors import message, spec
+from jax_side.calls import compat
 from jax_side.calls.primitive import bridge_p
 from jax_side.montecarlo import exported
 from jax_side.montecarlo.exported import Kind
@@ -127,7 +128,7 @@ def load(
     _check_order(order)
     found = archive.read(path, ENTRIES, limit)
     cutoff, precision = archive.metadata(path, found[archive.METADATA])
-    if precision == "64bit" and not _x64():
+    if precision == "64bit" and not compat.config.jax_enable_x64:
         raise archive.refused(path, "one of precision 64bit while x64 is off", X64)
     types, functions = archive.types(precision), {}
     for name, (file, takes, gives) in archive.FUNCTIONS.items():
@@ -142,17 +143,11 @@ def load(
     return LocalPotential(**functions, cutoff=cutoff)
 
 
-def _x64() -> bool:
-    """Whether JAX keeps 64-bit dtypes."""
-    # JAX adds the attribute to its Config as it runs, where pyright can't see it.
-    return jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def _types(precision: str) -> dict[str, Kind]:
     """The kinds of all arrays by the letters of archive.FUNCTIONS; ValueError for 64bit without
     x64."""
     types = archive.types(precision)
-    if precision == "64bit" and not _x64():
+    if precision == "64bit" and not compat.config.jax_enable_x64:
         raise ValueError(message("x64 on for precision='64bit'", "x64 off", X64))
     return types
 
