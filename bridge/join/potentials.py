@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import jax
+import numpy as np
 import torch
-from jax.typing import ArrayLike
+from jaxtyping import Int
 
 from bridge import contract
 from bridge.call import one_of
@@ -46,9 +47,9 @@ class JaxModel(Protocol):
 def potential(
     model: TorchModel,
     *,
-    atomic_numbers: ArrayLike,
-    pbc: ArrayLike | None = None,
-    batch: ArrayLike | None = None,
+    atomic_numbers: Int[np.ndarray, " N"] | Int[jax.Array, " N"],
+    pbc: jax_side_potential.Pbc | None = None,
+    batch: Int[np.ndarray, " N"] | Int[jax.Array, " N"] | None = None,
     n_systems: int = 1,
     gradients: Literal["model", "autograd"] = "model",
     outputs: Iterable[str] = (),
@@ -56,7 +57,7 @@ def potential(
     card: Card | None = None,
     batched: Literal["graph", "sequential"] = "graph",
     lane: Lane = "auto",
-    **extras: ArrayLike,
+    **extras: Any,
 ) -> jax_side_potential.Potential:
     """Returns a torch potential as a differentiable JAX energy: `energy(positions, cell)`, in eV and
     Angstrom.

@@ -4,10 +4,13 @@ moves through all distances. NumPy only."""
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float
 
+Arrays = dict[str, np.ndarray]  # with the keys of bridge.contract
 UNKNOWN_REACH = 8.0  # Angstrom, where a model does not tell its cutoff
 NEAREST = 1.2  # Angstrom, where the probe starts
 INTERVALS = 24
@@ -16,13 +19,17 @@ ROUGHEST = 6  # intervals that are searched for kinks
 
 @dataclass(frozen=True)
 class Resolution:
-    """How narrow an interval must be (Angstrom) for what jumps in it to be a jump, and what is
-    rounding (relative)."""
+    """What is a jump and what is rounding.
+
+    width             an interval (Angstrom) so narrow that what still changes in it has jumped
+    energy, gradient  what is rounding, relative
+    kink              the interval (Angstrom) at which second derivatives are compared, None where
+                      rounding hides them
+    """
 
     width: float
     energy: float
     gradient: float
-    # width at which second derivatives are compared; None where rounding hides them
     kink: float | None
 
 
@@ -34,25 +41,30 @@ RESOLUTIONS = {
 
 @dataclass(frozen=True)
 class Point:
-    """The probe at distance t from its atom: energy, slope along the path, gradients of all
-    atoms."""
+    """The probe at distance t from its atom: the energy, its slope along the path, and the gradients
+    of all atoms."""
 
     t: float
     energy: float
     slope: float
-    gradients: np.ndarray
+    gradients: Float[np.ndarray, "N 3"]
+
+
+Misfit = Callable[[Point, Point, Point], float]  # of the ends and the middle of an interval
 
 
 @dataclass(frozen=True)
 class Path:
-    """A probe that moves away from the outermost atom of a cluster, along `direction`."""
+    """A probe, the last atom, that moves away from the outermost atom of a cluster along
+    `direction`."""
 
-    model: object
-    structure: dict
+    model: Callable[[Arrays], Arrays]
+    structure: Arrays
     atom: int
-    direction: np.ndarray
+    direction: Float[np.ndarray, " 3"]
 
-    def __call__(self, t) -> Point:
+    def __call__(self, t: float) -> Point:
+        """Returns what the model gives with the probe at distance t (Angstrom)."""
         pos = self.structure["pos"].copy()
         pos[-1] = pos[self.atom] + t * self.direction
         out = self.model(self.structure | {"pos": pos})
@@ -60,9 +72,13 @@ class Path:
         return Point(t, float(out["energy"][0]), float(g[-1] @ self.direction), g)
 
 
-def path_of(model, s, rng, reach) -> Path:
-    """The first system of a structure as a cluster with a probe of one of its elements; in a wide
-    cell where it is periodic."""
+def path_of(
+    model: Callable[[Arrays], Arrays], s: Arrays, rng: np.random.Generator, reach: float
+) -> Path:
+    """Returns the first system of a structure as a cluster with a probe of one of its elements.
+
+    A periodic system gets a wide cell, in which images are beyond the `reach` of the model.
+    """
     own = s["batch"] == 0
     pos, numbers = s["pos"][own], s["atomic_numbers"][own]
     direction = rng.normal(size=3)
@@ -80,48 +96,58 @@ def path_of(model, s, rng, reach) -> Path:
 
 
 def search(path: Path, reach: float, resolution: Resolution) -> tuple[str, str]:
-    """(a jump in energy or gradients, a kink in the gradients) on the way of the probe; "" where
-    there is none."""
-    points = [path(t) for t in np.linspace(NEAREST, 1.15 * reach, INTERVALS + 1)]
+    """Returns the texts of (a jump in energy or gradients, a kink in the gradients) on the way of the
+    probe. A text is "" if there is none."""
+    points = [path(float(t)) for t in np.linspace(NEAREST, 1.15 * reach, INTERVALS + 1)]
     scale = _scales(points)
-    for left, right in itertools.pairwise(points):
-        for misfit, allowed, text in (
-            (
-                _energy_misfit,
-                resolution.energy * scale.energy,
-                "energy: expected none that jumps, got {:.6g} eV",
-            ),
-            (
-                _gradient_misfit,
-                resolution.gradient * scale.gradient,
-                "position_gradients: expected none that jump, got {:.6g} eV/Angstrom",
-            ),
-        ):
-            at, jump = _narrowed(path, left, right, misfit, allowed, resolution.width)
-            if at is not None:
-                where = f" where the probe is {at:.5g} Angstrom from atom {path.atom}; allowed {allowed:.3g}"
-                return text.format(jump) + where, ""
-    if resolution.kink is None:
+    if jump := _jump(path, points, scale, resolution):
+        return jump, ""
+    kink = None if resolution.kink is None else _strongest_kink(path, points, resolution.kink)
+    if kink is None or not kink[0] > 0.05 * scale.curvature:
         return "", ""
+    strength, at = kink
+    jumps = f"second derivatives jump by {strength:.3g} eV/Angstrom^2"
+    return "", f"{jumps} where a probe is {at:.5g} Angstrom from atom {path.atom}"
+
+
+def _jump(path: Path, points: Sequence[Point], scale: _Scale, resolution: Resolution) -> str:
+    """The text of the nearest jump in energy or gradients; "" if there is none."""
+    energies = "energy: expected none that jumps, got {:.6g} eV"
+    gradients = "position_gradients: expected none that jump, got {:.6g} eV/Angstrom"
+    kinds: tuple[tuple[Misfit, float, str], ...] = (
+        (_energy_misfit, resolution.energy * scale.energy, energies),
+        (_gradient_misfit, resolution.gradient * scale.gradient, gradients),
+    )
+    for left, right in itertools.pairwise(points):
+        for misfit, allowed, text in kinds:
+            at, size = _narrowed(path, left, right, misfit, allowed, resolution.width)
+            if at is not None:
+                where = f"where the probe is {at:.5g} Angstrom from atom {path.atom}"
+                return f"{text.format(size)} {where}; allowed {allowed:.3g}"
+    return ""
+
+
+def _strongest_kink(path: Path, points: Sequence[Point], width: float) -> tuple[float, float]:
+    """(jump of the second derivatives, where), from the intervals that look roughest."""
     bends = [
         abs(a.gradients - 2 * b.gradients + c.gradients).max()
         for a, b, c in zip(points, points[1:], points[2:])
     ]
     rough = sorted(range(len(bends)), key=bends.__getitem__)[-ROUGHEST // 2 :]
     intervals = {at + side for at in rough for side in (0, 1)}
-    strength, at = max(_kink(path, points[i], points[i + 1], resolution.kink) for i in intervals)
-    text = f"second derivatives jump by {strength:.3g} eV/Angstrom^2 where a probe is {at:.5g} Angstrom from atom {path.atom}"
-    return "", text if strength > 0.05 * scale.curvature else ""
+    return max(_kink(path, points[i], points[i + 1], width) for i in intervals)
 
 
 @dataclass(frozen=True)
 class _Scale:
+    """The sizes of what a path has, beside which an error is large or small."""
+
     energy: float
     gradient: float
     curvature: float
 
 
-def _scales(points) -> _Scale:
+def _scales(points: Sequence[Point]) -> _Scale:
     steps = [
         abs(b.gradients - a.gradients).max() / (b.t - a.t) for a, b in itertools.pairwise(points)
     ]
@@ -133,21 +159,23 @@ def _scales(points) -> _Scale:
 
 
 def _energy_misfit(a: Point, middle: Point, b: Point) -> float:
-    """What Simpson's rule for the slopes leaves of the change of the energy: fifth order in the
-    width, or a jump."""
+    """What Simpson's rule for the slopes leaves of the change of the energy. It is of fifth order in
+    the width, or a jump."""
     rule = (a.slope + 4 * middle.slope + b.slope) / 6
     return abs(b.energy - a.energy - (b.t - a.t) * rule)
 
 
 def _gradient_misfit(a: Point, middle: Point, b: Point) -> float:
-    """How far the gradients are from straight: second order in the width, first at a kink, or half
-    of a jump."""
+    """How far the gradients are from a straight line. It is of second order in the width, of first
+    order at a kink, or half of a jump."""
     return abs(middle.gradients - (a.gradients + b.gradients) / 2).max()
 
 
-def _narrowed(path, a, b, misfit, allowed, width):
-    """(where, how large) a misfit stays that does not go away as the interval narrows; (None, 0)
-    where it does."""
+def _narrowed(
+    path: Path, a: Point, b: Point, misfit: Misfit, allowed: float, width: float
+) -> tuple[float | None, float]:
+    """(where, how large) a misfit is that stays as the interval narrows; (None, 0) if it goes
+    away."""
     while True:
         middle = path((a.t + b.t) / 2)
         off = misfit(a, middle, b)
@@ -159,22 +187,19 @@ def _narrowed(path, a, b, misfit, allowed, width):
         a, b = max(halves, key=lambda ends: _roughness(misfit, *ends))
 
 
-def _roughness(misfit, a, b) -> float:
-    """Which half has what does not fit, by its ends alone."""
+def _roughness(misfit: Misfit, a: Point, b: Point) -> float:
+    """How much does not fit in a half, as far as its ends tell."""
     if misfit is _energy_misfit:
         return abs(b.energy - a.energy - (b.t - a.t) * (a.slope + b.slope) / 2)
     return abs(b.gradients - a.gradients).max()
 
 
-def _kink(path, a, b, width) -> tuple[float, float]:
-    """(jump of the second derivatives, where), as it is left at an interval of this width."""
+def _kink(path: Path, a: Point, b: Point, width: float) -> tuple[float, float]:
+    """(jump of the second derivatives, where), as it is left in an interval of this width."""
     while b.t - a.t > width:
         middle = path((a.t + b.t) / 2)
-        quarter, three = path((a.t + middle.t) / 2), path((middle.t + b.t) / 2)
-        a, b = (
-            (a, middle)
-            if _gradient_misfit(a, quarter, middle) > _gradient_misfit(middle, three, b)
-            else (middle, b)
-        )
+        left = _gradient_misfit(a, path((a.t + middle.t) / 2), middle)
+        right = _gradient_misfit(middle, path((middle.t + b.t) / 2), b)
+        a, b = (a, middle) if left > right else (middle, b)
     middle = path((a.t + b.t) / 2)
     return 8 * _gradient_misfit(a, middle, b) / (b.t - a.t), middle.t

@@ -42,7 +42,7 @@ class Signature:
             for p in self._paths()
         )
 
-    def parameters(self, names: list[str]) -> tuple[str, ...]:
+    def parameters(self, names: Sequence[str]) -> tuple[str, ...]:
         """Returns the parameter that each array belongs to, given those of the callable in
         order."""
         return tuple(
