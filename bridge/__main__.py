@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
         print(USAGE, file=sys.stderr)
         return 2
     try:
-        options = _parser().parse_args(arguments[1:])
+        options = _parsed(arguments[1:])
     except SystemExit as end:  # of argparse, after its own message
         return int(end.code or 0)
     try:
@@ -150,8 +150,8 @@ def _without_arguments(x: Any) -> bool:
     return True
 
 
-def _parser() -> argparse.ArgumentParser:
-    """The arguments of check."""
+def _parsed(arguments: list[str]) -> argparse.Namespace:
+    """The options of check. Raises SystemExit for what it does not know."""
     parser = argparse.ArgumentParser(
         "python -m bridge check",
         description="Check a potential of the contract: bridge.testing.check_potential.",
@@ -169,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--elements", type=_elements, help="symbols or atomic numbers, as Si,O")
     parser.add_argument("--dtype", choices=("float64", "float32"))
     parser.add_argument("--examples", type=int, default=20, help="structures for each property")
-    return parser
+    return parser.parse_args(arguments)
 
 
 def _elements(text: str) -> tuple[int, ...]:
