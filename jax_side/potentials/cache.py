@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ class Cache(NamedTuple):
     """The inputs of all systems, and what the potential gave for them. A proposal is one too."""
 
     inputs: Inputs
-    out: PotentialOut
+    out: Any  # a PotentialOut, or a dict of the contract
 
 
 Selected = TypeVar("Selected", dict[str, Any], PotentialOut, Cache)
@@ -39,7 +39,7 @@ Selected = TypeVar("Selected", dict[str, Any], PotentialOut, Cache)
 class CachedPotential:
     """What `cached` returns; its docstring is the documentation."""
 
-    potential: Callable[[Inputs], PotentialOut]
+    potential: Callable[[Inputs], Any]
     rows: tuple[tuple[str, Literal["N", "B"]], ...] = ()
 
     def init(self, inputs: Inputs) -> Cache:
@@ -48,7 +48,7 @@ class CachedPotential:
         # rounded otherwise.
         return Cache(dict(inputs), jax.lax.optimization_barrier(self.potential(inputs)))
 
-    def propose(self, inputs: Inputs) -> tuple[PotentialOut, Cache]:
+    def propose(self, inputs: Inputs) -> tuple[Any, Cache]:
         """Returns (outputs, proposal) for these inputs, from one evaluation of the potential."""
         proposal = self.init(inputs)
         return proposal.out, proposal
@@ -61,11 +61,12 @@ class CachedPotential:
         return select_systems(accept, proposal, cache, cache.inputs["batch"], dict(self.rows))
 
 
-def cached(
-    potential: Callable[[Inputs], PotentialOut], rows: Rows | None = None
-) -> CachedPotential:
-    """Returns a potential (inputs -> PotentialOut) with a cache of the inputs and outputs that were
-    last accepted, system by system, for Monte Carlo.
+def cached(potential: Callable[[Inputs], Any], rows: Rows | None = None) -> CachedPotential:
+    """Returns a potential with a cache of the inputs and outputs that were last accepted, system by
+    system, for Monte Carlo.
+
+    The potential takes inputs of the contract and returns a PotentialOut, or a dict of the
+    contract.
 
         chains = cached(potential)
         # one evaluation; the cache has cache.inputs and cache.out
@@ -129,15 +130,17 @@ def select_systems(
     >>> r["pos"][:, 0].tolist()
     [1.0, 0.0, 0.0]
     """
-    accepted = jnp.asarray(accept)
-    # casts, since a type checker can't see that `new` is what `old` is
+    return _select_any(jnp.asarray(accept), new, old, batch, rows)
+
+
+def _select_any(accept: jax.Array, new: Any, old: Any, batch: jax.Array, rows: Rows | None) -> Any:
+    """select_systems for each of its kinds."""
     if isinstance(old, Cache):
-        proposal = cast(Cache, new)
-        inputs = _select_dict(accepted, proposal.inputs, old.inputs, batch, rows)
-        return Cache(inputs, _select_out(accepted, proposal.out, old.out, batch))
+        pairs = zip(new, old, strict=True)
+        return Cache(*(_select_any(accept, n, o, batch, rows) for n, o in pairs))
     if isinstance(old, PotentialOut):
-        return _select_out(accepted, cast(PotentialOut, new), old, batch)
-    return _select_dict(accepted, cast(dict, new), old, batch, rows)
+        return _select_out(accept, new, old, batch)
+    return _select_dict(accept, new, old, batch, rows)
 
 
 def _select_dict(
