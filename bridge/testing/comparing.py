@@ -105,23 +105,27 @@ def _compare(
     """Raises AssertionError for the first array that is not what was wanted."""
     for label, what, got in found:
         own, expected = want[what]
-        own, by = f"the callable's own, by {own}", f"{where} by {label}"
         if len(got) != len(expected):
             raise AssertionError(
-                f"{what}: expected {len(expected)} arrays ({own}), got {len(got)} {by}"
+                f"{what}: expected {len(expected)} arrays (the callable's own, by {own}), got "
+                f"{len(got)} {where} by {label}"
             )
         for k, (a, b) in enumerate(zip(got, expected)):
             name = f"{what}, array {k}" if len(got) > 1 else what
             if a.shape != b.shape:
                 raise AssertionError(
-                    f"{name}: expected shape {b.shape} ({own}), got shape {a.shape} {by}"
+                    f"{name}: expected shape {b.shape} (the callable's own, by {own}), got shape "
+                    f"{a.shape} {where} by {label}"
                 )
             room = allowed * max(abs(b).max(initial=0), 1e-3)
             off = np.where((a == b) | np.isnan(a) & np.isnan(b), 0, abs(a.astype(complex) - b))
             if a.size and not off.max() <= room:
                 at = np.unravel_index(np.argmax(np.where(np.isnan(off), np.inf, off)), off.shape)
                 entry = name + (f" at [{', '.join(map(str, at))}]" if at else "")
-                numbers = f"expected {b[at]:.10g} ({own}), got {a[at]:.10g} {by}"
+                numbers = (
+                    f"expected {b[at]:.10g} (the callable's own, by {own}), got {a[at]:.10g} "
+                    f"{where} by {label}"
+                )
                 raise AssertionError(
                     f"{entry}: {numbers}; off by {off[at]:.3g}, allowed {room:.3g}"
                 )

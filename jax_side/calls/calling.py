@@ -43,7 +43,7 @@ class Exporter(Protocol):
         outputs: tuple[Spec, ...],
         out_tree: Any,
         names: tuple[tuple[str, ...], tuple[str, ...]],
-        owners: Callable[[Sequence[str]], Sequence[str]],
+        owners: Callable[[list[str]], tuple[str, ...]],
     ) -> Any:
         """Returns the base Function, which has the `out_tree`."""
         ...

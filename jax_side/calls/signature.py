@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +42,7 @@ class Signature:
             for p in self._paths()
         )
 
-    def parameters(self, names: Sequence[str]) -> tuple[str, ...]:
+    def parameters(self, names: list[str]) -> tuple[str, ...]:
         """Returns the parameter that each array belongs to, given those of the callable in
         order."""
         return tuple(

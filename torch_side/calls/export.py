@@ -80,7 +80,7 @@ class Exporter:
         outputs: tuple[Spec, ...],
         out_tree: Any,
         names: tuple[tuple[str, ...], tuple[str, ...]],
-        owners: Callable[[Sequence[str]], Sequence[str]],
+        owners: Callable[[list[str]], tuple[str, ...]],
     ) -> TorchFunction:
         """Returns the base Function for one set of argument types.
 
@@ -94,7 +94,7 @@ class Exporter:
         return replace(fn, batching=Graphs.of(fn)) if self._batched == "graph" else fn
 
     def _axes(
-        self, inputs: Sequence[Spec], owners: Callable[[Sequence[str]], Sequence[str]]
+        self, inputs: Sequence[Spec], owners: Callable[[list[str]], tuple[str, ...]]
     ) -> Axes | None:
         """The batch axes of a model that batches natively along an axis, else None."""
         if isinstance(self._batched, str):
