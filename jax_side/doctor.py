@@ -78,11 +78,12 @@ def _check(what: str, call: Callable[..., Any], x: Any) -> Row:
 
 def _cache() -> str:
     """Whether compiled programs are kept for the next process."""
-    folder = compat.config.jax_compilation_cache_dir
-    if not folder or not compat.config.jax_enable_compilation_cache:
+    config: Any = jax.config  # its options are attributes that no type checker knows
+    folder = config.jax_compilation_cache_dir
+    if not folder or not config.jax_enable_compilation_cache:
         do = 'jax.config.update("jax_compilation_cache_dir", "/a/folder") keeps programs for the next process'
         return f"off, each process compiles anew: {do} (those without a call into torch)"
-    least = compat.config.jax_persistent_cache_min_compile_time_secs
+    least = config.jax_persistent_cache_min_compile_time_secs
     return f"on, in {folder}, for what takes {least:g} s or more to compile (jax_persistent_cache_min_compile_time_secs)"
 
 
