@@ -65,8 +65,8 @@ def zipped(entries: Mapping[str, bytes]) -> bytes:
 def read(path: StrPath, names: Collection[str], limit: int = LIMIT) -> dict[str, bytes]:
     """Returns {name: bytes} of the zip `path`.
 
-    Its entries must be exactly `names`, must have `limit` bytes together at the most, and their CRCs
-    must hold.
+    Its entries must be exactly `names`, must have `limit` bytes together at the most, and their
+    CRCs must hold.
 
     Raises: ValueError that names the file and the reason for anything else, with what zipfile said
     as its cause; OSError where the file can't be read.

@@ -101,8 +101,8 @@ def results(
     """Returns ASE's results from outputs of one system, all of them float64.
 
     Energies are in eV, forces are -g, and the stress is W/V in Voigt order. Outputs that ASE has no
-    name for (energy_std, hessian, ...) have the contract's name, unit and sign, and its shape without
-    the axis of systems.
+    name for (energy_std, hessian, ...) have the contract's name, unit and sign, and its shape
+    without the axis of systems.
 
     Raises: ValueError for an asymmetric virial if the stress is `asked` for. Otherwise the results
     then have no stress.
@@ -141,9 +141,9 @@ def _of_one_system(name: str, x: np.ndarray) -> np.ndarray | float:
 def calculator_class(base: type[Any], refusal: type[Exception], module: str) -> type[Any]:
     """Returns the class of calculators of one bank: `kind(evaluate, card, dtype, name)`.
 
-    `base` is ase's Calculator, and `refusal` its PropertyNotImplementedError. Pickle finds the class
-    in `module`, under the name Calculator. `evaluate` takes the dict of `inputs_of` and gives the
-    model's outputs as NumPy arrays. Each calculation calls it once.
+    `base` is ase's Calculator, and `refusal` its PropertyNotImplementedError. Pickle finds the
+    class in `module`, under the name Calculator. `evaluate` takes the dict of `inputs_of` and gives
+    the model's outputs as NumPy arrays. Each calculation calls it once.
     """
 
     class Calculator(base):

@@ -194,7 +194,8 @@ class Card:
         return [name for name in INFO if name in given and name not in used]
 
     def check_unused(self, name: str, values: Iterable[float], who: str) -> None:
-        """Raises ValueError where the model `who` would pass over a charge or spin that is not zero.
+        """Raises ValueError where the model `who` would pass over a charge or spin that is not
+        zero.
 
         `name` is the input, and `values` has one number for each system. The error names the first
         system that is not zero.

@@ -173,8 +173,8 @@ def check_outputs(
     `required` are the outputs that must be there. `dtype` is the dtype that floats must have (that
     of pos); None allows any.
 
-    Raises: ValueError as check_inputs does; TypeError where `outputs` is no dict, or holds something
-    else than arrays under a name of the contract.
+    Raises: ValueError as check_inputs does; TypeError where `outputs` is no dict, or holds
+    something else than arrays under a name of the contract.
     """
     if not isinstance(outputs, dict):
         raise TypeError(

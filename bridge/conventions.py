@@ -1,9 +1,9 @@
 """Virials and cells in the conventions of other codes. Standard library only: arrays of any
 framework, by operators and indices.
 
-Our virial is W = dE/de in eV for the strain r -> r(I+e), h -> h(I+e), so that W_ij = sum_b r_bi g_bj
-+ ... It is positive where the system wants to shrink. Our cell h has the lattice vectors as rows.
-All codes below are in eV and Angstrom, or have no units of their own.
+Our virial is W = dE/de in eV for the strain r -> r(I+e), h -> h(I+e), so that W_ij = sum_b r_bi
+g_bj + ... It is positive where the system wants to shrink. Our cell h has the lattice vectors as
+rows. All codes below are in eV and Angstrom, or have no units of their own.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def to(convention: str, virial: Array, cell: Array | None = None) -> Array:
     so they wait for a GPU, and torch.compile(fullgraph=True) refuses them.
 
     Raises: ValueError for an unknown convention, for wrong shapes, and for a missing cell; for a
-    singular cell, and an asymmetric W where there are six numbers, naming the system. Under tracing,
-    where values can't be seen, such a system gives NaN.
+    singular cell, and an asymmetric W where there are six numbers, naming the system. Under
+    tracing, where values can't be seen, such a system gives NaN.
 
     >>> import numpy as np
     >>> W = np.array([[8.0, 6, 5], [6, 16, 4], [5, 4, 24]])
@@ -135,8 +135,9 @@ def from_(convention: str, value: Array, cell: Array | None = None) -> Array:
 def cell_to(convention: str, cell: Array) -> Array:
     """Returns our cell h as another code has it.
 
-    `cell` is (3,3) or (B,3,3) with lattice vectors as rows. The result is transposed for "torch-sim"
-    and "jax-md", whose lattice vectors are columns. For jax-md it is the `box` of periodic_general.
+    `cell` is (3,3) or (B,3,3) with lattice vectors as rows. The result is transposed for
+    "torch-sim" and "jax-md", whose lattice vectors are columns. For jax-md it is the `box` of
+    periodic_general.
 
     Raises: ValueError for an unknown convention or a wrong shape.
 

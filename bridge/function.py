@@ -8,8 +8,8 @@ of shapes, which both banks share.
 Conventions
 - All inputs and outputs are flat tuples of arrays. `inputs` and `outputs` are their `Spec`s.
 - A *linear* Function is linear in its last `linear` inputs. `along` keeps some of these inputs and
-  takes the others as zero. `transpose` exchanges them with its outputs. jvp and vjp are each other's
-  transpose, WITHOUT conjugation, as in JAX.
+  takes the others as zero. `transpose` exchanges them with its outputs. jvp and vjp are each
+  other's transpose, WITHOUT conjugation, as in JAX.
 - `wrt` and `outs` are tuples of positions in the inputs and outputs of the function that is
   differentiated.
 - Equality and hash are by value: two Functions that wrap the same things are the same Function.
@@ -58,8 +58,8 @@ class Spec(NamedTuple):
 class Engine(Protocol):
     """How one framework serves the transforms of a call `f(*arrays) -> tuple of arrays`.
 
-    `shares` is True where vmap over tangents or cotangents alone evaluates the function once for all
-    of them.
+    `shares` is True where vmap over tangents or cotangents alone evaluates the function once for
+    all of them.
     """
 
     shares: bool
@@ -360,8 +360,8 @@ class Gradient(Derived):
 class Vmap(Derived):
     """The call over one more axis of `size` examples, served by the engine.
 
-    It is the leading axis, but for Functions that batch natively over axes before it: then `axis` is
-    its place.
+    It is the leading axis, but for Functions that batch natively over axes before it: then `axis`
+    is its place.
     """
 
     mapped: Mapped

@@ -62,7 +62,8 @@ def to_jax(
     derivatives: Literal["func", "autograd"] = "func",
     lane: Lane = "auto",
 ) -> Any:
-    """Returns the JAX counterpart of a torch tensor, of a pytree of tensors, or of a torch callable.
+    """Returns the JAX counterpart of a torch tensor, of a pytree of tensors, or of a torch
+    callable.
 
     TENSORS become jax.Arrays over the same memory. `copy=None` copies only what can't be shared
     (gaps, stride 0, an address that is no multiple of XLA's 64 bytes, requires_grad, conj and neg
@@ -73,9 +74,9 @@ def to_jax(
     takes pytrees and keyword arguments of arrays and returns pytrees of arrays. jit, grad, jvp,
     vmap, hessian, scan, shard_map and so on work as for any JAX function. Arguments that are no
     arrays (numbers, strings, None) stay Python values and must be hashable. A module must be in
-    evaluation mode if it has dropout or batch norm. Its weights are read at each call; to train them
-    from JAX use `functional`. The callable must be pure: it may neither change its inputs nor keep a
-    view of them.
+    evaluation mode if it has dropout or batch norm. Its weights are read at each call; to train
+    them from JAX use `functional`. The callable must be pure: it may neither change its inputs nor
+    keep a view of them.
 
     outputs      the types of the outputs. None: they are found with torch's fake tensors, without
                  running the callable, and a change of an input in place is an error before anything
@@ -84,9 +85,9 @@ def to_jax(
                  seen after the first call
     batched      how vmap is served. "vmap": by torch.func.vmap. "sequential": by one call after
                  another. An int: the model takes a batch axis there in every input and gives it
-                 there in every output. A dict {argument: axis}: only these inputs take a batch axis,
-                 and outputs have it first, or at the axis named "return". The shape of a natively
-                 batched output is checked. That its rows are independent is your word
+                 there in every output. A dict {argument: axis}: only these inputs take a batch
+                 axis, and outputs have it first, or at the axis named "return". The shape of a
+                 natively batched output is checked. That its rows are independent is your word
     derivatives  "func": by torch.func. A first gradient is by torch.autograd, which gives the same
                  and is faster. What torch.func gets wrong, or has no forward mode for, is by
                  torch.autograd as well, one point after another. "autograd": by torch.autograd, for
@@ -100,10 +101,10 @@ def to_jax(
     and float8, which the ffi lane can't carry and XLA repacks. Each output is written once.
 
     Raises: TypeError for an argument of the wrong kind or an output that is no tensor; ValueError
-    for shapes and dtypes that are not what was inferred or declared, for 64-bit outputs while x64 is
-    off, and for a module in training mode; NotImplementedError for a transform that can't be served
-    as asked, and for second derivatives that a custom autograd Function cuts off or a compiled model
-    does not have. For exceptions of the callable see `raising`.
+    for shapes and dtypes that are not what was inferred or declared, for 64-bit outputs while x64
+    is off, and for a module in training mode; NotImplementedError for a transform that can't be
+    served as asked, and for second derivatives that a custom autograd Function cuts off or a
+    compiled model does not have. For exceptions of the callable see `raising`.
 
     >>> import jax, torch, bridge
     >>> energy = bridge.to_jax(lambda x: (x**2).sum())
@@ -139,19 +140,19 @@ def to_torch(x: Any, *, copy: bool | None = None, buckets: BucketsOrShapes | Non
 
     A CALLABLE (a function, a jitted one, an equinox module) becomes a torch function of the same
     signature. It takes pytrees and keyword arguments of tensors and returns pytrees of tensors.
-    Leaves that are no tensors (numbers, strings, None) stay Python values and must be hashable. Each
-    combination of these, of shapes and of dtypes is compiled once, by jax.jit. `.compilations`
+    Leaves that are no tensors (numbers, strings, None) stay Python values and must be hashable.
+    Each combination of these, of shapes and of dtypes is compiled once, by jax.jit. `.compilations`
     counts the programs: the forward, and the backward where one was asked for. JAX arrays in the
     callable's closure are constants; for parameters that torch trains see `module`.
 
-    The function differentiates as torch does: backward, double backward, torch.func (grad, vjp, jvp,
-    jacrev, jacfwd, hessian, vmap and what they compose to), forward-mode AD, gradcheck, checkpoint,
-    torch.compile(fullgraph=True), torch.export. A backward costs one backward, because the forward
-    keeps what it needs. That is kept as torch tensors which save_for_backward guards: if they are
-    changed in place in between, torch raises its own error. Without a graph (no_grad, or no input
-    that requires grad) nothing is kept. A derivative of a derivative evaluates anew. Complex
-    gradients follow torch's convention, the conjugate of JAX's. An input that no output uses has a
-    gradient of zeros, not None.
+    The function differentiates as torch does: backward, double backward, torch.func (grad, vjp,
+    jvp, jacrev, jacfwd, hessian, vmap and what they compose to), forward-mode AD, gradcheck,
+    checkpoint, torch.compile(fullgraph=True), torch.export. A backward costs one backward, because
+    the forward keeps what it needs. That is kept as torch tensors which save_for_backward guards:
+    if they are changed in place in between, torch raises its own error. Without a graph (no_grad,
+    or no input that requires grad) nothing is kept. A derivative of a derivative evaluates anew.
+    Complex gradients follow torch's convention, the conjugate of JAX's. An input that no output
+    uses has a gradient of zeros, not None.
 
     `buckets={"edge_index": "2 E", ...}` pads the named axes to a geometric ladder of sizes and cuts
     the results, so that a few programs serve every E. Its keys are names of parameters or of dict
@@ -193,11 +194,11 @@ def module(
     arrays buffers, and what is no array (activation functions, sizes) stays as it is. Their names
     are the paths in the pytree, joined by dots, as in `state_dict`.
 
-    The arrays are copied once, here. From then on the Parameters own the memory, and JAX reads it at
-    each call without a copy, so that it sees what an optimizer writes. state_dict, load_state_dict,
-    to(dtype), to(device), requires_grad_, deepcopy, torch.optim, clip_grad_norm_ and
-    torch.func.functional_call work as for any module. So does pickle, if apply and what is no array
-    can be pickled (jitted functions can't). `.pytree()` gives the parameters in the shape of
+    The arrays are copied once, here. From then on the Parameters own the memory, and JAX reads it
+    at each call without a copy, so that it sees what an optimizer writes. state_dict,
+    load_state_dict, to(dtype), to(device), requires_grad_, deepcopy, torch.optim, clip_grad_norm_
+    and torch.func.functional_call work as for any module. So does pickle, if apply and what is no
+    array can be pickled (jitted functions can't). `.pytree()` gives the parameters in the shape of
     `params`. `.compilations` and `buckets` are those of `to_torch`.
 
     Raises: TypeError where no array is among the parameters, or one that torch can't hold (typed

@@ -59,8 +59,8 @@ def potential(
     lane: Lane = "auto",
     **extras: Any,
 ) -> jax_side_potential.Potential:
-    """Returns a torch potential as a differentiable JAX energy: `energy(positions, cell)`, in eV and
-    Angstrom.
+    """Returns a torch potential as a differentiable JAX energy: `energy(positions, cell)`, in eV
+    and Angstrom.
 
     `model` is a torch callable of the potential contract. `jax_potential` says what makes it a JAX
     model: gradients=, outputs=, cutoff=, card=, batched=, lane=.
@@ -198,8 +198,8 @@ def torch_potential(
     """Returns a JAX potential as an nn.Module of the potential contract: `module(inputs)` is a dict
     of tensors, made by one JAX call.
 
-    `model` is a JAX callable of one dict. If `params` are given, it is a callable of (params, dict):
-    their arrays are then Parameters as in `module`, and train on energies, forces and cell
+    `model` is a JAX callable of one dict. If `params` are given, it is a callable of (params,
+    dict): their arrays are then Parameters as in `module`, and train on energies, forces and cell
     gradients. The dict has the keys of bridge.contract, for N atoms and B systems:
 
         pos (N,3) float, cell (B,3,3) float by rows, pbc (B,3) bool, batch (N,) int sorted,
@@ -212,11 +212,11 @@ def torch_potential(
     dict that has it, and JAX makes g and G in the same program. Further outputs are passed on.
     Forces are -g.
 
-    `cutoff` (Angstrom) is for graph models. edge_index (2,E) and cell_offsets (E,3) are then made by
-    torch_side.potentials.neighbors.neighbor_list at each call, unless the caller passes edge_index
-    (torch.compile and vmap over positions need that). As the number of edges changes from step to
-    step, they are padded by unused slots (index >= N), at most by a quarter, so that a few programs
-    serve all steps. `buckets=`, as in `to_torch`, sets another ladder, and False none.
+    `cutoff` (Angstrom) is for graph models. edge_index (2,E) and cell_offsets (E,3) are then made
+    by torch_side.potentials.neighbors.neighbor_list at each call, unless the caller passes
+    edge_index (torch.compile and vmap over positions need that). As the number of edges changes
+    from step to step, they are padded by unused slots (index >= N), at most by a quarter, so that a
+    few programs serve all steps. `buckets=`, as in `to_torch`, sets another ladder, and False none.
 
     The first derivatives of an energy in torch are the model's own gradients:
     torch.autograd.grad(energy.sum(), pos) is g, and in cell it is G. All other derivatives, second
@@ -225,8 +225,8 @@ def torch_potential(
     memory, and float dtypes are never cast.
 
     The module has a `card` (bridge.Card). By default it says energy and gradients, this cutoff, and
-    that systems are kept apart if the model has an attribute `batches` that is True. The module adds
-    to other models: `a + b`.
+    that systems are kept apart if the model has an attribute `batches` that is True. The module
+    adds to other models: `a + b`.
 
     Raises: ValueError for buckets with a mask, since an index marks the unused slots, and for a
     cutoff that is not the card's. A call raises ValueError for inputs or outputs outside of the

@@ -86,19 +86,19 @@ def check_potential(
       and of lattice basis, and g and G change as they must
     - the energy is extensive
     - systems of a batch give what they give alone
-    - energy and forces are continuous where a neighbour comes and goes; a kink in second derivatives
-      is a warning only
+    - energy and forces are continuous where a neighbour comes and goes; a kink in second
+      derivatives is a warning only
     - padding changes nothing (for models that take edges)
     - shapes are those of the contract
-    - a second call gives the same results in the same dtypes, float64 to its last digits, and inputs
-      are left alone
+    - a second call gives the same results in the same dtypes, float64 to its last digits, and
+      inputs are left alone
     - both lanes and all transforms of the bridge give what the model itself gives
 
     checks        names of some of these properties; bridge.testing.ALL has all names
     structures    a strategy of one structure (`crystals`, `molecules`), or a list of ase.Atoms or
                   dicts. None: crystals and molecules with `elements` (atomic numbers), `n_atoms`
-                  (least, most) and atoms at least `min_distance` (Angstrom) apart, in cells of which
-                  some are smaller than the cutoff
+                  (least, most) and atoms at least `min_distance` (Angstrom) apart, in cells of
+                  which some are smaller than the cutoff
     gradients     "model" (the default) or "autograd"
     cutoff        for models that take edge_index and cell_offsets: the radius (Angstrom) of the
                   edges that are made for them

@@ -32,8 +32,8 @@ def check_function(
     """Checks that `fn` through the bridge is `fn`, under every transform.
 
     `fn` is a torch callable (or nn.Module) or a JAX one. `args` are those of one call: tensors,
-    jax.Arrays or NumPy arrays, in dicts, lists and tuples, and static Python values. `kind` ("torch"
-    or "jax") is found by their types. It has to be said where all are NumPy arrays.
+    jax.Arrays or NumPy arrays, in dicts, lists and tuples, and static Python values. `kind`
+    ("torch" or "jax") is found by their types. It has to be said where all are NumPy arrays.
 
     A torch callable is compared with bridge.to_jax(fn), on each of the `lanes`, as it is and under
     jax.jit. Compared are its value, its vjp and jvp in all floating and complex inputs with random

@@ -41,8 +41,8 @@ RESOLUTIONS = {
 
 @dataclass(frozen=True)
 class Point:
-    """The probe at distance t from its atom: the energy, its slope along the path, and the gradients
-    of all atoms."""
+    """The probe at distance t from its atom: the energy, its slope along the path, and the
+    gradients of all atoms."""
 
     t: float
     energy: float
@@ -96,8 +96,8 @@ def path_of(
 
 
 def search(path: Path, reach: float, resolution: Resolution) -> tuple[str, str]:
-    """Returns the texts of (a jump in energy or gradients, a kink in the gradients) on the way of the
-    probe. A text is "" if there is none."""
+    """Returns the texts of (a jump in energy or gradients, a kink in the gradients) on the way of
+    the probe. A text is "" if there is none."""
     points = [path(float(t)) for t in np.linspace(NEAREST, 1.15 * reach, INTERVALS + 1)]
     scale = _scales(points)
     if jump := _jump(path, points, scale, resolution):
@@ -159,8 +159,8 @@ def _scales(points: Sequence[Point]) -> _Scale:
 
 
 def _energy_misfit(a: Point, middle: Point, b: Point) -> float:
-    """What Simpson's rule for the slopes leaves of the change of the energy. It is of fifth order in
-    the width, or a jump."""
+    """What Simpson's rule for the slopes leaves of the change of the energy. It is of fifth order
+    in the width, or a jump."""
     rule = (a.slope + 4 * middle.slope + b.slope) / 6
     return abs(b.energy - a.energy - (b.t - a.t) * rule)
 

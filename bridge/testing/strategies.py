@@ -58,9 +58,9 @@ def crystals(
     Lengths are in Angstrom. `n_atoms` is a number or (least, most), and `elements` are atomic
     numbers. No two atoms, images included, are closer than `min_distance`. Cells are triclinic and
     of either handedness. Their lengths are within `lengths` (least, most). The default goes from
-    just over min_distance to three times that, so that most cells are smaller than a model's cutoff.
-    A cell grows if `n_atoms` do not fit. `pbc` says as three booleans which axes are periodic. None
-    draws this; all three axes are periodic half of the time.
+    just over min_distance to three times that, so that most cells are smaller than a model's
+    cutoff. A cell grows if `n_atoms` do not fit. `pbc` says as three booleans which axes are
+    periodic. None draws this; all three axes are periodic half of the time.
 
     A structure shrinks towards one atom of the first element, in a small orthogonal cell with all
     axes periodic. Coordinates have three decimals.
@@ -166,8 +166,8 @@ def arrays(
 ) -> np.ndarray:
     """Returns a strategy for one NumPy array of any of the `dtypes`, in any of the `layouts`.
 
-    It has 0 to 3 axes of sizes 0 to 4, unless `shapes` is a strategy for others. The layouts are "C"
-    and "F" order, "strided" (every second element), "reversed" (negative strides), "broadcast"
+    It has 0 to 3 axes of sizes 0 to 4, unless `shapes` is a strategy for others. The layouts are
+    "C" and "F" order, "strided" (every second element), "reversed" (negative strides), "broadcast"
     (stride 0, read-only) and "offset" (begins one element into its memory). Values are small, and
     exact in all dtypes. They shrink to zeros in C order.
     """
