@@ -271,7 +271,7 @@ def system(graph: Graph) -> System:
         raise ValueError(
             message(
                 "a graph with pos and atomic_numbers",
-                f"none of {', '.join(lacks)}",
+                f"no {', '.join(lacks)}",
                 "add what is missing",
             )
         )

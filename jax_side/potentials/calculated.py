@@ -135,7 +135,7 @@ def _calculated(calculator: Any, atoms: Any, names: Sequence[str]) -> dict[str, 
             calculator.atoms = atoms.copy()
             calculator.calculate(atoms, names, changes)
         if absent := [name for name in names if name not in calculator.results]:
-            do = "it implements them, but not for these atoms"
+            do = "ask for less: it implements them, but gave none for these atoms"
             raise RuntimeError(
                 message(
                     f"{', '.join(names)} from {type(calculator).__name__}",

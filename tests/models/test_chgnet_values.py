@@ -52,7 +52,8 @@ def test_calculator_x_weights(version, system):
     atoms.calc = calculator(version)
     out = model(version)(inputs(atoms))
     assert abs(out["energy"].item() - atoms.get_potential_energy()) < 1e-5 * len(atoms)
-    assert abs(-out["position_gradients"].numpy() - atoms.get_forces()).max() < 1e-4
+    # both are in float32, and each is up to 8e-5 eV/Angstrom off what float64 gives
+    assert abs(-out["position_gradients"].numpy() - atoms.get_forces()).max() < 3e-4
     assert abs(out["magmoms"].numpy() - atoms.get_magnetic_moments()).max() < 1e-4
     assert abs(out["node_energies"].numpy() - atoms.calc.results["energies"]).max() < 1e-4
     assert abs(out["node_energies"].sum() - out["energy"][0]) < 1e-5 * len(atoms)

@@ -140,11 +140,28 @@ def test_given_edges_x_skin_and_order():
         rtol=1e-11,
         atol=1e-9,
     )
-    half = (edges[0] < edges[1]).nonzero()[:, 0]
-    with pytest.raises(
-        ValueError, match=r"each edge once in both directions, got \d+ of \d+ in one of them; look"
-    ):
-        model()(x | {"edge_index": edges[:, half], "cell_offsets": offsets[half]})
+
+
+WRONG = {  # as many edges in one direction as in the other, in all but the first
+    "0 and 1": lambda there, back: there,
+    "2 and 2": lambda there, back: torch.cat([there, there, back, back]),
+    "0 and 1 of each": lambda there, back: torch.cat([there[:1], back[1:2]]),
+}
+
+
+@pytest.mark.parametrize("got", WRONG)
+def test_given_edges_x_one_direction(got):
+    x = inputs(CRYSTALS["si"], dtype=F64)
+    edges, offsets = neighbor_list(x["pos"], x["cell"], x["pbc"], 7.0, x["batch"])
+    ends = torch.cat([edges.T, offsets], 1)
+    reverse = torch.cat([edges.flip(0).T, -offsets], 1)
+    there = (edges[0] < edges[1]).nonzero()[:, 0]
+    back = torch.stack([(reverse == ends[k]).all(1).nonzero()[0, 0] for k in there])
+    keep = WRONG[got](there, back)
+    ways = " and ".join(got.split()[:3:2])
+    expected = f"each edge once in both directions, got {ways} of the one between atoms"
+    with pytest.raises(ValueError, match=expected):
+        model()(x | {"edge_index": edges[:, keep], "cell_offsets": offsets[keep]})
 
 
 def test_the_model_given_is_left_alone():

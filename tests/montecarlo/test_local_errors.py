@@ -258,7 +258,7 @@ def test_allocate_x_errors():
         jax.jit(lambda pos: local.full(graph | {"pos": pos}).energy)(graph["pos"])
     with pytest.raises(
         ValueError,
-        match="expected a graph with pos and atomic_numbers, got none of atomic_numbers; add what is missing",
+        match="expected a graph with pos and atomic_numbers, got no atomic_numbers; add what is missing",
     ):
         local.full({"pos": graph["pos"]}, layout)
     with pytest.raises(

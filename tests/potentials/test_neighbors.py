@@ -10,7 +10,7 @@ from ase.neighborlist import primitive_neighbor_list
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from torch_side.potentials.neighbors import neighbor_list
+from torch_side.potentials.neighbors import bonds, neighbor_list
 
 TRUE = torch.ones(1, 3, dtype=torch.bool)
 numbers = st.floats(-4, 4, width=32)
@@ -72,6 +72,24 @@ def test_vectors_are_short_and_come_in_both_directions(crystal, cutoff):
     assert (r.norm(dim=-1) < cutoff + 1e-9).all()
     assert rows(i, j, offsets) == rows(j, i, -offsets)
     assert not offsets[:, ~pbc[0]].any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(crystals(), st.floats(0.5, 4), st.sampled_from([0, 5, 2**40]), st.randoms())
+def test_bonds_are_pairs_of_edges(crystal, cutoff, shift, random):
+    """Each has two, one the reverse of the other, whatever the size of the offsets."""
+    edges, offsets = neighbor_list(*tensors(*crystal), cutoff)
+    moved = shift * torch.arange(len(crystal[0]))[:, None]  # as if atom i were in another cell
+    offsets = offsets + moved[edges[0]] - moved[edges[1]]
+    order = random.sample(range(len(offsets)), len(offsets))
+    edges, offsets = edges[:, order], offsets[order]
+    bond, edge_of_bond = bonds(edges, offsets)
+    assert (bond[edge_of_bond] == torch.arange(len(edge_of_bond))).all()
+    assert len(bond) == 2 * len(edge_of_bond)
+    first = edge_of_bond[bond]
+    same = (edges == edges[:, first]).all(0) & (offsets == offsets[first]).all(1)
+    reverse = (edges == edges[:, first].flip(0)).all(0) & (offsets == -offsets[first]).all(1)
+    assert (same ^ reverse).all() and same.sum() == reverse.sum()
 
 
 @settings(max_examples=40, deadline=None)

@@ -54,7 +54,7 @@ def check_twice(
             raise _cut(cls)
         if only_private:
             continue
-        found = [g.grad_fn for g in gradients if g.requires_grad]
+        found = [g.grad_fn for g in gradients if g.grad_fn is not None]
         if not _reaches(found, inputs):
             rest = custom(again())[at:]
             if _changes(rest, node, cotangents, gradients):
@@ -163,8 +163,8 @@ def _backward(node: Node) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 
 def _linear(gradients: Sequence[torch.Tensor]) -> bool:
     """False where gradients of one Function carry no graph back to the cotangents that they are
-    linear in."""
-    nodes: list[Node] = [g.grad_fn for g in gradients if g.requires_grad]
+    linear in. A gradient may be a cotangent itself, and then has no node of its own."""
+    nodes: list[Node] = [g.grad_fn for g in gradients if g.grad_fn is not None]
     constants = [g for g in gradients if not g.requires_grad]
     # torch puts a node of an error in place of a backward that is @once_differentiable
     refused = any("Error" in node.name() for node in nodes)

@@ -366,11 +366,12 @@ def _chosen(name: str, own: Choice | None, wanted: Choice | None, default: Choic
     """What is asked for, else the potential's own, else the default; ValueError where the first two
     differ."""
     if own is not None and wanted is not None and own != wanted:
+        spelt = wanted if isinstance(wanted, torch.dtype) else repr(str(wanted))
         raise ValueError(
             message(
                 f"{name}={own}, the potential's",
                 str(wanted),
-                f"convert the potential first: potential.to({wanted})",
+                f"convert the potential first: potential.to({spelt})",
             )
         )
     found = own if wanted is None else wanted

@@ -16,6 +16,7 @@ from bridge.contract import ENERGY_AND_GRADIENTS
 from bridge.errors import message, missing
 from torch_side.potentials.geometry import edge_vectors
 from torch_side.potentials.model import Model
+from torch_side.potentials.neighbors import bonds
 
 VERSIONS = ("0.3.0", "r2scan", "0.2.0")  # their weights lie in the wheel of chgnet
 
@@ -118,7 +119,7 @@ class CHGNet(Model):
         network = self.network
         edges, vectors = inputs["edge_index"], edge_vectors(inputs)
         length = torch.linalg.vector_norm(vectors, dim=-1)
-        bond_of_edge, edge_of_bond = _bonds(edges, inputs["cell_offsets"])
+        bond_of_edge, edge_of_bond = bonds(edges, inputs["cell_offsets"])
         first, second = _angles(edges[0], length.detach() < self.bond_cutoff)
         centres = edges[0][first]
         self._check_angles(inputs["batch"], centres)
@@ -183,31 +184,6 @@ def _load(model: Any) -> Any:
         if model in VERSIONS:
             return Network.load(model_name=model, use_device="cpu", verbose=False)
         return Network.from_file(model)
-
-
-def _bonds(
-    edges: Int[torch.Tensor, "2 E"], offsets: Int[torch.Tensor, "E 3"]
-) -> tuple[Int[torch.Tensor, " E"], Int[torch.Tensor, " b"]]:
-    """The bond (undirected edge) of each directed edge, and one directed edge of each bond."""
-    (i, j), (a, b, c) = edges, offsets.T
-    backward = (a < 0) | (a == 0) & ((b < 0) | (b == 0) & (c < 0))
-    flipped = (i > j) | (i == j) & backward
-    ends = torch.where(flipped, edges.flip(0), edges)
-    keys = torch.cat([ends.T, torch.where(flipped[:, None], -offsets, offsets)], 1)
-    _, bond, count = torch.unique(keys, dim=0, return_inverse=True, return_counts=True)
-    once = torch.bincount(bond[~flipped], minlength=len(count))
-    if (bad := (once != 1) | (count != 2)).any():
-        edge = int(bad[bond].nonzero()[0])
-        ways = sorted([int(once[bond[edge]]), int((count - once)[bond[edge]])])
-        got = (
-            f"{ways[0]} and {ways[1]} of the one between atoms {edges[0, edge]} and "
-            f"{edges[1, edge]} with offset {offsets[edge].tolist()}"
-        )
-        do = "look at how the edges were made, or pass none"
-        raise ValueError(message("each edge once in both directions", got, do))
-    edge_of_bond = bond.new_empty(len(count))
-    edge_of_bond[bond[~flipped]] = (~flipped).nonzero()[:, 0]
-    return bond, edge_of_bond
 
 
 def _angles(

@@ -14,6 +14,7 @@ from bridge.contract import ENERGY_AND_GRADIENTS
 from bridge.errors import message, missing
 from torch_side.potentials.geometry import edge_vectors
 from torch_side.potentials.model import Model
+from torch_side.potentials.neighbors import bonds
 
 
 class TorchANI(Model):
@@ -182,18 +183,8 @@ def _pairs(
     inputs: dict[str, torch.Tensor],
 ) -> tuple[Int[torch.Tensor, "2 P"], Float[torch.Tensor, "P 3"]]:
     """Each pair of neighbours once: (2,P) indices and r_ij (P,3)."""
-    edges, (a, b, c) = inputs["edge_index"], inputs["cell_offsets"].T
-    ahead = (a > 0) | (a == 0) & ((b > 0) | (b == 0) & (c > 0))
-    once = ((edges[0] < edges[1]) | (edges[0] == edges[1]) & ahead).nonzero()[:, 0]
-    if 2 * len(once) != edges.shape[1]:
-        got = f"{len(once)} of {edges.shape[1]} in one of them"
-        raise ValueError(
-            message(
-                "each edge once in both directions",
-                got,
-                "look at how the edges were made, or pass none",
-            )
-        )
+    edges = inputs["edge_index"]
+    _, once = bonds(edges, inputs["cell_offsets"])
     return edges.long().index_select(1, once), edge_vectors(inputs).index_select(0, once)
 
 
