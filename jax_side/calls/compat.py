@@ -89,6 +89,7 @@ def vjp_with_aux(
 ) -> tuple[Any, Callable[[Any], tuple[Any, ...]], Any]:
     """Returns (y, its pullback, aux) for f, which returns (y, aux): jax.vjp with has_aux=True,
     whose type says otherwise."""
+    # jax.vjp is declared to return a pair, with has_aux=True as well.
     return jax.vjp(f, *primals, has_aux=True)  # pyright: ignore[reportReturnType]
 
 
