@@ -38,12 +38,13 @@ $(VENV)/installed: pyproject.toml
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/nvalchemi $(APART)
 	touch $@
 
-lint: $(VENV)/lint-installed  ## ruff: rules and format
+lint: $(VENV)/lint-installed  ## ruff: rules and format; pyright: types of the three packages
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
 
 $(VENV)/lint-installed: $(VENV)/installed
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check ruff==0.17.6 && touch $@
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check ruff==0.17.6 'pyright[nodejs]==1.1.414' && touch $@
 
 docs: $(VENV)/docs-installed  ## the documentation as a site, in site/ (a warning is an error; nothing is fetched)
 	$(VENV)/bin/mkdocs build --strict --quiet

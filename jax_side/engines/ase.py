@@ -246,12 +246,12 @@ def _edges(arrays: Arrays, cutoff: float | None) -> Arrays:
         "ijS", arrays["pbc"][0], cell, pos, cutoff, self_interaction=False
     )
     rung = math.ceil(math.log(max(len(i), 1), GROWTH))
-    free = math.ceil(GROWTH**rung) - len(i)
-    index = np.pad(np.stack([i, j]), ((0, 0), (0, free)), constant_values=len(pos))
-    return {
-        "edge_index": index.astype("int32"),
-        "cell_offsets": np.pad(offsets, ((0, free), (0, 0))).astype("int32"),
-    }
+    slots = math.ceil(GROWTH**rung)
+    edge_index = np.full((2, slots), len(pos), "int32")
+    edge_index[:, : len(i)] = i, j
+    cell_offsets = np.zeros((slots, 3), "int32")
+    cell_offsets[: len(i)] = offsets
+    return {"edge_index": edge_index, "cell_offsets": cell_offsets}
 
 
 def model(calculator: Any, *, outputs: Sequence[str] = ()) -> Calculated:

@@ -79,6 +79,7 @@ def want(f, x):
     return [bridge.to_torch(a) for a in (f(PARAMS, x), *params, x_grad)]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("same", [True, False], ids=["one shape", "a shape each"])
 @pytest.mark.parametrize("mode", MODES)
 def test_values_and_compilations_x_module(mode, same):

@@ -37,6 +37,7 @@ def native(name, transform):
     return (TWINS | COMPLEX)[name].torch
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("name", TWINS)
 def test_value_x_transform(name, transform):
@@ -44,6 +45,7 @@ def test_value_x_transform(name, transform):
     close(of(bridged(name), xs), of(native(name, transform), xs))
 
 
+@pytest.mark.matrix
 @settings(max_examples=4)
 @given(size=sizes)
 @pytest.mark.parametrize(
@@ -55,6 +57,7 @@ def test_value_x_transform_x_shape(name, transform, size):
     close(of(bridged(name), xs), of(native(name, transform), xs))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("transform", ["call", "backward", "double_backward", "jvp", "vmap_grad"])
 @pytest.mark.parametrize("name", TWINS)
 def test_value_x_transform_x_float32(name, transform):
@@ -62,6 +65,7 @@ def test_value_x_transform_x_float32(name, transform):
     close(of(bridged(name), xs), of(native(name, transform), xs), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "transform",
     [
@@ -105,6 +109,7 @@ def test_value_x_transform_x_dispatch_mode(name, transform):
     close(got, of(native(name, transform), xs))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("transform", BATCHED_COTANGENTS)
 @pytest.mark.parametrize("name", ["cubic", "matmul", "softmax"])
 def test_value_x_batched_cotangents(name, transform):

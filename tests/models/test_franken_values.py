@@ -44,6 +44,7 @@ def slope(f, x, name, direction, step=1e-3):
     return (8 * (at[1] - at[-1]) - (at[2] - at[-2])) / (12 * step)
 
 
+@pytest.mark.matrix
 @derivatives
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_energies_forces_x_own_calculator(system, derivatives):
@@ -54,6 +55,7 @@ def test_energies_forces_x_own_calculator(system, derivatives):
     assert abs(-out["position_gradients"].numpy() - atoms.get_forces()).max() < 1e-4
 
 
+@pytest.mark.matrix
 @derivatives
 @pytest.mark.parametrize("mode", ["torch.autograd", "torch.func"])
 @pytest.mark.parametrize("system", ["skewed", "trimer"])

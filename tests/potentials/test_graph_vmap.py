@@ -45,6 +45,7 @@ DERIVED = {
 }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("derived", DERIVED)
 @pytest.mark.parametrize("axes", AXES)
 def test_one_call_for_all_systems(axes, derived):

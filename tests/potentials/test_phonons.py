@@ -20,10 +20,10 @@ MODEL = sevennet(torch.float64)
 
 
 def silicon():
-    """Eight atoms, not quite on their sites. No neighbours near 4.5 Angstrom, where SevenNet-0
+    """Two atoms, not quite on their sites. No neighbours near 4.5 Angstrom, where SevenNet-0
     switches its cutoff on and the second derivative jumps (at 5.43 Angstrom the third shell lies
     there: finite differences are then off by 0.5 %)."""
-    atoms = bulk("Si", cubic=True, a=5.5)
+    atoms = bulk("Si", a=5.5)
     atoms.rattle(0.01, seed=1)
     return atoms
 
@@ -73,18 +73,18 @@ def test_frequencies_x_ase():
     energy, where, _ = through_jax()
     atoms = silicon()
     mass = np.repeat(atoms.get_masses(), 3)
-    squares = np.linalg.eigvalsh(by_differences().reshape(24, 24) / np.sqrt(np.outer(mass, mass)))
+    squares = np.linalg.eigvalsh(by_differences().reshape(6, 6) / np.sqrt(np.outer(mass, mass)))
     want = UNITS["THz"] * np.sign(squares) * np.sqrt(abs(squares))
     f = np.asarray(jax.jit(lambda r, h: frequencies(energy, r, h, atoms.get_masses()))(*where))
     modes = abs(want) > 0.3  # all but the acoustic ones
-    assert modes.sum() == 21 and 11 < want[-1] < 16  # 15.6 by experiment
+    assert modes.sum() == 3 and 11 < want[-1] < 16  # 15.6 by experiment
     np.testing.assert_allclose(f[modes], want[modes], rtol=1e-3)
     assert abs(f[~modes]).max() < 1e-3
 
 
 def test_rows_and_products_x_the_whole_hessian():
     energy, where, found = through_jax()
-    v = jnp.sin(jnp.arange(48.0)).reshape(2, 8, 3)
+    v = jnp.sin(jnp.arange(12.0)).reshape(2, 2, 3)
     want = jnp.einsum("iajb,kjb->kia", found, v)
     np.testing.assert_allclose(
         jax.jit(lambda r, h: hvp(energy, r, h, v))(*where),
@@ -92,7 +92,7 @@ def test_rows_and_products_x_the_whole_hessian():
         rtol=0,
         atol=1e-10 * abs(want).max(),
     )
-    rows = jax.jit(lambda r, h: hessian_rows(energy, r, h, [(3, 0), (7, 2)]))(*where)
+    rows = jax.jit(lambda r, h: hessian_rows(energy, r, h, [(0, 0), (1, 2)]))(*where)
     np.testing.assert_allclose(
-        rows, found[jnp.array([3, 7]), jnp.array([0, 2])], rtol=0, atol=1e-10 * abs(want).max()
+        rows, found[jnp.array([0, 1]), jnp.array([0, 2])], rtol=0, atol=1e-10 * abs(want).max()
     )

@@ -70,6 +70,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("systems", [1, 2])
