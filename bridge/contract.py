@@ -1,4 +1,4 @@
-"""The potential contract: keys, shapes, units, signs (DESIGN section 5). Standard library only.
+"""The potential contract: keys, shapes, units, signs. Standard library only.
 
 Lattice vectors are the rows of the cell h, so that a position is r = s h for fractional coordinates
 s. Units are eV and Angstrom. There are N atoms, B systems and E edges. Nothing here imports a
@@ -109,6 +109,19 @@ def output_shapes(
     """
     known: dict[Any, Any] = {**sizes, "N": n_atoms, "B": n_systems}
     return {name: tuple(known.get(d, d) for d in OUTPUTS[name][0]) for name in names}
+
+
+def check_read(error: KeyError, inputs: Mapping[str, Any], who: str) -> None:
+    """Raises ValueError where a KeyError of the model `who` comes from an optional input of the
+    contract that was not given, and says how it is given; returns where it has another reason."""
+    name = error.args[0] if error.args else None
+    if name not in INPUTS or name in STRUCTURE or inputs.get(name) is not None:
+        return
+    do = "pass it with the call"
+    if name in GRAPH:
+        do = "pass cutoff=..., in Angstrom, so that edges are found, or pass edges with the call"
+    expected = f"{name} among the inputs, which {who} reads"
+    raise ValueError(message(expected, "none", do)) from error
 
 
 def check_inputs(

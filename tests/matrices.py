@@ -1,7 +1,9 @@
 """Matrices of parameters: `make test` runs some of their cells, `make test-all` every one.
 
 A test with the mark `matrix` runs in as few cells as have every value of every parameter; with
-`matrix(2)`, in as few as have every pair of values. What is left out is deselected, not skipped.
+`matrix(2)`, in as few as have every pair of values. A test or a parameter with the mark `full` holds
+in more places, or for longer, what others hold; `make test` leaves it out. What is left out is
+deselected, not skipped.
 """
 
 from __future__ import annotations
@@ -28,11 +30,11 @@ def cover(cells, strength=1):
 
 def left_out(items):
     """The items of a collection that a run of some cells leaves out."""
+    out = [item for item in items if item.get_closest_marker("full")]
     matrices = defaultdict(list)
     for item in items:
         if item.get_closest_marker("matrix"):
             matrices[item.nodeid.split("[")[0]].append(item)
-    out = []
     for cells in matrices.values():
         strength = cells[0].get_closest_marker("matrix").args or (1,)
         values = [{k: repr(v) for k, v in item.callspec.params.items()} for item in cells]

@@ -1,4 +1,4 @@
-"""The import rules of DESIGN section 2: each is a function of a directory, true of this tree and
+"""The import rules (docs/house.md): each is a function of a directory, true of this tree and
 false of a planted one."""
 
 import ast

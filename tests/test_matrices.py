@@ -29,9 +29,9 @@ def test_a_product_takes_as_many_cells_as_its_longest_side():
 pytest_plugins = ["pytester"]
 
 
-@pytest.mark.parametrize(("options", "passed"), [((), 3), (("--full",), 6)])
+@pytest.mark.parametrize(("options", "passed"), [((), 4), (("--full",), 9)])
 def test_a_run_leaves_cells_out_and_a_full_one_does_not(options, passed, pytester):
-    pytester.makeini("[pytest]\nmarkers = matrix")
+    pytester.makeini("[pytest]\nmarkers =\n  matrix\n  full")
     pytester.makeconftest(
         "from tests.conftest import pytest_addoption, pytest_collection_modifyitems"
     )
@@ -44,6 +44,14 @@ def test_a_run_leaves_cells_out_and_a_full_one_does_not(options, passed, pyteste
         @pytest.mark.parametrize("b", "uv")
         def test_of_a_and_b(a, b):
             pass
+
+        @pytest.mark.parametrize("a", ["x", pytest.param("y", marks=pytest.mark.full)])
+        def test_of_a(a):
+            pass
+
+        @pytest.mark.full
+        def test_of_more():
+            pass
         """
     )
-    pytester.runpytest(*options).assert_outcomes(passed=passed, deselected=6 - passed)
+    pytester.runpytest(*options).assert_outcomes(passed=passed, deselected=9 - passed)

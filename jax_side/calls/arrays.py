@@ -1,5 +1,4 @@
-"""DLPack in and out of JAX: x64, alignment, devices, tracers, and copies that are asked for (DESIGN
-section 2)."""
+"""DLPack in and out of JAX: x64, alignment, devices, tracers, and copies that are asked for."""
 
 from __future__ import annotations
 

@@ -18,7 +18,14 @@ from jax.typing import DTypeLike
 
 from bridge.atoms import INFO, PROPERTIES, calculators
 from bridge.card import Card
-from bridge.contract import ENERGY_AND_GRADIENTS, GRADIENTS, GRAPH, check_inputs, check_outputs
+from bridge.contract import (
+    ENERGY_AND_GRADIENTS,
+    GRADIENTS,
+    GRAPH,
+    check_inputs,
+    check_outputs,
+    check_read,
+)
 from bridge.errors import message
 from jax_side.calls import compat
 from jax_side.calls.nesting import cpu_device, here
@@ -168,7 +175,11 @@ class _OfModel:
         with _beneath():
             inputs = {name: _array(name, x) for name, x in arrays.items()}
             self.card.check_bound(inputs, self.name)
-            out = jax.jit(self.model)(inputs)  # its programs are jit's, found by the model
+            try:
+                out = jax.jit(self.model)(inputs)  # its programs are jit's, found by the model
+            except KeyError as error:
+                check_read(error, inputs, self.name)
+                raise
             check_outputs(out, *check_inputs(inputs), self.card.active)
             return {name: np.asarray(x) for name, x in out.items()}
 

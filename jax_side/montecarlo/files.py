@@ -1,5 +1,4 @@
-"""Local potentials as files, in kUPS's format: a zip of three jax.export blobs and metadata.json
-(DESIGN section 6)."""
+"""Local potentials as files, in kUPS's format: a zip of three jax.export blobs and metadata.json."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Local potentials, one round of messages, whose energy follows a change of a few atoms at a cost
-that knows no N (DESIGN section 6)."""
+that knows no N."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import jax
 
 from bridge.call import one_of
 from bridge.card import Card, shared_out
-from bridge.contract import INFO, check_inputs, check_outputs
+from bridge.contract import INFO, check_inputs, check_outputs, check_read
 from bridge.errors import message
 from jax_side.potentials.cache import Cache, CachedPotential, cached, select_systems
 from jax_side.potentials.derivatives import Call, Inputs, Named, outputs
@@ -200,7 +200,12 @@ class DirectPotential(Potential):
     def outputs(self, inputs: Inputs) -> Named:
         """Returns the model's outputs by the names of the contract, checked, without a rule for
         their derivatives."""
-        out, who = self.model(inputs), _name(self.model)
+        who = _name(self.model)
+        try:
+            out = self.model(inputs)
+        except KeyError as error:
+            check_read(error, inputs, who)
+            raise
         if not isinstance(out, (dict, PotentialOut)):
             do = "wrap an energy alone by jax_side.potentials.strain.with_gradients"
             raise TypeError(

@@ -20,6 +20,7 @@ from bridge.contract import (
     OUTPUTS,
     check_inputs,
     check_outputs,
+    check_read,
 )
 from bridge.errors import message
 from jax_side.potentials.derivatives import Call, Inputs, Model, Named, outputs
@@ -107,7 +108,11 @@ class Outputs:
         model = partial(self.model, *params)
         if self.gradients == "autodiff":
             return with_gradients(model)(inputs)
-        out = model(inputs)
+        try:
+            out = model(inputs)
+        except KeyError as error:
+            check_read(error, inputs, self.__name__)
+            raise
         needed = ENERGY_AND_GRADIENTS
         if not isinstance(out, dict) or any(name not in out for name in needed):
             got = ", ".join(sorted(out)) if isinstance(out, dict) else type(out).__name__

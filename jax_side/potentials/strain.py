@@ -1,5 +1,4 @@
-"""Exact strain algebra in JAX: virial, stress, cell gradients, and gradients of an energy (DESIGN
-section 5)."""
+"""Exact strain algebra in JAX: virial, stress, cell gradients, and gradients of an energy."""
 
 from __future__ import annotations
 

@@ -203,7 +203,7 @@ def test_address_x_input(dtype):
     assert seen == [x.unsafe_buffer_pointer()]
     jax.jit(f)(x).block_until_ready()
     assert (seen[0] == seen[1]) is not dtype.startswith(("complex", "float8")), (
-        "else say so in DESIGN section 4"
+        "else say so in docs/traps.md"
     )
 
 

@@ -99,6 +99,7 @@ def grown():
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", CALLS)
 def test_memory_x_many_calls(name, grown):
     """Less than 1 MB in all: 20 bytes for each of 5e4 calls. The planted leak of 2 MB shows that

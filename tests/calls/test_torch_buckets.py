@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 
 import bridge
 
@@ -68,6 +68,7 @@ def same(got, want, keys=("total", "edges", "atoms")):
 
 
 @pytest.mark.parametrize("f", FUNCTIONS.values(), ids=FUNCTIONS)
+@settings(max_examples=8)
 @given(st.integers(1, 40), st.integers(0, 70), st.integers(0, 99))
 def test_values_and_gradients_x_sizes(f, n_atoms, n_edges, seed):
     """All results, the first and the second derivative; zero edges included."""

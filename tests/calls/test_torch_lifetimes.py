@@ -110,6 +110,7 @@ def measured():
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", CALLS)
 def test_memory_x_many_calls(name, measured):
     """In a process of its own. The planted leak of 4 MB shows that more is seen."""

@@ -25,7 +25,7 @@ def test_nonsense_is_refused_in_one_clear_line(args, refused_line):
     assert NONSENSE[args] in refused_line(md.options, args, file="setup_is_a_file")
 
 
-@pytest.mark.parametrize("lane", ["ffi", "host"])
+@pytest.mark.parametrize("lane", ["ffi", pytest.param("host", marks=pytest.mark.full)])
 def test_one_md_step_is_one_call_into_torch(lane, tmp_path, capsys):
     md.main(
         [

@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import numpy as np
+import pytest
 from jax_md import elasticity, energy, minimize, quantity, simulate, space
 
 from jax_side.engines import jax_md as engine
@@ -44,6 +45,7 @@ def test_force_pressure_and_stress(lane):
     close(-potential(lane=lane).stress(R @ BOX.T, BOX.T), static)
 
 
+@pytest.mark.full
 def test_athermal_moduli():
     """A crystal with a vacancy, so that atoms give way, at rest in a box that is under stress."""
     init, step = minimize.fire_descent(native(), SHIFT, 2**-6, 2**-4)

@@ -240,7 +240,16 @@ def heads():
 
 
 @pytest.mark.parametrize(
-    "name", ["gaussian", "no offset", "biased", "multiscale", "linear", "sketch", "by species"]
+    "name",
+    [
+        "no offset",
+        "sketch",
+        "by species",
+        *(
+            pytest.param(name, marks=pytest.mark.full)
+            for name in ("gaussian", "biased", "multiscale", "linear")
+        ),
+    ],
 )
 def test_features_energies_x_heads(name):
     potential = copy.copy(cases.untrained())

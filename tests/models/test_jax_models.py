@@ -62,7 +62,11 @@ def test_jax_md_x_values_and_gradients(name):
 
 
 @pytest.mark.parametrize(
-    "name, names", [("jax-md box", ("pos",)), ("jax-md perturbation", ("pos", "cell"))]
+    "name, names",
+    [
+        pytest.param("jax-md box", ("pos",), marks=pytest.mark.full),
+        ("jax-md perturbation", ("pos", "cell")),
+    ],
 )
 def test_jax_md_x_second_derivatives(name, names):
     check_second_derivatives(name, plain_morse, names)

@@ -153,6 +153,7 @@ def summed(pos):
     return -np.sqrt(pairs.sum(1) + 0.1).sum()
 
 
+@pytest.mark.full
 def test_drift_x_float32(monkeypatch):
     """Beside the same without what rounding took, which is worse after fewer moves."""
     kept = drift(many_body())

@@ -190,7 +190,7 @@ def check_list(cache):
 
 @pytest.mark.parametrize("name", LISTS)
 def test_energy_x_any_sequence(name):
-    @settings(max_examples=25)
+    @settings(max_examples=12)
     @given(sequences(name))
     def check(drawn):
         graph, draws, accepts = drawn

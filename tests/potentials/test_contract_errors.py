@@ -6,8 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from ase import Atoms
 
 import bridge
+from jax_side.engines.ase import calculator
+from jax_side.potentials.direct import direct
+from jax_side.potentials.outputs import Outputs
 from jax_side.potentials.potential import potential as jax_energy
 from jax_side.potentials.strain import with_gradients as jax_with_gradients
 from torch_side.potentials.strain import with_gradients as torch_with_gradients
@@ -118,3 +122,47 @@ def test_an_output_that_is_missing():
         ValueError, match="charges from .*, got no charges; let the model return charges"
     ):
         energy(R)
+
+
+def reads(name):
+    return lambda x: x[name].sum().reshape(1) * 1.0
+
+
+CALLED = {
+    "potential": lambda model: bridge.potential(
+        model, atomic_numbers=NUMBERS, gradients="autograd"
+    )(R),
+    "jitted potential": lambda model: jax.jit(
+        bridge.potential(model, atomic_numbers=NUMBERS, gradients="autograd")
+    )(R),
+    "JAX": lambda model: jax_energy(jax_with_gradients(model), atomic_numbers=NUMBERS)(R),
+    "all outputs": lambda model: Outputs(jax_with_gradients(model), "model", False)(JAX_INPUTS),
+    "direct": lambda model: direct(jax_with_gradients(model))(JAX_INPUTS),
+    "ASE": lambda model: calculator(jax_with_gradients(model)).get_potential_energy(
+        Atoms("HH", np.array(R))
+    ),
+}
+JAX_INPUTS = {
+    "pos": R,
+    "cell": jnp.zeros((1, 3, 3), "float32"),
+    "pbc": jnp.zeros((1, 3), bool),
+    "batch": jnp.zeros(2, "int32"),
+    "atomic_numbers": jnp.asarray(NUMBERS),
+}
+
+
+@pytest.mark.parametrize("way", CALLED)
+@pytest.mark.parametrize(
+    "name, do",
+    [("edge_index", "pass cutoff=..., in Angstrom"), ("charge", "pass it with the call")],
+)
+def test_an_optional_input_that_a_model_reads_and_nobody_gives(name, do, way):
+    text = f"expected {name} among the inputs, which .* reads, got none; {do}"
+    with pytest.raises(ValueError, match=text), bridge.raising():
+        jax.block_until_ready(CALLED[way](reads(name)))
+
+
+@pytest.mark.parametrize("way", CALLED)
+def test_a_key_error_of_its_own_stays(way):
+    with pytest.raises(KeyError, match="of the user"), bridge.raising():
+        jax.block_until_ready(CALLED[way](lambda x: {}["of the user"]))

@@ -128,7 +128,7 @@ def test_neither_term_of_the_virial_is_symmetric(side):
 
 @pytest.mark.parametrize("side", SIDES)
 def test_gradient_at_fixed_fractional_coordinates(side):
-    """dE/dh at fixed s is h^-T W (DESIGN section 5)."""
+    """dE/dh at fixed s is h^-T W."""
     pos, cell, batch = crystal()
     W = derivatives(pos, cell, batch, side)[2]
     s = pos @ np.linalg.inv(cell[0])

@@ -146,7 +146,10 @@ def test_a_kink_in_second_derivatives_is_a_warning():
         check_potential(radial(lambda r: (1 - r / CUTOFF) ** 4), **options)
 
 
-@pytest.mark.parametrize("name", MODELS)
+FIRST, *MORE = MODELS
+
+
+@pytest.mark.parametrize("name", [FIRST, *(pytest.param(n, marks=pytest.mark.full) for n in MORE)])
 def test_continuity_x_adapters(name):
     case = MODELS[name]
     with warnings.catch_warnings():

@@ -1,5 +1,4 @@
-"""DLPack in and out of torch: which tensors can lend their memory, which must be copied, and why
-(DESIGN section 2)."""
+"""DLPack in and out of torch: which tensors can lend their memory, which must be copied, and why."""
 
 from __future__ import annotations
 

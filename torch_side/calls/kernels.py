@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+
+# private in torch 2.13: a tensor of torch.func.grad, vmap and so on
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.function import BackwardCFunction
 
 from bridge.errors import message
@@ -94,6 +97,37 @@ def check_given(
     raise NotImplementedError(
         message(f"position_gradients of {who} that can be differentiated", got, do)
     )
+
+
+def check_unreached(energy: torch.Tensor, again: Callable[[], torch.Tensor], name: str) -> None:
+    """Raises where an energy changes with an input that its graph does not reach.
+
+    torch gives zeros there, as for a constant, and the forces of a model that leaves autograd would
+    be zero without a word. `again()` gives the energy where the input `name` has moved a little. It
+    is not called where values can't be read: in a transform of torch.func, under torch.compile, and
+    for fake tensors.
+
+    Raises: NotImplementedError naming the input."""
+    if torch.compiler.is_compiling() or not _has_values(energy):
+        return
+    with torch.no_grad():
+        change = (again() - energy).abs()
+    rounding = 16 * torch.finfo(energy.dtype).eps * (1 + energy.abs())
+    if not bool((change > rounding).any()):
+        return
+    got = "one that changes with it and has no graph to it (no_grad, detach, item or NumPy inside)"
+    do = (
+        "compute it in operations of torch, or return the gradients as well and pass "
+        'gradients="model"'
+    )
+    raise NotImplementedError(message(f"an energy that torch can differentiate in {name}", got, do))
+
+
+def _has_values(tensor: torch.Tensor) -> bool:
+    """False for fake tensors, and inside of transforms of torch.func."""
+    from torch._subclasses.fake_tensor import is_fake
+
+    return not is_fake(tensor) and not is_functorch_wrapped_tensor(tensor)
 
 
 def custom(ys: Iterable[torch.Tensor]) -> list[Node]:

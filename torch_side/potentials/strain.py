@@ -1,5 +1,4 @@
-"""Exact strain algebra in torch: virial, stress, cell gradients, and gradients of an energy (DESIGN
-section 5)."""
+"""Exact strain algebra in torch: virial, stress, cell gradients, and gradients of an energy."""
 
 from __future__ import annotations
 
@@ -111,8 +110,9 @@ def with_gradients(
     never written to.
 
     The model raises ValueError where there is no energy, TypeError for an energy that is no tensor
-    and, with create_graph, NotImplementedError for a custom autograd Function whose backward can't
-    be differentiated again.
+    and NotImplementedError for an energy that changes with pos or cell and has no graph to them
+    (which costs one more evaluation where there is no graph) and, with create_graph, for a custom
+    autograd Function whose backward can't be differentiated again.
 
     >>> model = with_gradients(lambda x: x["pos"].square().sum()[None])
     >>> model({"pos": torch.ones(1, 3), "cell": torch.zeros(1, 3, 3)})["position_gradients"]
@@ -134,7 +134,12 @@ def with_gradients(
             variables = [inputs["pos"], inputs["cell"]]
             if create_graph:
                 _check_kernels(energy, inputs, out["energy"])
-            g, G = _gradients(out["energy"], variables, create_graph)
+            found = _gradients(out["energy"], variables, create_graph)
+            _check_reached(energy, inputs, out["energy"], found)
+            g, G = (
+                torch.zeros_like(x) if dx is None else dx
+                for x, dx in zip(variables, found, strict=True)
+            )
         out |= {"position_gradients": g, "cell_gradients": G}
         return out if create_graph else {name: x.detach() for name, x in out.items()}
 
@@ -161,14 +166,36 @@ def _check_kernels(energy: Callable, inputs: dict[str, torch.Tensor], found: tor
 
 def _gradients(
     energy: torch.Tensor, variables: Sequence[torch.Tensor], create_graph: bool
-) -> Sequence[torch.Tensor]:
-    """d sum(energy) / d variables by one backward pass, zeros for what the energy does not depend
-    on."""
+) -> Sequence[torch.Tensor | None]:
+    """d sum(energy) / d variables by one backward pass, None for what its graph does not reach."""
     if not energy.requires_grad:
-        return [torch.zeros_like(x) for x in variables]
+        return [None] * len(variables)
     return torch.autograd.grad(
-        energy.sum(), variables, create_graph=create_graph, materialize_grads=True
+        energy.sum(), variables, create_graph=create_graph, allow_unused=True
     )
+
+
+def _check_reached(
+    energy: Callable,
+    inputs: dict[str, torch.Tensor],
+    found: torch.Tensor,
+    gradients: Sequence[torch.Tensor | None],
+) -> None:
+    """NotImplementedError where the energy changes with pos or cell and its graph does not reach
+    them.
+
+    The cell counts where edges lead into other cells: models that have no use for it are many."""
+    offsets = inputs.get("cell_offsets")
+    across = offsets is not None and bool(offsets.any())
+    for name, gradient in zip(("pos", "cell"), gradients, strict=True):
+        if gradient is not None or not (name == "pos" or across):
+            continue
+
+        def again(name: str = name) -> torch.Tensor:
+            (moved,) = kernels.moved([inputs[name]])
+            return named(energy(inputs | {name: moved}))["energy"]
+
+        kernels.check_unreached(found, again, name)
 
 
 def _moments(
