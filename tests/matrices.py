@@ -11,6 +11,17 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from itertools import combinations
 
+import pytest
+
+
+def a_few(names, keep):
+    """Parameters of a test, of which `make test` runs these few: `keep` is their number, evenly
+    spread, or their names."""
+    names = list(names)
+    if isinstance(keep, int):
+        keep = {names[i * len(names) // keep] for i in range(keep)}
+    return [n if n in keep else pytest.param(n, marks=pytest.mark.full) for n in names]
+
 
 def cover(cells, strength=1):
     """The places of the cells to run, chosen greedily: most that is new first, then what was used

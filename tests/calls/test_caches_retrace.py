@@ -183,6 +183,7 @@ def python(code, *args):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.full
 def test_persistent_cache_x_two_processes(tmp_path):
     """The second process finds the program of the first, and calls its own function from it."""
     for k, expected in ((2, (0, 1)), (3, (1, 0))):

@@ -171,9 +171,9 @@ HERE, THERE = 2, 300  # sizes of programs that XLA runs in the main thread, in i
     "lane, size, how",
     [
         ("ffi", HERE, "plain"),
-        ("ffi", THERE, "raising"),
+        pytest.param("ffi", THERE, "raising", marks=pytest.mark.full),
         ("host", HERE, "raising"),
-        ("host", THERE, "plain"),
+        pytest.param("host", THERE, "plain", marks=pytest.mark.full),
     ],
 )
 def test_keyboard_interrupt_ends_the_program(lane, size, how):

@@ -173,7 +173,10 @@ for lane, n in {runs}:
 
 @pytest.mark.parametrize(
     "synchronous, runs",
-    [(False, [("ffi", 8), ("ffi", 200)]), (True, [("ffi", 200), ("host", 200)])],
+    [
+        pytest.param(False, [("ffi", 8), ("ffi", 200)], marks=pytest.mark.full),
+        (True, [("ffi", 200), ("host", 200)]),
+    ],
 )
 def test_threads_x_computations_in_flight_don_t_deadlock(synchronous, runs):
     """A watchdog ends a process that hangs. The host lane has the setting that its error names."""

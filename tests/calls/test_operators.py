@@ -9,6 +9,7 @@ import torch
 
 import bridge
 from jax_side.potentials import second
+from tests.matrices import a_few
 from tests.operator_cases import POTENTIALS
 from tests.operator_checks import SECOND, check
 
@@ -18,9 +19,7 @@ SUSPECTED = ["det", "slogdet", "solve a matrix", "scatter prod"]  # a few more w
 CHOSEN = {*SUSPECTED, *sorted(POTENTIALS)[::3]}
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in CHOSEN else pytest.param(n, marks=pytest.mark.full) for n in POTENTIALS]
-)
+@pytest.mark.parametrize("name", a_few(POTENTIALS, CHOSEN))
 def test_derivatives_x_operators(name):
     check(name, "func")
 

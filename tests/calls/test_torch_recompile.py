@@ -101,7 +101,6 @@ def test_value_x_graph_break(name, backend):
 
 CACHED = """
 import sys, torch, jax.numpy as jnp, bridge
-torch._inductor.config.cpp_cache_precompile_headers = False  # they take longer than all else
 f = bridge.to_torch(lambda x, w: x * w * w)
 x, w = torch.tensor([2.0, 3.0]), torch.tensor([5.0, 7.0])
 of_x = torch.compile(lambda x, w: f(x, w).sum(), fullgraph=True)
@@ -112,6 +111,7 @@ print(torch.autograd.grad(of_x(x.requires_grad_(), w.detach()), x)[0].tolist())
 """
 
 
+@pytest.mark.full
 def test_gradient_x_graphs_on_disk(tmp_path):
     """What one process has compiled calls no function of another one."""
     for order in ("first", "other order"):

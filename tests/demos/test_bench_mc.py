@@ -14,6 +14,7 @@ from benchmarks import mc
 from jax_side.montecarlo.local import Layout
 
 
+@pytest.mark.full
 def test_every_case_is_one_json_line_and_one_row_of_the_table(tmp_path, capsys):
     threads = torch.get_num_threads()
     assert (

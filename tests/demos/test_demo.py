@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from demos import md
+from tests.matrices import a_few
 
 NONSENSE = {
     "--dt -1": "argument --dt: expected a number (float) from 0.01 to 10.0, got -1; give such a number",
@@ -25,7 +26,7 @@ def test_nonsense_is_refused_in_one_clear_line(args, refused_line):
     assert NONSENSE[args] in refused_line(md.options, args, file="setup_is_a_file")
 
 
-@pytest.mark.parametrize("lane", ["ffi", pytest.param("host", marks=pytest.mark.full)])
+@pytest.mark.parametrize("lane", a_few(["ffi", "host"], 1))
 def test_one_md_step_is_one_call_into_torch(lane, tmp_path, capsys):
     md.main(
         [

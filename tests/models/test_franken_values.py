@@ -13,6 +13,7 @@ import torch
 
 import bridge
 from tests import franken_cases as cases
+from tests.matrices import a_few
 from tests.model_cases import inputs, quiet
 from torch_side.models.franken import Franken
 from torch_side.potentials import strain
@@ -241,15 +242,10 @@ def heads():
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "no offset",
-        "sketch",
-        "by species",
-        *(
-            pytest.param(name, marks=pytest.mark.full)
-            for name in ("gaussian", "biased", "multiscale", "linear")
-        ),
-    ],
+    a_few(
+        ["gaussian", "no offset", "biased", "multiscale", "linear", "sketch", "by species"],
+        ["no offset", "sketch", "by species"],
+    ),
 )
 def test_features_energies_x_heads(name):
     potential = copy.copy(cases.untrained())
@@ -328,6 +324,7 @@ def test_features_x_padding():
         assert found.shape == (len(plain) + 1, plain.shape[1]) and not found[-1].any()
 
 
+@pytest.mark.full
 def test_weights_x_ridge_in_jax():
     """The normal equations of energies and forces on features of JAX: the weights of franken's own
     trainer."""

@@ -126,6 +126,7 @@ def test_nequip_x_gradients():
     check_gradients("nequip")
 
 
+@pytest.mark.full
 def test_nequip_x_values_and_gradients_of_a_loss():
     """A double backward, through gradients to parameters, positions and cell."""
     check_training("nequip")

@@ -46,7 +46,11 @@ def steps(local, start, keys, decisions):
 
 
 @pytest.mark.parametrize(
-    "bridged", [(False, False, False), (False, True, True)], ids=["jax", "torch"]
+    "bridged",
+    [
+        pytest.param((False, False, False), id="jax", marks=pytest.mark.full),
+        pytest.param((False, True, True), id="torch"),
+    ],
 )
 def test_chains_x_alone(bridged):
     """Other atoms, other draws, other decisions in each; in jit and scan."""

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from jax_side.montecarlo import moves
 from jax_side.montecarlo.local import Change, Layout, LocalPotential
 from tests.local_cases import CELLS, bits, brute, close, potential, quick, system
+from tests.matrices import a_few
 
 ATOMS, K, STEPS = 10, 3, 6
 LISTS = {
@@ -188,7 +189,7 @@ def check_list(cache):
     assert ((u > -1e-9) & (u < last + 1 + 1e-9))[:, list(lay.periodic)].all()
 
 
-@pytest.mark.parametrize("name", LISTS)
+@pytest.mark.parametrize("name", a_few(LISTS, 2))
 def test_energy_x_any_sequence(name):
     @settings(max_examples=12)
     @given(sequences(name))

@@ -93,7 +93,11 @@ def expected_numbers(activity, element):
 
 
 @pytest.mark.parametrize(
-    "activity, element", [(3.0, 2), (2.0, 1)], ids=["ideal", "two-that-see-each-other"]
+    "activity, element",
+    [
+        pytest.param(3.0, 2, id="ideal", marks=pytest.mark.full),
+        pytest.param(2.0, 1, id="two-that-see-each-other"),
+    ],
 )
 def test_number_of_atoms_x_grand_canonical(activity, element):
     counts, wanted = (
@@ -181,6 +185,7 @@ def energies_of_two(points=16):
     return pairs(at) + pairs(np.zeros((1, 3))) + 1.5
 
 
+@pytest.mark.full
 def test_mean_energy_x_two_atoms():
     exact = energies_of_two()
     weights = np.exp(-exact)
@@ -207,6 +212,7 @@ def wander(cache, key):
     return translated(LENNARD_JONES, cache, key, 0.85, (0.5, 10.0))
 
 
+@pytest.mark.full
 def test_energy_x_lennard_jones_gas():
     """T* = 0.85, rho* = 0.009: NIST's Standard Reference Simulation Website, U* = -9.3973e-2."""
     graph = scattered(500, 0.009)

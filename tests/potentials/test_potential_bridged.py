@@ -120,6 +120,7 @@ def test_a_model_without_gradients_is_told_what_to_ask_for(lane):
         bridge.potential(Direct(), atomic_numbers=NUMBERS, gradients="both")
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_sevennet_through_the_bridge_equals_its_ase_calculator(system, lane):
     """Issue's tolerances: 1e-5 eV, 1e-4 eV/A, 1e-5 eV/A^3 in float32."""

@@ -105,7 +105,9 @@ def twelve_numbers_of_edges():
     return list(zip(several, outputs))
 
 
-@pytest.mark.parametrize("buckets, most", [(None, 6), (WIDE, 3)])
+@pytest.mark.parametrize(
+    "buckets, most", [pytest.param(None, 6, marks=pytest.mark.full), (WIDE, 3)]
+)
 def test_programs_x_numbers_of_edges(buckets, most):
     padded = of_edges(buckets)
     for inputs, outputs in twelve_numbers_of_edges():

@@ -13,6 +13,7 @@ from ase.build import bulk
 from bridge import testing
 from bridge.card import Card
 from bridge.testing import check_function, check_potential, checks, crystals, run_checks
+from tests.matrices import a_few
 from tests.planted import CUTOFF, GALLERY, StaleCache, right, structure
 from torch_side.potentials.model import Wrapped
 
@@ -285,13 +286,13 @@ RIGHT_JAX = {
 }
 
 
-@pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.parametrize("name", a_few(RIGHT, 4))
 def test_a_torch_function_x_itself(name):
     fn, args, options = RIGHT[name]
     check_function(fn, *args, **options)
 
 
-@pytest.mark.parametrize("name", RIGHT_JAX)
+@pytest.mark.parametrize("name", a_few(RIGHT_JAX, 2))
 def test_a_jax_function_x_itself(name):
     fn, args, options = RIGHT_JAX[name]
     check_function(fn, *args, **options)

@@ -10,6 +10,7 @@ from ase.build import bulk
 
 from bridge.testing import ALL, check_potential, run_checks
 from tests.adapters import MODELS
+from tests.matrices import a_few
 from tests.model_cases import skewed
 from tests.planted import (
     CONTINUOUS,
@@ -146,10 +147,7 @@ def test_a_kink_in_second_derivatives_is_a_warning():
         check_potential(radial(lambda r: (1 - r / CUTOFF) ** 4), **options)
 
 
-FIRST, *MORE = MODELS
-
-
-@pytest.mark.parametrize("name", [FIRST, *(pytest.param(n, marks=pytest.mark.full) for n in MORE)])
+@pytest.mark.parametrize("name", a_few(MODELS, 1))
 def test_continuity_x_adapters(name):
     case = MODELS[name]
     with warnings.catch_warnings():
