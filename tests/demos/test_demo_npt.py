@@ -24,6 +24,7 @@ def test_nonsense_is_refused_in_one_clear_line(args, refused_line):
     assert NONSENSE[args] in refused_line(npt.options, args)
 
 
+@pytest.mark.full
 def test_a_small_run_and_its_continuation(tmp_path, capsys, monkeypatch):
     from sevenn.calculator import SevenNetCalculator
 

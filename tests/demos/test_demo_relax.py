@@ -23,6 +23,7 @@ def test_nonsense_is_refused_in_one_clear_line(args, refused_line):
 CHOSEN = ["--crystal", "NaCl", "--strain", "0.02", "--rattle", "0.03", "--fmax", "0.006"]
 
 
+@pytest.mark.full
 def test_all_relaxations_end_in_one_lattice(tmp_path, capsys):
     rows = relax.main([*CHOSEN, "--out", str(tmp_path)])
     cells = {name: row.atoms.cell.cellpar() for name, row in rows.items()}

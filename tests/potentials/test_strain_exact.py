@@ -84,7 +84,7 @@ def crystal():
 
 
 @pytest.mark.parametrize("side", SIDES)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(batches())
 def test_cell_gradient_from_virial(side, system):
     pos, cell, batch = system
@@ -94,7 +94,7 @@ def test_cell_gradient_from_virial(side, system):
 
 
 @pytest.mark.parametrize("side", SIDES)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(batches())
 def test_virial_is_the_derivative_in_the_strain(side, system):
     pos, cell, batch = system

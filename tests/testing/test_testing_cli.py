@@ -115,6 +115,7 @@ def test_classes_and_models_x_called_or_taken(check):
         assert code == 0 and len(lines) == len(ALL)
 
 
+@pytest.mark.full
 def test_a_jax_model_x_float32(check):
     """What is asked for goes through: the kind, the dtype."""
     code, lines, _ = check(

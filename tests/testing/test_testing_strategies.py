@@ -88,6 +88,7 @@ def test_crystals_x_arguments():
         )
 
 
+@pytest.mark.full
 def test_structures_x_shrinking():
     s = find(crystals(), lambda s: True, smallest)
     assert (
@@ -113,6 +114,7 @@ def test_batches_x_contract(s):
     assert (np.diff(s["batch"]) >= 0).all() and set(s["batch"]) == set(range(len(s["cell"])))
 
 
+@pytest.mark.full
 def test_batches_x_corners():
     unequal = find(
         batches(molecules(n_atoms=(1, 3)), 2),
