@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
@@ -13,48 +12,16 @@ from jaxtyping import Float
 from bridge.contract import ENERGY_AND_GRADIENTS, check_outputs
 from bridge.testing import continuity
 from bridge.testing.strategies import Structure, pad, systems_of
+from bridge.testing.subject import Outputs, Subject
 
-if TYPE_CHECKING:
-    from bridge.testing.subject import Subject
-
-    # Raises Mismatch, or returns the text of a warning.
-    Check = Callable[[Subject, Structure, np.random.Generator], str | None]
-
-Outputs = dict[str, np.ndarray]  # with the keys of bridge.contract
+# Raises Mismatch, or returns the text of a warning.
+Check = Callable[[Subject, Structure, np.random.Generator], str | None]
 UNITS = {"energy": "eV", "node_energies": "eV", "virial": "eV", "hessian": "eV/Angstrom^2"}
 PROPERTIES: dict[str, Property] = {}
 
 
 class Mismatch(AssertionError):
     """Two numbers that differ where a property has them equal."""
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """How far numbers of one dtype may be apart.
-
-    step    step of finite differences of positions and cells, in Angstrom
-    strain  step of finite differences of strain
-    slope   relative error of finite differences
-    same    relative error of what must be the same
-    floor   absolute error of both
-    eps     relative rounding of the dtype
-    far     distance in Angstrom at which copies of a molecule don't feel one another
-    """
-
-    step: float
-    strain: float
-    slope: float
-    same: float
-    floor: float
-    eps: float
-    far: float
-
-
-TOLERANCES = {
-    "float64": Tolerance(1e-4, 2e-5, 1e-5, 1e-8, 1e-7, 2.3e-16, 500.0),
-    "float32": Tolerance(1e-2, 2e-3, 2e-2, 2e-4, 1e-4, 1.2e-7, 60.0),
-}
 
 
 @dataclass(frozen=True)
@@ -341,7 +308,7 @@ def lanes(model: Subject, s: Structure, rng: np.random.Generator) -> None:
 def transforms(model: Subject, s: Structure, rng: np.random.Generator) -> None:
     """Every transform of the energy through the bridge gives what the model itself gives."""
     other = s["pos"] + 0.02 * rng.normal(size=s["pos"].shape)
-    want = model.expected(s, other)
+    want = model.expected(s, other, hessian)
     for label, what, got in model.transformed(s, other, "auto", second="hessian" in want):
         names = ENERGY_AND_GRADIENTS if what == "gradients" else [what]
         relative = 10 * model.limits.slope if what == "hessian" else model.limits.same

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -16,8 +17,37 @@ from bridge.card import Card
 from bridge.contract import ENERGY_AND_GRADIENTS
 from bridge.errors import message
 from bridge.testing import strategies
-from bridge.testing.checks import TOLERANCES, Outputs, hessian
 from bridge.testing.strategies import Structure
+
+Outputs = dict[str, np.ndarray]  # with the keys of bridge.contract
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far numbers of one dtype may be apart.
+
+    step    step of finite differences of positions and cells, in Angstrom
+    strain  step of finite differences of strain
+    slope   relative error of finite differences
+    same    relative error of what must be the same
+    floor   absolute error of both
+    eps     relative rounding of the dtype
+    far     distance in Angstrom at which copies of a molecule don't feel one another
+    """
+
+    step: float
+    strain: float
+    slope: float
+    same: float
+    floor: float
+    eps: float
+    far: float
+
+
+TOLERANCES = {
+    "float64": Tolerance(1e-4, 2e-5, 1e-5, 1e-8, 1e-7, 2.3e-16, 500.0),
+    "float32": Tolerance(1e-2, 2e-3, 2e-2, 2e-4, 1e-4, 1.2e-7, 60.0),
+}
 
 Kind = Literal["torch", "jax"]
 Gradients = Literal["model", "autograd", "autodiff"]
@@ -146,10 +176,13 @@ class Subject:
             energy = potential(self.model, **arguments)
             return jax.potential_transforms(energy, inputs["pos"], inputs["cell"], other, second)
 
-    def expected(self, s: Structure, other: np.ndarray) -> dict[str, list[np.ndarray]]:
+    def expected(
+        self, s: Structure, other: np.ndarray, hessian: Callable[[Subject, Structure], np.ndarray]
+    ) -> dict[str, list[np.ndarray]]:
         """Returns {what: arrays} that `transformed` must give, by the model's own framework.
 
-        There is no "hessian" for a model without second derivatives.
+        `hessian` takes finite differences, for torch. There is no "hessian" for a model without
+        second derivatives.
         """
         inputs, jax = self.inputs(s), side("jax")
         if self.kind == "jax":
