@@ -7,7 +7,7 @@ framework: an array is anything with `.shape` and `.dtype`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
@@ -111,17 +111,26 @@ def output_shapes(
     return {name: tuple(known.get(d, d) for d in OUTPUTS[name][0]) for name in names}
 
 
-def check_read(error: KeyError, inputs: Mapping[str, Any], who: str) -> None:
-    """Raises ValueError where a KeyError of the model `who` comes from an optional input of the
-    contract that was not given, and says how it is given; returns where it has another reason."""
-    name = error.args[0] if error.args else None
-    if name not in INPUTS or name in STRUCTURE or inputs.get(name) is not None:
-        return
+def called(model: Callable[[Any], Any], inputs: Mapping[str, Any], who: str) -> Any:
+    """Returns model(inputs).
+
+    Raises: ValueError where the model, called `who`, reads an optional input of the contract that
+    nobody gave (it says how it is given), and what the model raises."""
+    try:
+        return model(inputs)
+    except KeyError as error:
+        name = error.args[0] if error.args else None
+        if name not in INPUTS or name in STRUCTURE or inputs.get(name) is not None:
+            raise
+        raise _unread(name, who) from error
+
+
+def _unread(name: str, who: str) -> ValueError:
+    """The error for an optional input that a model reads and nobody gave."""
     do = "pass it with the call"
     if name in GRAPH:
         do = "pass cutoff=..., in Angstrom, so that edges are found, or pass edges with the call"
-    expected = f"{name} among the inputs, which {who} reads"
-    raise ValueError(message(expected, "none", do)) from error
+    return ValueError(message(f"{name} among the inputs, which {who} reads", "none", do))
 
 
 def check_inputs(

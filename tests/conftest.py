@@ -40,9 +40,9 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     """See tests/matrices.py."""
     if not config.getoption("--full"):
-        out = left_out(items)
-        config.hook.pytest_deselected(items=out)
-        items[:] = [item for item in items if item not in set(out)]
+        out = set(left_out(items))
+        config.hook.pytest_deselected(items=[item for item in items if item in out])
+        items[:] = [item for item in items if item not in out]
 
 
 @pytest.fixture(params=["ffi", "host"])
@@ -58,6 +58,10 @@ def maybe_jit(request):
 def pytest_collection_finish():
     """Garbage is looked for among what tests make, and not among what was imported: a tenth of the
     time went there."""
+    freeze()
+
+
+def freeze():
     gc.collect()
     gc.freeze()
 
@@ -65,12 +69,10 @@ def pytest_collection_finish():
 @pytest.fixture(scope="module")
 def frozen():
     """gc.collect() looks only at what a file makes, or it would take 0.2 s each time."""
-    gc.collect()
-    gc.freeze()
+    freeze()
     yield
     gc.unfreeze()
-    gc.collect()
-    gc.freeze()
+    freeze()
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def left_out(items):
         if item.get_closest_marker("matrix"):
             matrices[item.nodeid.split("[")[0]].append(item)
     for cells in matrices.values():
-        strength = cells[0].get_closest_marker("matrix").args or (1,)
+        strength = cells[0].get_closest_marker("matrix").args
         values = [{k: repr(v) for k, v in item.callspec.params.items()} for item in cells]
         chosen = cover(values, *strength)
         out += [item for i, item in enumerate(cells) if i not in chosen]

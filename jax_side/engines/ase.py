@@ -22,9 +22,9 @@ from bridge.contract import (
     ENERGY_AND_GRADIENTS,
     GRADIENTS,
     GRAPH,
+    called,
     check_inputs,
     check_outputs,
-    check_read,
 )
 from bridge.errors import message
 from jax_side.calls import compat
@@ -175,11 +175,8 @@ class _OfModel:
         with _beneath():
             inputs = {name: _array(name, x) for name, x in arrays.items()}
             self.card.check_bound(inputs, self.name)
-            try:
-                out = jax.jit(self.model)(inputs)  # its programs are jit's, found by the model
-            except KeyError as error:
-                check_read(error, inputs, self.name)
-                raise
+            # its programs are jit's, found by the model
+            out = called(jax.jit(self.model), inputs, self.name)
             check_outputs(out, *check_inputs(inputs), self.card.active)
             return {name: np.asarray(x) for name, x in out.items()}
 

@@ -12,11 +12,8 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
-from bridge.archive import Odd, fits, said, words
+from bridge.archive import Kind, Odd, fits, said, words
 from bridge.errors import message, spec
-
-# Shape without rows, and dtype, of an array of rows; see bridge.archive.types.
-Kind = tuple[tuple[int | None, ...], str]
 
 # custom calls that every jaxlib serves: shapes, shardings, linear algebra, random bits
 OWN_TARGETS = re.compile(

@@ -12,7 +12,7 @@ import jax
 
 from bridge.call import one_of
 from bridge.card import Card, shared_out
-from bridge.contract import INFO, check_inputs, check_outputs, check_read
+from bridge.contract import INFO, called, check_inputs, check_outputs
 from bridge.errors import message
 from jax_side.potentials.cache import Cache, CachedPotential, cached, select_systems
 from jax_side.potentials.derivatives import Call, Inputs, Named, outputs
@@ -201,11 +201,7 @@ class DirectPotential(Potential):
         """Returns the model's outputs by the names of the contract, checked, without a rule for
         their derivatives."""
         who = _name(self.model)
-        try:
-            out = self.model(inputs)
-        except KeyError as error:
-            check_read(error, inputs, who)
-            raise
+        out = called(self.model, inputs, who)
         if not isinstance(out, (dict, PotentialOut)):
             do = "wrap an energy alone by jax_side.potentials.strain.with_gradients"
             raise TypeError(

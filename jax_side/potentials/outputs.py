@@ -18,9 +18,9 @@ from bridge.contract import (
     ENERGY_AND_GRADIENTS,
     GRADIENTS,
     OUTPUTS,
+    called,
     check_inputs,
     check_outputs,
-    check_read,
 )
 from bridge.errors import message
 from jax_side.potentials.derivatives import Call, Inputs, Model, Named, outputs
@@ -108,11 +108,7 @@ class Outputs:
         model = partial(self.model, *params)
         if self.gradients == "autodiff":
             return with_gradients(model)(inputs)
-        try:
-            out = model(inputs)
-        except KeyError as error:
-            check_read(error, inputs, self.__name__)
-            raise
+        out = called(model, inputs, self.__name__)
         needed = ENERGY_AND_GRADIENTS
         if not isinstance(out, dict) or any(name not in out for name in needed):
             got = ", ".join(sorted(out)) if isinstance(out, dict) else type(out).__name__

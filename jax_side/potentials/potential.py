@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
 from bridge.card import Card, shared_out
-from bridge.contract import INFO, added, check_inputs, check_outputs, check_read
+from bridge.contract import INFO, added, called, check_inputs, check_outputs
 from bridge.errors import message, spec
 from jax_side.potentials import strain
 from jax_side.potentials.derivatives import Call, Inputs, Model, Named, gradient_of, outputs
@@ -295,11 +295,7 @@ def _energy(model: Model, inputs: Named) -> Float[jax.Array, " B"]:
 
 def _outputs(model: Model, inputs: Inputs) -> Named:
     """The model's dict, checked."""
-    try:
-        out = model(inputs)
-    except KeyError as error:
-        check_read(error, inputs, _name(model))
-        raise
+    out = called(model, inputs, _name(model))
     check_outputs(out, inputs["pos"].shape[0], inputs["cell"].shape[0])
     return out
 

@@ -132,3 +132,14 @@ def test_where_no_values_can_be_read_nothing_is_said(transform):
             given = {name: mode.from_tensor(x) for name, x in given.items()}
             found = forces(given["pos"])
     assert found.shape[-2:] == (2, 3)
+
+
+@pytest.mark.parametrize("name", ["right", "no_grad", "detached pos", "detached cell", "one term"])
+def test_shapes_x_given_edges(name):
+    """Edges are values too: where shapes are found, nobody reads whether they cross the cell."""
+    model = with_gradients(right if name == "right" else CUT[name][0])
+    crystal = inputs(ase.build.bulk("Cu", "sc", a=2.5), dtype=torch.float64)
+    edges = {"edge_index": torch.zeros(2, 3, dtype=torch.long), "cell_offsets": torch.eye(3).long()}
+    given = {k: jnp.asarray(x.numpy()) for k, x in (crystal | edges).items()}
+    found = jax.eval_shape(bridge.to_jax(model), given)
+    assert found["energy"].shape == (1,) and found["cell_gradients"].shape == (1, 3, 3)

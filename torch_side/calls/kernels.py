@@ -103,13 +103,9 @@ def check_unreached(energy: torch.Tensor, again: Callable[[], torch.Tensor], nam
     """Raises where an energy changes with an input that its graph does not reach.
 
     torch gives zeros there, as for a constant, and the forces of a model that leaves autograd would
-    be zero without a word. `again()` gives the energy where the input `name` has moved a little. It
-    is not called where values can't be read: in a transform of torch.func, under torch.compile, and
-    for fake tensors.
+    be zero without a word. `again()` gives the energy where the input `name` has moved a little.
 
     Raises: NotImplementedError naming the input."""
-    if torch.compiler.is_compiling() or not _has_values(energy):
-        return
     with torch.no_grad():
         change = (again() - energy).abs()
     rounding = 16 * torch.finfo(energy.dtype).eps * (1 + energy.abs())
@@ -123,11 +119,13 @@ def check_unreached(energy: torch.Tensor, again: Callable[[], torch.Tensor], nam
     raise NotImplementedError(message(f"an energy that torch can differentiate in {name}", got, do))
 
 
-def _has_values(tensor: torch.Tensor) -> bool:
-    """False for fake tensors, and inside of transforms of torch.func."""
+def have_values(tensors: Iterable[torch.Tensor]) -> bool:
+    """Returns False for fake tensors, under torch.compile and in transforms of torch.func."""
     from torch._subclasses.fake_tensor import is_fake
 
-    return not is_fake(tensor) and not is_functorch_wrapped_tensor(tensor)
+    if torch.compiler.is_compiling():
+        return False
+    return not any(is_fake(x) or is_functorch_wrapped_tensor(x) for x in tensors)
 
 
 def custom(ys: Iterable[torch.Tensor]) -> list[Node]:

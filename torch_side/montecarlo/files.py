@@ -15,7 +15,7 @@ import torch
 from torch.export import ExportedProgram
 
 from bridge import archive
-from bridge.archive import Odd
+from bridge.archive import Kind, Odd
 from bridge.errors import message, spec
 from torch_side.calls.arrays import dtype_name
 from torch_side.calls.inference import check_mode
@@ -57,7 +57,6 @@ PLAIN = (
     ast.boolop,
 )
 TREES = {None, "builtins.tuple", "builtins.list", "builtins.dict"}  # containers of arguments
-Kind = tuple[tuple[int | None, ...], str]  # shape without rows, None for any width; dtype
 
 
 class Programs(NamedTuple):

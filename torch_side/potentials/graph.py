@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bridge.card import Card
-from bridge.contract import check_inputs, check_outputs, check_read, dtype_name
+from bridge.contract import called, check_inputs, check_outputs, dtype_name
 from bridge.errors import message
 from torch_side.calls import kernels, modes
 from torch_side.potentials import batches, geometry
@@ -64,11 +64,7 @@ def evaluate(
         return _nothing(inputs, card)
     inner, made = _with_edges(inner, card, layout)
     with geometry.handing_on(made):
-        try:
-            found = model(inner)
-        except KeyError as error:
-            check_read(error, inner, name)
-            raise
+        found = called(model, inner, name)
     n_systems = len(inner["cell"])
     active = {key: found[key] for key in card.active_outputs if key in found}
     check_outputs(active, len(inner["pos"]), n_systems, (), dtype_name(inner["pos"]))

@@ -162,8 +162,10 @@ def _distinct(
     rows each kind has.
 
     Rows are compared as one integer each, 20 times as fast, unless these would not fit 64 bits."""
-    least = rows.amin(0) if len(rows) else rows.new_zeros(rows.shape[1])
-    sizes = (rows.amax(0) - least + 1).tolist() if len(rows) else least.tolist()
+    if not len(rows):
+        return rows.new_zeros(0), rows.new_zeros(0)
+    least = rows.amin(0)
+    sizes = (rows.amax(0) - least + 1).tolist()
     if math.prod(sizes) < 2**63:
         key = rows.new_zeros(len(rows))
         for column, low, size in zip(rows.T, least, sizes, strict=True):

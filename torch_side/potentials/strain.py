@@ -184,12 +184,17 @@ def _check_reached(
     """NotImplementedError where the energy changes with pos or cell and its graph does not reach
     them.
 
-    The cell counts where edges lead into other cells: models that have no use for it are many."""
+    The cell counts where edges lead into other cells: models that have no use for it are many.
+    Nothing is checked where values can't be read: in a transform of torch.func, under torch.compile
+    and for fake tensors."""
+    unreached = [name for name, g in zip(("pos", "cell"), gradients, strict=True) if g is None]
+    tensors = [x for x in inputs.values() if isinstance(x, torch.Tensor)]
+    if not unreached or not kernels.have_values([found, *tensors]):
+        return
     offsets = inputs.get("cell_offsets")
-    across = offsets is not None and bool(offsets.any())
-    for name, gradient in zip(("pos", "cell"), gradients, strict=True):
-        if gradient is not None or not (name == "pos" or across):
-            continue
+    if "cell" in unreached and (offsets is None or not offsets.any()):
+        unreached.remove("cell")
+    for name in unreached:
 
         def again(name: str = name) -> torch.Tensor:
             (moved,) = kernels.moved([inputs[name]])
