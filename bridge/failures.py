@@ -107,10 +107,17 @@ def _clear(frame: FrameType) -> None:
 def describe(error: BaseException) -> str:
     """Returns type, text and notes of an exception, and the user's own frame that raised it."""
     lines = [f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())]
-    if frame := _users_frame(error):
-        place = f'File "{frame.filename}", line {frame.lineno}, in {frame.name}'
-        lines.append(f"  raised in {place}: {frame.line}")
+    if _users_frame(error):
+        lines.append(f"  raised in {place(error)}")
     return "\n".join(lines)
+
+
+def place(error: BaseException) -> str:
+    """Returns the file, the line and the text of the user's own frame that raised an exception."""
+    frame = _users_frame(error)
+    if frame is None:
+        return "code without a file"
+    return f'File "{frame.filename}", line {frame.lineno}, in {frame.name}: {frame.line}'
 
 
 def _users_frame(error: BaseException) -> traceback.FrameSummary | None:

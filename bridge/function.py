@@ -100,6 +100,7 @@ class Function:
         give(results)                 hands fresh results to the other bank
         tensor_type                   the class that buffers should arrive as
         on_stream(stream, buffers)    a context for a call on a GPU
+        compiled(fn, platform)        fn as a package that C++ can call, for the native lane
 
     A base of JAX has `program_of(fn)`, the program of fn for memory that torch lends.
     """
@@ -115,6 +116,7 @@ class Function:
     give: Callable[..., Any]
     tensor_type: type
     on_stream: Callable[..., AbstractContextManager[Any]]
+    compiled: Callable[[Function, str], Any]
     program_of: Callable[[Function], Any]
 
     @cached_property

@@ -27,7 +27,7 @@ from torch_side.calls.export import Batched
 from torch_side.calls.module import JaxModule
 
 tree = jax.tree_util
-Lane = Literal["auto", "ffi", "host"]
+Lane = Literal["auto", "ffi", "host", "native"]
 BucketsOrShapes = Buckets | dict[str, str]
 
 

@@ -22,6 +22,10 @@ class Exporter(Protocol):
 
     target: Callable[..., Any]
 
+    def weights(self) -> Any:
+        """Returns something hashable that changes when a weight of the callable does."""
+        ...
+
     def check(self) -> None:
         """Raises ValueError for a callable that is no function."""
         ...
@@ -65,7 +69,9 @@ class JaxCallable:
         self._outputs = outputs
         self._lane = one_of("lane", lane, lanes.LANES)
         declared = outputs if callable(outputs) else tuple(map(tuple, _flat(outputs)))
-        self._key = (exporter, declared, lane)
+        # What was compiled with other weights is another function.
+        weights = exporter.weights() if lane == "native" else None
+        self._key = (exporter, declared, lane, weights)
         # a base Function of the other bank, which has the tree of its outputs
         self._known: dict[Signature, Any] = {}
         self.__wrapped__ = exporter.target

@@ -25,7 +25,7 @@ from jax_side.calls import arrays
 from jax_side.calls.nesting import here
 from jax_side.calls.registry import close, functions, lock, unknown
 
-LANES = ("auto", "ffi", "host")
+LANES = ("auto", "ffi", "host", "native")
 FFI_PLATFORMS = ("cpu", "cuda")
 TARGET = "bridge_call"
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from bridge.errors import message
 from bridge.function import Function
-from jax_side.calls import compat, lanes, registry
+from jax_side.calls import compat, lanes, native, registry
 from jax_side.calls.compat import Zero
 
 bridge_p = compat.Primitive("bridge")
@@ -104,11 +104,11 @@ def _lead(x, dim, mapped, needed, size):
 
 
 def _lower_host(ctx, *args, fn, lane):
-    if lane == "ffi":
+    if lane in ("ffi", "native"):
         platform = ctx.module_context.platforms
         raise NotImplementedError(
             message(
-                f"one of the platforms {lanes.FFI_PLATFORMS} for lane='ffi'",
+                f"one of the platforms {lanes.FFI_PLATFORMS} for lane={lane!r}",
                 str(platform),
                 'use lane="auto" or "host"',
             )
@@ -116,7 +116,20 @@ def _lower_host(ctx, *args, fn, lane):
     return compat.lower_fun(lambda *xs: lanes.host(fn, *xs), multiple_results=True)(ctx, *args)
 
 
-def _lower_ffi(ctx, *args, fn, lane):
+def _lower_native(ctx, *args, fn, platform):
+    forever = compat.for_export(ctx)
+    owner = native.own(fn, platform, forever)
+    if not forever:
+        # the user's module too: a weight that it lets go has been replaced
+        compat.keep_alive(ctx, (owner, fn))
+    return compat.lower_fun(lambda *xs: native.call(fn, owner.number, *xs), multiple_results=True)(
+        ctx, *args
+    )
+
+
+def _lower_ffi(ctx, *args, fn, lane, platform):
+    if lane == "native":
+        return _lower_native(ctx, *args, fn=fn, platform=platform)
     if lane == "host" or (lane == "auto" and not lanes.has_ffi()):
         return _lower_host(ctx, *args, fn=fn, lane=lane)
     lanes.register_ffi(fn.base.tensor_type)
@@ -136,5 +149,5 @@ compat.register(
     jvp=_jvp,
     transpose=_transpose,
     batch=_batch,
-    lower={None: _lower_host, **dict.fromkeys(lanes.FFI_PLATFORMS, _lower_ffi)},
+    lower={None: _lower_host, **{p: functools.partial(_lower_ffi, platform=p) for p in lanes.FFI_PLATFORMS}},
 )

@@ -34,6 +34,7 @@ class Called(NamedTuple):
     depth: int  # of the programs that call it
     n: int  # of its inputs
     enter: Callable[..., Any]  # what a lane calls
+    release: Callable[[], None] | None = None  # for a package of the native lane, when it is gone
 
 
 lock = threading.RLock()
@@ -52,16 +53,21 @@ def _entry(fn: Function) -> Callable[..., Any]:
     return fn.base.runner(fn, ready=True) if fn.plain else functools.partial(fn.base.run, fn)
 
 
-def own(fn: Function) -> Owner:
+def own(
+    fn: Function, key: str | None = None, release: Callable[[], None] | None = None
+) -> Owner:
     """Returns the owner of a Function's number, for a program that is being lowered. Equal
-    Functions share it."""
+    Functions share it.
+
+    The number may be given, as the `key` of a package; `release` is then called when no program
+    needs it any more."""
     release_retired()
     with lock:
         called = fn, here.depth
-        number = _numbers.setdefault(called, next(_next))
+        number = key or _numbers.setdefault(called, next(_next))
         if (owner := _owners.get(number)) is None:
             owner = _owners[number] = Owner(number)
-            functions[number] = Called(*called, len(fn.inputs), _entry(fn))
+            functions[number] = Called(*called, len(fn.inputs), _entry(fn), release)
             _retired.discard(number)
             weakref.finalize(owner, _retire, number).atexit = False
         return owner
@@ -75,6 +81,11 @@ def own_forever(fn: Function) -> Owner:
     functions[number] = Called(fn, here.depth, len(fn.inputs), _entry(fn))
     _pinned.add(owner)
     return owner
+
+
+def keep_forever(owner: Owner) -> None:
+    """Keeps an owner until the process ends."""
+    _pinned.add(owner)
 
 
 def _retire(number: str) -> None:
@@ -99,7 +110,11 @@ def release_retired() -> None:
             for number in gone:
                 _retired.discard(number)
                 if number in functions and number not in _owners:
-                    del _numbers[functions.pop(number)[:2]]
+                    gone_one = functions.pop(number)
+                    if gone_one.release is None:
+                        del _numbers[gone_one[:2]]
+                    else:
+                        gone_one.release()
 
 
 def unknown(number: str) -> NoReturn:

@@ -13,7 +13,7 @@ from bridge.call import Call
 from bridge.contract import INPUTS, OUTPUTS
 from bridge.errors import message
 from bridge.function import Derived, Function, Gradient, Spec
-from torch_side.calls import buffers, inference
+from torch_side.calls import buffers, inference, status
 
 Kinds = tuple[tuple[torch.Size, torch.dtype], ...]  # shapes and dtypes, as buffers.kinds gives them
 
@@ -152,15 +152,16 @@ class Graphs:
         """An input of `size` calls, stacked in front -> the same input of one call for all."""
         copies = torch.arange(size, device=x.device)
         if key == "batch":
-            if (strange := (x < 0) | (x >= n_systems)).any():
+            strange = (x < 0) | (x >= n_systems)
+            expected = f"batch within 0..{n_systems - 1}"
+            do = "give the index of its system for each atom"
+            if collected := status.current():
+                text = message(expected, "{} in call {}", do)
+                collected.note(strange, text, x, copies[:, None].expand_as(x))
+                x = x.clamp(0, n_systems - 1)
+            elif strange.any():
                 got = f"{int(x[strange][0])} in call {int(strange.nonzero()[0, 0])}"
-                raise ValueError(
-                    message(
-                        f"batch within 0..{n_systems - 1}",
-                        got,
-                        "give the index of its system for each atom",
-                    )
-                )
+                raise ValueError(message(expected, got, do))
             return (x + copies.to(x.dtype)[:, None] * n_systems).flatten()
         if key == "edge_index":
             x = x.long()

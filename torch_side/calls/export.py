@@ -13,7 +13,7 @@ import torch
 from bridge.call import Call, one_of, parameter_names
 from bridge.errors import message
 from bridge.function import Function, Spec
-from torch_side.calls import buffers, inference, running, transforms
+from torch_side.calls import buffers, compiling, inference, running, transforms
 from torch_side.calls.adapted import Applied
 from torch_side.calls.arrays import DTYPES
 from torch_side.calls.batching import Axes, Graphs, Kinds, NativeBatch, TorchBase
@@ -47,6 +47,12 @@ class Exporter:
 
     def __hash__(self) -> int:
         return hash(self._key)
+
+    def weights(self) -> tuple[tuple[int, int, int], ...]:
+        """Returns something that changes when a weight of the module is changed or replaced."""
+        owner = inference.module_of(self.target)
+        tensors = () if owner is None else (*owner.parameters(), *owner.buffers())
+        return tuple((id(x), x._version, x.data_ptr()) for x in tensors)
 
     def check(self) -> None:
         """Raises ValueError for a callable that is no function (see inference.check_mode)."""
@@ -147,6 +153,7 @@ class TorchFunction(TorchBase):
     runner = staticmethod(running.runner)
     give = staticmethod(buffers.given)
     on_stream = staticmethod(buffers.on_stream)
+    compiled = staticmethod(compiling.compiled)
 
     def input_name(self, i: int) -> str:
         """Returns the name of input `i` in the user's call, for error texts."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -63,13 +63,19 @@ def check_output(leaf: Any, what: str) -> None:
         )
 
 
+def module_of(target: Any) -> torch.nn.Module | None:
+    """Returns the module that a callable is, or is a method of; None for other callables."""
+    owner = target if isinstance(target, torch.nn.Module) else getattr(target, "__self__", None)
+    return owner if isinstance(owner, torch.nn.Module) else None
+
+
 def check_mode(target: Any) -> None:
     """Raises ValueError for a module, or a method of one, with a random layer in training mode.
 
     Such a layer draws random numbers (dropout, RReLU) or changes its buffers (batch norm), so that
     the module is no function."""
-    owner = target if isinstance(target, torch.nn.Module) else getattr(target, "__self__", None)
-    for name, m in owner.named_modules() if isinstance(owner, torch.nn.Module) else ():
+    owner = module_of(target)
+    for name, m in owner.named_modules() if owner is not None else ():
         if m.training and isinstance(m, RANDOM_IN_TRAINING) and getattr(m, "p", 1.0) != 0.0:
             raise ValueError(
                 message(
@@ -115,7 +121,7 @@ def infer(
         raise
     for i, leaf in enumerate(leaves):
         check_output(leaf, f"output {i} of {call.name}")
-    _check_no_fake_kept(call.target)
+    check_no_fake_kept(call.target)
     return tuple(map(buffers.spec_of, leaves)), tree
 
 
@@ -130,8 +136,13 @@ def fake() -> Iterator[None]:
     since their kernels would read and write through fake tensors."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with torch.inference_mode(False), _uncompiled, FakeTensorMode(allow_non_fake_inputs=True):
+    with torch.inference_mode(False), uncompiled(), FakeTensorMode(allow_non_fake_inputs=True):
         yield
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """Returns a context in which compiled functions run in their Python form."""
+    return _uncompiled
 
 
 class _Uncompiled:
@@ -214,12 +225,12 @@ def on_some_device(
 
 def _device(target: Any) -> str | torch.device:
     """The device of the first parameter of a module, or of the module that a method is of."""
-    owner = target if isinstance(target, torch.nn.Module) else getattr(target, "__self__", None)
-    tensors = owner.parameters() if isinstance(owner, torch.nn.Module) else ()
+    owner = module_of(target)
+    tensors = owner.parameters() if owner is not None else ()
     return next((t.device for t in tensors), "cpu")
 
 
-def _check_no_fake_kept(target: Any) -> None:
+def check_no_fake_kept(target: Any) -> None:
     """Raises ValueError for a module that stored a fake tensor, for example in a cache.
 
     It would fail in its first real call. What it stored is taken out first."""

@@ -59,10 +59,13 @@ def check_twice(
             continue
         found = [g.grad_fn for g in gradients if g.grad_fn is not None]
         if not _reaches(found, inputs):
+            # under a tracer nobody can see whether it changes
+            if not have_values(gradients):
+                raise _cut(cls, traced=True)
             rest = custom(again())[at:]
             if _changes(rest, node, cotangents, gradients):
                 raise _cut(cls)
-        if any(g.any() for g in gradients):
+        if have_values(gradients) and any(g.any() for g in gradients):
             _proven.add(cls)
 
 
@@ -87,10 +90,11 @@ def check_given(
     """Raises where the position gradients that a model gives can't be differentiated.
 
     They carry no graph then, and yet `again()`, which gives them where the positions have moved a
-    little, gives other ones. `who` names the model in the error text.
+    little, gives other ones. Under a tracer, where nobody can tell, they count as such. `who` names
+    the model in the error text.
 
     Raises: NotImplementedError."""
-    if gradients.requires_grad or not _differ(again(), gradients):
+    if gradients.requires_grad or (have_values([gradients]) and not _differ(again(), gradients)):
         return
     got = "some that change with the positions and carry no graph (detached, or from NumPy)"
     do = "compute them with create_graph=True, or pass card=bridge.Card(derivative_order=1)"
@@ -99,17 +103,24 @@ def check_given(
     )
 
 
-def check_unreached(energy: torch.Tensor, again: Callable[[], torch.Tensor], name: str) -> None:
-    """Raises where an energy changes with an input that its graph does not reach.
+def check_unreached(
+    energy: torch.Tensor, x: torch.Tensor, again: Callable[[], torch.Tensor], name: str
+) -> None:
+    """Raises where an energy changes with an input `x` that its graph does not reach.
 
     torch gives zeros there, as for a constant, and the forces of a model that leaves autograd would
-    be zero without a word. `again()` gives the energy where the input `name` has moved a little.
+    be zero without a word. `again()` gives the energy where the input `name` has moved a little. Under
+    a tracer, where there are no values, an energy that was computed from `x` counts as one that
+    changes with it.
 
     Raises: NotImplementedError naming the input."""
-    with torch.no_grad():
-        change = (again() - energy).abs()
-    rounding = 16 * torch.finfo(energy.dtype).eps * (1 + energy.abs())
-    if not bool((change > rounding).any()):
+    if have_values([energy]):
+        with torch.no_grad():
+            change = (again() - energy).abs()
+        rounding = 16 * torch.finfo(energy.dtype).eps * (1 + energy.abs())
+        if not bool((change > rounding).any()):
+            return
+    elif not depends(energy, x):
         return
     got = "one that changes with it and has no graph to it (no_grad, detach, item or NumPy inside)"
     do = (
@@ -117,6 +128,30 @@ def check_unreached(energy: torch.Tensor, again: Callable[[], torch.Tensor], nam
         'gradients="model"'
     )
     raise NotImplementedError(message(f"an energy that torch can differentiate in {name}", got, do))
+
+
+def depends(y: torch.Tensor, x: torch.Tensor) -> bool:
+    """Returns True where `y` was computed from `x` in any way, as a tracer (make_fx) saw it.
+
+    That includes the ways on which autograd sees nothing: no_grad, detach, comparisons."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+
+    mode = get_proxy_mode()
+    if mode is None:
+        return False
+    node = lambda t: getattr(get_proxy_slot(t, mode.tracer, None), "proxy", None)
+    below, wanted = node(y), node(x)
+    if below is None or wanted is None:
+        return False
+    seen, stack = set(), [below.node]
+    while stack:
+        at = stack.pop()
+        if at is wanted.node:
+            return True
+        if at not in seen:
+            seen.add(at)
+            stack += at.all_input_nodes
+    return False
 
 
 def have_values(tensors: Iterable[torch.Tensor]) -> bool:
@@ -200,6 +235,8 @@ def _linear(gradients: Sequence[torch.Tensor]) -> bool:
     constants = [g for g in gradients if not g.requires_grad]
     # torch puts a node of an error in place of a backward that is @once_differentiable
     refused = any("Error" in node.name() for node in nodes)
+    if constants and not have_values(constants):
+        return False
     return not refused and not any(g.any() for g in constants)
 
 
@@ -262,14 +299,17 @@ def once_only() -> NotImplementedError:
     )
 
 
-def _cut(cls: Kernel) -> NotImplementedError:
-    """The error for a Function whose backward is cut off."""
+def _cut(cls: Kernel, traced: bool = False) -> NotImplementedError:
+    """The error for a Function whose backward is cut off, or, under a tracer, may be."""
     got = "one that is cut off from its input (@once_differentiable, NumPy or .detach() inside)"
     do = (
         "take first derivatives only (of a potential, card=bridge.Card(derivative_order=1) says "
         "so), "
         "or write that backward in operations of torch"
     )
+    if traced:
+        got = "one that may be cut off from its input, which can't be told while it is compiled"
+        do = "take this derivative once outside of jit, which tells, or take " + 'lane="ffi"'
     return NotImplementedError(
         message(f"a backward of {cls.__qualname__} that can be differentiated again", got, do)
     )

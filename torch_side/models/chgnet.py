@@ -6,19 +6,40 @@ import contextlib
 import copy
 import io
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from bridge.card import Card
 from bridge.contract import ENERGY_AND_GRADIENTS
 from bridge.errors import message, missing
+from torch_side.calls import status
+from torch_side.potentials import padding, pairing
 from torch_side.potentials.geometry import edge_vectors
 from torch_side.potentials.model import Model
 from torch_side.potentials.neighbors import bonds
 
 VERSIONS = ("0.3.0", "r2scan", "0.2.0")  # their weights lie in the wheel of chgnet
+
+
+class Graph(NamedTuple):
+    """What chgnet's layers need to know of a graph apart from its geometry.
+
+    edges          directed edges (2,E)
+    bond_of_edge   the bond (undirected edge) of each directed edge (E,)
+    edge_of_bond   one directed edge of each bond
+    angles         centre and two bonds of each angle (A,3)
+    sides          the two directed edges of each angle (2,A)"""
+
+    edges: Int[torch.Tensor, "2 E"]
+    bond_of_edge: Int[torch.Tensor, " E"]
+    edge_of_bond: Int[torch.Tensor, " bonds"]
+    angles: Int[torch.Tensor, "A 3"]
+    sides: Int[torch.Tensor, "2 A"]
 
 
 class CHGNet(Model):
@@ -49,6 +70,10 @@ class CHGNet(Model):
     neighbours has the energy that chgnet's calculator gives it, with chgnet's warning that this
     "will likely go wrong", and its gradient is zero.
 
+    In a program that is compiled as a whole, there is room for `angles_per_atom` angles of each
+    atom, on average: n (n - 1) / 2 of an atom with n neighbours below 3 Angstrom. More are an error
+    that says how many there are. A smaller number makes the program faster.
+
     Raises: ValueError for inputs outside the contract as torch_side.potentials.graph.evaluate does,
     for an element beyond Pu, for given edges that lack one direction, for an unknown version, and,
     with the weights of 0.2.0 only, for a system without angles (no atom with two bonds below 3
@@ -67,8 +92,10 @@ class CHGNet(Model):
         *,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        angles_per_atom: int = 100,
     ) -> None:
         super().__init__()
+        self.angles_per_atom = angles_per_atom
         self.network = _load(model).to(device=device, dtype=dtype).requires_grad_(False).eval()
         converter = self.network.graph_converter
         cutoff = float(converter.atom_graph_cutoff)
@@ -89,16 +116,63 @@ class CHGNet(Model):
         )
         self.eval()
 
+    def prepare(self, inputs: dict[str, torch.Tensor]) -> Graph:
+        """Returns what is whole numbers of inputs without padding: bonds and angles.
+
+        While a status is collected (see torch_side.calls.status), no value is read, and there are
+        as many angles as angles_per_atom has room for.
+
+        Raises: ValueError where weights like those of 0.2.0 get some systems without angles."""
+        edges, offsets = inputs["edge_index"], inputs["cell_offsets"]
+        with torch.no_grad():
+            short = torch.linalg.vector_norm(edge_vectors(inputs), dim=-1) < self.bond_cutoff
+        if collected := status.current():
+            return self._prepare(inputs, short, collected)
+        bond_of_edge, edge_of_bond = bonds(edges, offsets)
+        first, second = _angles(edges[0], short)
+        centres = edges[0][first]
+        if self._feels_angles() and len(centres):
+            self._check_angles(inputs["batch"], centres)
+        angles = torch.stack([centres, bond_of_edge[first], bond_of_edge[second]], 1)
+        return Graph(edges, bond_of_edge, edge_of_bond, angles, torch.stack([first, second]))
+
+    def _prepare(
+        self, inputs: dict[str, torch.Tensor], short: torch.Tensor, collected: status.Status
+    ) -> Graph:
+        """The same of fixed sizes, with one more bond and two more edges, those of unused angles,
+        whose centre is a ghost."""
+        edges, offsets = inputs["edge_index"].long(), inputs["cell_offsets"]
+        n_atoms = len(inputs["atomic_numbers"])
+        bond_of_edge, edge_of_bond = pairing.bonds(edges, offsets, n_atoms, collected)
+        sides = pairing.angles(edges[0], short, n_atoms, self.angles_per_atom, collected)
+        # each angle from both of its sides
+        first, second = sides = torch.cat([sides, sides.flip(0)], 1)
+        used = first < len(short)
+        added = torch.arange(2, device=first.device)[:, None]
+        sides = torch.where(used, sides, len(short) + added)
+        centre = nn.functional.pad(edges[0], (0, 2), value=n_atoms - 1)[sides[0]]
+        of_sides = nn.functional.pad(bond_of_edge, (0, 2), value=len(edge_of_bond))[sides]
+        if self._feels_angles() and len(used):
+            self._note_angles(inputs, centre, used, collected)
+        angles = torch.stack([centre, *of_sides], 1)
+        return Graph(edges, bond_of_edge, edge_of_bond, angles, sides)
+
     def energies(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Returns the energy (B,) and the active outputs that are no gradients, of inputs without
-        padding."""
+        padding.
+
+        Raises: ValueError where weights like those of 0.2.0 get some systems without angles;
+        NotImplementedError for a readout by attention while a status is collected."""
         active = self.card.active_outputs
-        found = self.network._compute(
-            self._graph(inputs),
-            compute_magmom="magmoms" in active,
-            return_site_energies="node_energies" in self.card.outputs,
-            return_atom_feas="embeddings" in active,
-        )
+        fixed = status.current() is not None
+        graph = self._graph(inputs, self.prepare(inputs), fixed)
+        with self._counted(graph, inputs) if fixed else contextlib.nullcontext():
+            found = self.network._compute(
+                graph,
+                compute_magmom="magmoms" in active,
+                return_site_energies="node_energies" in self.card.outputs,
+                return_atom_feas="embeddings" in active,
+            )
         out = {name: torch.cat(found[key]) for key, name in _NODES.items() if key in found}
         energy = found["e"]
         n_atoms = found["atoms_per_graph"]
@@ -111,42 +185,60 @@ class CHGNet(Model):
                 out["node_energies"] = out["node_energies"] + alone
         return {"energy": energy * n_atoms if self.network.is_intensive else energy, **out}
 
-    def _graph(self, inputs: dict[str, torch.Tensor]) -> Any:
+    def _graph(self, inputs: dict[str, torch.Tensor], graph: Graph, fixed: bool) -> Any:
         """Atoms, bonds (undirected edges) and angles (pairs of short edges at an atom), as chgnet's
         layers take them."""
         from chgnet.model.model import BatchedGraph
 
-        network = self.network
-        edges, vectors = inputs["edge_index"], edge_vectors(inputs)
+        network, vectors = self.network, edge_vectors(inputs)
         length = torch.linalg.vector_norm(vectors, dim=-1)
-        bond_of_edge, edge_of_bond = bonds(edges, inputs["cell_offsets"])
-        first, second = _angles(edges[0], length.detach() < self.bond_cutoff)
-        centres = edges[0][first]
-        self._check_angles(inputs["batch"], centres)
-        direction = vectors / length[:, None]
+        length_of_bond, direction = length[graph.edge_of_bond], vectors / length[:, None]
+        if fixed:
+            length_of_bond = nn.functional.pad(length_of_bond, (0, 1), value=self.bond_cutoff / 2)
+            # at a right angle, where no function has a singularity
+            across = torch.eye(3, dtype=vectors.dtype, device=vectors.device)[:2]
+            direction = torch.cat([direction, across])
+        first, second = graph.sides
         basis = network.bond_basis_expansion
-        length_of_bond = length[edge_of_bond]
         return BatchedGraph(
             atomic_numbers=inputs["atomic_numbers"].long(),
             atom_owners=inputs["batch"].long(),
             bond_bases_ag=basis.rbf_expansion_ag(length_of_bond),
             bond_bases_bg=basis.rbf_expansion_bg(length_of_bond),
             angle_bases=network.angle_basis_expansion(direction[first], direction[second]),
-            batched_atom_graph=edges.T,
-            directed2undirected=bond_of_edge,
-            batched_bond_graph=torch.stack([centres, bond_of_edge[first], bond_of_edge[second]], 1),
+            batched_atom_graph=graph.edges.T,
+            directed2undirected=graph.bond_of_edge,
+            batched_bond_graph=graph.angles,
             atom_positions=(),
             strains=(),
             volumes=(),
         )
 
+    def _counted(self, graph: Any, inputs: dict[str, torch.Tensor]) -> Counted:
+        """What keeps chgnet from counting on the host.
+
+        Raises: NotImplementedError for a readout by attention, which takes one system after the
+        other."""
+        from chgnet.model.layers import GraphAttentionReadOut
+
+        if isinstance(self.network.pooling, GraphAttentionReadOut):
+            expected = "a CHGNet that adds up over atoms, in a program that is compiled as a whole"
+            got = "a readout by attention"
+            raise NotImplementedError(message(expected, got, 'take lane="ffi"'))
+        sizes = padding.counted(graph.atom_owners, len(inputs["cell"]))
+        # no energy is divided by zero
+        return Counted(graph.atom_owners, sizes.clamp(min=1))
+
+    def _feels_angles(self) -> bool:
+        """Whether a bond without angles changes where others have some: by a bias or a norm."""
+        layers = [layer for layer in self.network.bond_conv_layers if layer is not None]
+        last = [layer.mlp_out.layers[-1] for layer in layers if layer.use_mlp_out]
+        normed = any(layer.bond_norm is not None for layer in layers)
+        return normed or any(layer.bias is not None for layer in last)
+
     def _check_angles(self, batch: torch.Tensor, centres: torch.Tensor) -> None:
         """ValueError where bonds without angles would get a bias that they don't have in a call of
         their own."""
-        layers = [layer for layer in self.network.bond_conv_layers if layer is not None]
-        last = [layer.mlp_out.layers[-1] for layer in layers if layer.use_mlp_out]
-        if not len(centres) or all(layer.bias is None for layer in last):
-            return
         angles = torch.bincount(batch[centres], minlength=int(batch[-1]) + 1)
         if not angles.all():
             got = f"none in system {int((angles == 0).nonzero()[0])}"
@@ -158,6 +250,25 @@ class CHGNet(Model):
                     "pass it alone, or take another version",
                 )
             )
+
+    def _note_angles(
+        self,
+        inputs: dict[str, torch.Tensor],
+        centres: torch.Tensor,
+        used: torch.Tensor,
+        collected: status.Status,
+    ) -> None:
+        """A note of a system that has no angles, for there are always some here."""
+        batch, n_systems = inputs["batch"].long(), len(inputs["cell"])
+        angles = padding.counted(batch[centres], n_systems, used)
+        # the last system is that of the ghosts
+        bad = ((angles == 0) & (padding.counted(batch, n_systems) > 0))[:-1]
+        expected = (
+            "angles in each system of this CHGNet, which treats systems without them differently, "
+            "in a program that is compiled as a whole"
+        )
+        text = message(expected, "none in system {}", 'take lane="ffi", or another version')
+        collected.note(bad, text, torch.arange(n_systems - 1, device=batch.device))
 
 
 # chgnet's name: the contract's
@@ -184,6 +295,32 @@ def _load(model: Any) -> Any:
         if model in VERSIONS:
             return Network.load(model_name=model, use_device="cpu", verbose=False)
         return Network.from_file(model)
+
+
+class Counted(TorchFunctionMode):
+    """Within this context, chgnet gets the numbers of atoms of its systems without counting them.
+
+    `owners` (N,) are the systems of the atoms, and `sizes` (B,) says how many atoms each has.
+    chgnet's `aggregate` counts the owners of its rows too, but where it is told how many there are
+    it has no use for the counts, and completes what it gets here, which is empty. Outputs of atoms
+    are split by system nowhere, and stay as one."""
+
+    def __init__(
+        self, owners: Int[torch.Tensor, " N"], sizes: Int[torch.Tensor, " B"]
+    ) -> None:
+        super().__init__()
+        self.owners, self.sizes = owners, sizes
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        """Returns what func(*args, **kwargs) does, from `sizes` where func counts."""
+        if func is torch.bincount:
+            (owners,) = args
+            return self.sizes if owners is self.owners else owners.new_zeros(0)
+        if func is torch.Tensor.tolist and args[0] is self.sizes:
+            return [len(self.owners)]
+        return func(*args, **(kwargs or {}))
 
 
 def _angles(

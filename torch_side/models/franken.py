@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensor
 from bridge.card import Card
 from bridge.contract import ENERGY_AND_GRADIENTS, dtype_name
 from bridge.errors import message, missing, spec
-from torch_side.potentials import geometry, graph
+from torch_side.potentials import geometry, graph, padding
 from torch_side.potentials.hessian import hessian
 from torch_side.potentials.model import Model
 
@@ -153,7 +153,7 @@ class Franken(Model):
         node_energies where these are active, of inputs without padding."""
         h = self._descriptors(inputs)
         batch, numbers = inputs["batch"], inputs["atomic_numbers"]
-        count = torch.bincount(batch, minlength=len(inputs["cell"])).to(h.dtype)
+        count = padding.counted(batch, len(inputs["cell"])).to(h.dtype)
         reference = self.potential.energy_shift(numbers, batch_ids=batch, num_systems=len(count))
         members = count * (self._features(inputs, h) @ self.weights.mT).mT + reference
         out = {"energy": members.mean(0), "member_energies": members, "embeddings": h}

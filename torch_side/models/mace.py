@@ -14,6 +14,7 @@ from torch import nn
 from bridge.card import Card
 from bridge.contract import ENERGY_AND_GRADIENTS
 from bridge.errors import message, missing
+from torch_side.potentials import padding
 from torch_side.potentials.geometry import edge_shifts
 from torch_side.potentials.model import Model
 
@@ -119,7 +120,7 @@ class MACE(Model):
         requires_grad on the caller's tensor."""
         pos, cell = inputs["pos"], inputs["cell"]
         batch = inputs["batch"].long()
-        sizes = torch.bincount(batch, minlength=len(cell))
+        sizes = padding.counted(batch, len(cell))
         species = self.species[inputs["atomic_numbers"].long()]
         graph = {
             "positions": pos if pos.requires_grad else pos.detach(),

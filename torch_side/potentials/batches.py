@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
+from bridge.card import Card
 from bridge.contract import INPUTS, check_outputs
 from bridge.errors import message
 from torch_side.potentials import padding
@@ -56,6 +58,58 @@ def check(
         )
     if owner is not None:
         _keep_apart.add(owner)
+
+
+def check_ahead(
+    owner: nn.Module | None,
+    model: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    card: Card,
+    inputs: dict[str, torch.Tensor],
+    name: str,
+) -> None:
+    """Does what `check` does where values can't be read: on two pairs of atoms made here.
+
+    `inputs` are those of the call, of which only types are looked at.
+
+    Raises: ValueError as `check`, and where the model can't be evaluated on such pairs."""
+    if owner in _keep_apart:
+        return
+    pairs = _two_pairs(inputs, card)
+    try:
+        # outside of whatever tracer is at work, for this needs values
+        with _disable_current_modes(), torch.enable_grad():
+            found = model(pairs)
+            check_outputs(found, 4, 2)
+            check(owner, model, pairs, found, name, range(2))
+    except Exception as error:
+        do = (
+            "call it once on several systems outside of jit, which shows it, or pass "
+            "card=bridge.Card(batches=True), which vouches for it; an energy is (B,), one for each "
+            'system, added up by x["batch"] (index_add)'
+        )
+        expected = f"{name} to keep systems of one call apart, as a compiled graph needs"
+        raise ValueError(message(expected, f"{type(error).__name__}: {error}", do)) from error
+
+
+def _two_pairs(inputs: dict[str, torch.Tensor], card: Card) -> dict[str, torch.Tensor]:
+    """Two systems of two atoms, as inputs of a model like those given."""
+    like = inputs["pos"]
+    length = card.cutoff or 2.0
+    apart = torch.tensor([0.0, 0.5, 0.0, 0.6], dtype=like.dtype, device=like.device)
+    pos = torch.stack([length * apart, 0 * apart, 0 * apart], 1)
+    whole = lambda rows: torch.tensor(rows, device=like.device)
+    given = {
+        "pos": pos,
+        "atomic_numbers": whole([min(card.elements or [1])] * 4),
+        "batch": whole([0, 0, 1, 1]),
+        "cell": 3 * length * torch.eye(3, dtype=like.dtype, device=like.device).repeat(2, 1, 1),
+        "pbc": torch.full((2, 3), card.needs_pbc, device=like.device),
+        "edge_index": whole([[0, 1, 2, 3], [1, 0, 3, 2]]),
+        "cell_offsets": whole([[0, 0, 0]] * 4),
+        "charge": torch.zeros(2, dtype=like.dtype, device=like.device),
+        "spin": torch.zeros(2, dtype=like.dtype, device=like.device),
+    }
+    return {key: x for key, x in given.items() if key in inputs}
 
 
 def _system(inputs: dict[str, torch.Tensor], number: int) -> dict[str, torch.Tensor]:

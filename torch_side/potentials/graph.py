@@ -12,12 +12,10 @@ from torch import nn
 from bridge.card import Card
 from bridge.contract import called, check_inputs, check_outputs, dtype_name
 from bridge.errors import message
-from torch_side.calls import kernels, modes
-from torch_side.potentials import batches, geometry
+from torch_side.calls import kernels, modes, status
+from torch_side.potentials import batches, geometry, padding, static
 from torch_side.potentials import layout as layouts
 from torch_side.potentials.neighbors import check_positions, neighbor_list, system_of, values
-
-TOUCHING = 1e-4  # Angstrom: atoms closer than this are one on top of the other
 
 
 def evaluate(
@@ -46,11 +44,16 @@ def evaluate(
     unsorted batch, edges that point nowhere or from one system to another, a periodic axis without
     a cell vector; also for outputs outside of the contract, an energy or a gradient that is not
     finite, and systems of one call that the model does not keep apart. NotImplementedError where
-    the caller differentiates gradients whose graph the model has cut off."""
+    the caller differentiates gradients whose graph the model has cut off.
+
+    While a status is collected (see torch_side.calls.status), static.evaluate does this without
+    reading a value."""
     inputs = {key: x for key, x in inputs.items() if x is not None}
     if torch.is_inference_mode_enabled():
         with modes.recording(inputs) as inputs:
             return evaluate(model, inputs, card, name, owner)
+    if collected := status.current():
+        return static.evaluate(model, inputs, card, name, owner, collected)
     check_inputs(inputs)
     card.check_bound(inputs, name)
     for key in card.unused(inputs):
@@ -94,19 +97,13 @@ def _with_edges(
         )
         inputs = inputs | {"edge_index": edges, "cell_offsets": offsets}
     elif "cell_offsets" not in inputs:
-        raise ValueError(
-            message(
-                "cell_offsets with edge_index",
-                "edge_index alone",
-                "pass both: r_ij = r_j - r_i + cell_offsets @ cell",
-            )
-        )
+        raise ValueError(padding.NO_OFFSETS)
     made = geometry.make(inputs, layout.edges)
     if not len(made.vectors):
         return inputs, made
     length = torch.linalg.vector_norm(made.vectors, dim=-1)
     shortest, longest = map(float, length.aminmax())
-    if shortest < TOUCHING:
+    if shortest < static.TOUCHING:
         _refuse_touching(inputs, length)
     if given and not longest < card.cutoff:
         made = made.where(length < card.cutoff)

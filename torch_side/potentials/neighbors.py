@@ -134,12 +134,8 @@ def bonds(
 
     Raises: ValueError naming an edge that is not there exactly once in both directions.
     """
-    (i, j), (a, b, c) = edges, offsets.T
-    backward = (a < 0) | (a == 0) & ((b < 0) | (b == 0) & (c < 0))
-    flipped = (i > j) | (i == j) & backward
-    ends = torch.where(flipped, edges.flip(0), edges)
-    ahead = torch.where(flipped[:, None], -offsets, offsets)
-    bond, count = _distinct(torch.cat([ends.T, ahead], 1))
+    flipped, rows = one_way(edges, offsets)
+    bond, count = _distinct(rows)
     once = torch.bincount(bond[~flipped], minlength=len(count))
     if (bad := (once != 1) | (count != 2)).any():
         edge = int(bad[bond].nonzero()[0])
@@ -153,6 +149,20 @@ def bonds(
     edge_of_bond = bond.new_empty(len(count))
     edge_of_bond[bond[~flipped]] = (~flipped).nonzero()[:, 0]
     return bond, edge_of_bond
+
+
+def one_way(
+    edges: Int[torch.Tensor, "2 E"], offsets: Int[torch.Tensor, "E 3"]
+) -> tuple[Bool[torch.Tensor, " E"], Int[torch.Tensor, "E 5"]]:
+    """Returns which edges lead from the higher index to the lower one, or, of an atom to its own
+    image, have a first offset that is not zero and negative; and each edge with these ones turned
+    round, as indices and offsets: equal rows for the two directions of an edge."""
+    (i, j), (a, b, c) = edges, offsets.T
+    backward = (a < 0) | (a == 0) & ((b < 0) | (b == 0) & (c < 0))
+    flipped = (i > j) | (i == j) & backward
+    ends = torch.where(flipped, edges.flip(0), edges)
+    ahead = torch.where(flipped[:, None], -offsets, offsets)
+    return flipped, torch.cat([ends.T, ahead], 1)
 
 
 def _distinct(

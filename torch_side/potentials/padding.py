@@ -13,6 +13,12 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from bridge.contract import INPUTS, OUTPUTS
 from bridge.errors import message
 
+NO_OFFSETS = message(
+    "cell_offsets with edge_index",
+    "edge_index alone",
+    "pass both: r_ij = r_j - r_i + cell_offsets @ cell",
+)
+
 # Axis of the contract ("N", "B", "E"): the positions that are kept along it, or how many of the
 # first ones. None, or no entry, keeps all.
 Index = dict[str, torch.Tensor | int | None]
@@ -25,6 +31,17 @@ def positions(kept: Bool[torch.Tensor, " K"]) -> Int[torch.Tensor, " k"]:
     if kept.is_cpu and not is_functorch_wrapped_tensor(kept):
         return torch.from_numpy(np.flatnonzero(kept.numpy()))
     return kept.nonzero()[:, 0]
+
+
+def counted(
+    owner: Int[torch.Tensor, " K"], size: int, which: Bool[torch.Tensor, " K"] | None = None
+) -> Int[torch.Tensor, " size"]:
+    """Returns how many entries of `owner` name each of 0..size-1, where `which` is True if given.
+
+    torch.bincount would have to look at the values, so that a program with it can't be compiled as
+    a whole."""
+    ones = torch.ones_like(owner) if which is None else which.to(owner.dtype)
+    return owner.new_zeros(size).index_add(0, owner, ones)
 
 
 def taken(inputs: dict[str, torch.Tensor], index: Index) -> dict[str, torch.Tensor]:

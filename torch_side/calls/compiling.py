@@ -1,0 +1,141 @@
+"""Graphs as packages of AOTInductor: compiled once, found again in a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+import warnings
+import weakref
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bridge.errors import message
+from bridge.function import Derived, Function
+from bridge.native import folder as folders
+from bridge.native.handler import Library, check_compiler
+from torch_side.calls import inference, tracing
+from torch_side.calls.tracing import OTHER_LANES, Traced
+
+
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    """A package that is ready to be called.
+
+    record   what is known of it
+    path     the file with its code
+    weights  tensors of the user's that it has copies of
+    others   tensors that nobody else need hold, of which it has copies too"""
+
+    record: folders.Record
+    path: Path
+    weights: tuple[weakref.ref[torch.Tensor], ...] = ()
+    others: tuple[torch.Tensor, ...] = ()
+
+    def load(self, library: Library) -> None:
+        """Makes the package callable by its key; calls fail once a weight has changed."""
+        r = self.record
+        library.load(r.key, self.path, r.inputs, r.outputs, r.has_status)
+        for tensor in (*(ref() for ref in self.weights), *self.others):
+            if tensor is not None:
+                library.watch(r.key, tensor._cdata)
+
+
+def compiled(fn: Function, device: str, folder: Path | None = None) -> Compiled:
+    """Returns the package of a Function for "cpu" or "cuda", with the weights of this moment.
+
+    It is taken from the folder of packages where one of the same graph, weights, types, processor
+    and versions lies there, and compiled otherwise, which takes seconds to minutes. A line on
+    stderr says so.
+
+    Raises: NotImplementedError for code that can't be traced or compiled, naming what is in the
+    way; RuntimeError without a C++ compiler; ValueError for a folder that can't be written to."""
+    traced = tracing.trace(fn, device)
+    place = folders.chosen(folder)
+    record = _record(fn, traced, device)
+    if folders.find(place, record.key) is None:
+        check_compiler()
+        with folders.locked(place, record.key):
+            # another process may have made it while this one waited
+            if folders.find(place, record.key) is None:
+                folders.add(place, record, lambda path: _compile(fn, traced, record, path))
+    weights, others = _held(fn, traced)
+    found = folders.check(place / record.key)
+    return Compiled(found, place / record.key / folders.MODEL, weights, others)
+
+
+def _record(fn: Function, traced: Traced, device: str) -> folders.Record:
+    """The record of a package that need not exist yet."""
+    versions = {"torch": torch.__version__, "format": str(folders.FORMAT)}
+    processor = folders.processor()
+    made_of = [traced.digest, device, processor, str(sorted(versions.items()))]
+    made_of += [str(torch.get_num_threads()), str(sorted(_OPTIONS.items()))]
+    if device == "cuda":
+        made_of.append(str(torch.cuda.get_device_capability()))
+    return folders.Record(
+        key=hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:32],
+        name=described(fn),
+        inputs=fn.inputs,
+        outputs=fn.outputs,
+        has_status=bool(traced.texts),
+        device=device,
+        processor=processor,
+        versions=versions,
+    )
+
+
+_OPTIONS: dict[str, Any] = {}
+
+
+def _compile(fn: Function, traced: Traced, record: folders.Record, path: Path) -> folders.Record:
+    """Compiles a graph into a file, and returns the record with what is known then."""
+    n = len(traced.graph.graph.nodes)
+    where = "the GPU" if record.device == "cuda" else "the CPU"
+    _say(f"compiling {record.name}, {n} operations, for {where}")
+    began = time.perf_counter()
+    texts = {f"bridge.status.{i}": text for i, text in enumerate(traced.texts, 1)}
+    options = {**_OPTIONS, "aot_inductor.metadata": texts}
+    try:
+        with warnings.catch_warnings(), torch.inference_mode(False):
+            warnings.simplefilter("ignore")
+            program = torch.export.export(traced.graph, traced.examples, strict=False)
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(path), inductor_configs=options
+            )
+    except Exception as error:
+        what = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        expected = f"{record.name} to be compiled by AOTInductor"
+        raise NotImplementedError(message(expected, what, OTHER_LANES)) from error
+    seconds = time.perf_counter() - began
+    _say(f"compiled {record.name} in {seconds:.0f} s, {path.stat().st_size / 1e6:.1f} MB")
+    return replace(record, seconds=seconds, sha256=folders.sha256(path))
+
+
+def _say(text: str) -> None:
+    print(f"bridge: {text}", file=sys.stderr, flush=True)
+
+
+def _held(
+    fn: Function, traced: Traced
+) -> tuple[tuple[weakref.ref[torch.Tensor], ...], tuple[torch.Tensor, ...]]:
+    """The weights that a module or a method holds, weakly; and the graph's other tensors."""
+    owner = inference.module_of(fn.base.call.target)  # pyright: ignore[reportAttributeAccessIssue]
+    own: set[int] = set()
+    if owner is not None:
+        own = {id(x) for x in (*owner.parameters(), *owner.buffers())}
+    tensors = traced.constants.values()
+    weights = tuple(weakref.ref(x) for x in tensors if id(x) in own)
+    return weights, tuple(x for x in tensors if id(x) not in own)
+
+
+def described(fn: Function) -> str:
+    """Returns what a Function is, for people: the name of the user's callable, and what is asked of
+    it."""
+    names = []
+    while isinstance(fn, Derived):
+        names.append(type(fn).__name__.lower())
+        fn = fn.of
+    return " of ".join([*names, str(fn)])

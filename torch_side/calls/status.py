@@ -1,0 +1,107 @@
+"""Checks of values in a program that nothing reads on the host: what is wrong goes into a row of
+numbers, the status, and the error is raised from that later.
+
+A row is (code, n, n, ...) in float64. Code 0 says that all is well. Any other code stands for a
+text, in which the numbers take the places {} in their order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float
+
+# private in torch 2.13: the tensor beneath a wrapper of torch.func, and where its batch axis is
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, maybe_get_bdim
+
+WIDTH = 6  # of a row: a code and five numbers
+
+
+@dataclass
+class Status:
+    """The checks of one evaluation, the most urgent first.
+
+    texts   the text of each code, from 1 on
+    rows    what each check found (WIDTH,)"""
+
+    texts: list[str] = field(default_factory=list)
+    rows: list[Float[torch.Tensor, " width"]] = field(default_factory=list)
+
+    def note(
+        self,
+        bad: Bool[torch.Tensor, " K"],
+        text: str,
+        *numbers: torch.Tensor | float,
+        first: torch.Tensor | None = None,
+    ) -> None:
+        """Notes that something is wrong if an entry of `bad` is True.
+
+        `numbers` fill the places of `text`. A tensor among them that is as long as `bad` gives its
+        entry at the first place that is bad, or at the place `first` (a scalar)."""
+        bad, *numbers = [
+            _beneath(x) if isinstance(x, torch.Tensor) else x for x in (bad, *numbers)
+        ]
+        self.texts.append(text)
+        if not bad.numel():
+            self.rows.append(bad.new_zeros(WIDTH, dtype=torch.float64))
+            return
+        bad = bad.reshape(-1)
+        place = bad.int().argmax() if first is None else _beneath(first)
+        found = [x.reshape(-1)[place] if isinstance(x, torch.Tensor) else x for x in numbers]
+        row = [len(self.texts), *found, *[0] * (WIDTH - 1 - len(found))]
+        columns = [torch.as_tensor(x, dtype=torch.float64, device=bad.device) for x in row]
+        row = torch.stack(columns)
+        self.rows.append(torch.where(bad.any(), row, torch.zeros_like(row)))
+
+    def row(self, since: int = 0) -> Float[torch.Tensor, " width"] | None:
+        """Returns the row of the first check, from the one with the number `since` on, that found
+        something wrong. None if there was no check."""
+        rows = self.rows[since:]
+        if not rows:
+            return None
+        table = torch.stack(rows)
+        return table[(table[:, 0] != 0).int().argmax()]
+
+    def text(self, row: Sequence[float]) -> str | None:
+        """Returns the text of a row, None if all is well."""
+        if not row[0]:
+            return None
+        text = self.texts[int(row[0]) - 1]
+        for number in row[1:]:
+            text = text.replace("{}", f"{number:g}", 1)
+        return text
+
+
+_CURRENT: ContextVar[Status | None] = ContextVar("status", default=None)
+
+
+def current() -> Status | None:
+    """Returns the Status that is being collected, None where values may be read at once."""
+    return _CURRENT.get()
+
+
+@contextlib.contextmanager
+def collecting(status: Status | None = None) -> Iterator[Status]:
+    """Gives a Status: within the `with`, checks go into it, and no value is read on the host.
+
+    None makes a new one."""
+    status = Status() if status is None else status
+    token = _CURRENT.set(status)
+    try:
+        yield status
+    finally:
+        _CURRENT.reset(token)
+
+
+def _beneath(x: torch.Tensor) -> torch.Tensor:
+    """A tensor of torch.func as what lies beneath: its value, or the values of all examples."""
+    while is_functorch_wrapped_tensor(x):
+        axis = maybe_get_bdim(x)
+        x = get_unwrapped(x)
+        if axis >= 0:
+            x = x.movedim(axis, 0)
+    return x.detach()

@@ -1,0 +1,343 @@
+"""Graphs of fixed sizes: a model of the contract evaluated without a look at any value, so that
+what runs can be compiled.
+
+`graph` takes out what is padding, which needs values on the host. Here all sizes stay as they are.
+One system is added, of two ghost atoms half a cutoff apart. Whatever is no edge of the model (an
+unused slot, an edge that is not shorter than the cutoff, an edge of a padding atom) becomes an edge
+from one ghost to the other, and padding atoms become lone atoms of that system. Messages run along
+edges only, so no real atom can notice, whatever the model's cutoff function is. The results are cut
+back. What `graph` checks is checked here too, into the `status` of the evaluation; where something
+is wrong, all results are NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import nn
+
+from bridge.card import Card
+from bridge.contract import INPUTS, OUTPUTS, called, check_inputs, check_outputs, dtype_name
+from bridge.errors import message
+from torch_side.calls.status import Status
+from torch_side.potentials import batches, padding
+
+TOUCHING = 1e-4  # Angstrom: atoms closer than this are one on top of the other
+GHOSTS = 2  # atoms of the system that is added
+Model = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+
+
+class Real(NamedTuple):
+    """What is real, and where the model sees it.
+
+    atoms     which atoms are no padding (N,)
+    systems   which systems have atoms (B,)
+    place     the place of each atom among those that the model sees (N,): real ones first
+    ghosts    how many atoms were added; with any of them, one system was added, too"""
+
+    atoms: Bool[torch.Tensor, " N"]
+    systems: Bool[torch.Tensor, " B"]
+    place: Int[torch.Tensor, " N"]
+    ghosts: int
+
+
+def evaluate(
+    model: Model,
+    inputs: dict[str, torch.Tensor],
+    card: Card,
+    name: str,
+    owner: nn.Module | None,
+    status: Status,
+) -> dict[str, torch.Tensor]:
+    """Returns what graph.evaluate does, from operations of fixed shapes alone.
+
+    The arguments are those of graph.evaluate; `inputs` holds no None. What can be known from
+    shapes is raised at once, and what only values tell goes into `status`.
+
+    Raises: ValueError for shapes and dtypes outside of the contract, for a model with a cutoff that
+    is given no edges, and for one that does not keep systems apart."""
+    n_atoms, n_systems = check_inputs(inputs)
+    card.check_bound(inputs, name)
+    card.check_home(inputs["pos"], str(inputs["pos"].device))
+    if card.cutoff is not None and "edge_index" not in inputs:
+        raise ValueError(_no_edges(name, card.cutoff))
+    if card.cutoff is not None and "cell_offsets" not in inputs:
+        raise ValueError(padding.NO_OFFSETS)
+    first_check = len(status.rows)
+    with torch.no_grad():
+        _check_info(inputs, card, name, status)
+        _check_axes(inputs, card, name, status)
+        inputs, real = _atoms(inputs, card, name, status)
+        _check_geometry(inputs, status)
+        edges = _edges(inputs, real, card.cutoff, status) if "edge_index" in inputs else {}
+    if real.ghosts and not card.batches:
+        batches.check_ahead(owner, model, card, inputs, name)
+    inner = _with_ghosts(inputs, real, edges, card)
+    found = called(model, inner, name)
+    extra = 1 if real.ghosts else 0
+    active = {key: found[key] for key in card.active_outputs if key in found}
+    check_outputs(
+        active, n_atoms + real.ghosts, n_systems + extra, (), dtype_name(inputs["pos"])
+    )
+    found = {key: _cut(key, x, real, n_systems) for key, x in found.items()}
+    with torch.no_grad():
+        _check_finite(found, inputs["batch"], name, status)
+        row = status.row(first_check)
+    if row is None:
+        return found
+    return {key: _or_nan(x, row[0] == 0) for key, x in found.items()}
+
+
+def _no_edges(name: str, cutoff: float) -> str:
+    """The text for a graph model without edges: nothing can look for neighbours here."""
+    do = (
+        f"make them with bridge.edges({cutoff:g}, capacity) and pass them with the call, or take "
+        'lane="ffi", on which they are found at each call'
+    )
+    return message(f"edges for {name}, in a program that is compiled as a whole", "none", do)
+
+
+def _check_info(inputs: dict[str, torch.Tensor], card: Card, name: str, status: Status) -> None:
+    """Charges and spins that are not zero and that the model has no use for."""
+    for key in card.unused(inputs):
+        values = inputs[key]
+        do = f"leave it out, take another model, or say that it is used: card=bridge.Card(optional_inputs={{{key!r}}})"
+        text = message(
+            f"no {key}, or zero, since {name} has no use for one", f"{key} {{}} in system {{}}", do
+        )
+        status.note(values != 0, text, values, _numbers(values))
+
+
+def _check_axes(inputs: dict[str, torch.Tensor], card: Card, name: str, status: Status) -> None:
+    """Periodic axes that the model can't have, or open ones where it needs periodic ones."""
+    periodic = inputs["pbc"].any(-1)
+    if not card.supports_pbc:
+        expected = f"open boundaries, which is all that {name} has"
+        do = "set pbc False, or take another model"
+        text = message(expected, "a periodic axis in system {}", do)
+        status.note(periodic, text, _numbers(periodic))
+    if card.needs_pbc:
+        do = "set pbc and a cell with vacuum around"
+        text = message(f"a periodic system for {name}", "no periodic axis in system {}", do)
+        status.note(~periodic, text, _numbers(periodic))
+
+
+def _atoms(
+    inputs: dict[str, torch.Tensor], card: Card, name: str, status: Status
+) -> tuple[dict[str, torch.Tensor], Real]:
+    """The inputs with sound atomic numbers and batch, in which a padding atom has an element that
+    the model knows and lies in the system that is added; and what is real."""
+    numbers, batch = inputs["atomic_numbers"].long(), inputs["batch"].long()
+    n_systems = len(inputs["cell"])
+    descends = nn.functional.pad(batch.diff(), (1, 0)) < 0
+    text = message(
+        f"batch sorted, within 0..{n_systems - 1}", "system {} for atom {}", "sort the atoms by system"
+    )
+    strange = descends | (batch < 0) | (batch >= n_systems)
+    status.note(strange, text, batch, _numbers(batch))
+    batch = batch.clamp(0, n_systems - 1)
+    known = numbers >= 0
+    if card.elements is not None:
+        table = torch.zeros(max(card.elements) + 2, dtype=torch.bool, device=numbers.device)
+        table[sorted({0, *card.elements})] = True
+        known = known & table[numbers.clamp(0, len(table) - 1)]
+    expected, do = "atomic numbers of at least 0", "0 marks a padding atom"
+    if card.elements:
+        expected, do = f"one of the {len(card.elements)} elements of {name}", "take another model"
+    text = message(expected, "Z = {} for atom {} of system {}", do)
+    status.note(~known, text, numbers, _numbers(numbers), batch)
+    atoms = known & (numbers != 0)
+    # the least that the model knows, or any that is there
+    element = min(card.elements) if card.elements else numbers.amax().clamp(min=1)
+    numbers = torch.where(atoms, numbers, element)
+    systems = padding.counted(batch, n_systems, atoms) > 0
+    # a model of one structure without edges need not know what a system is
+    ghosts = GHOSTS if "edge_index" in inputs or card.batches or n_systems > 1 else 0
+    if not ghosts:
+        do = 'take lane="ffi", which takes them out'
+        text = message(f"no padding atoms for {name}, which has no edges", "atom {}", do)
+        status.note(~atoms, text, _numbers(numbers))
+    before = atoms.cumsum(0)
+    place = torch.where(atoms, before - 1, before[-1:] + (~atoms).cumsum(0) - 1)
+    sound = inputs | {"atomic_numbers": numbers, "batch": batch}
+    return sound, Real(atoms, systems, place, ghosts)
+
+
+def _check_geometry(inputs: dict[str, torch.Tensor], status: Status) -> None:
+    """Positions that are not finite, and cells without a vector for each periodic axis."""
+    pos, cell, pbc = inputs["pos"], inputs["cell"], inputs["pbc"]
+    text = message(
+        "finite positions", "({}, {}, {}) for atom {} of system {}", "look at the step before"
+    )
+    status.note(~pos.isfinite().all(-1), text, *pos.unbind(1), _numbers(pos), inputs["batch"])
+    # an open axis counts as a unit vector across the periodic ones
+    a, b, c = cell.double().unbind(1)
+    p, q, r = pbc.unbind(1)
+    ab, bc, ca = (torch.linalg.cross(u, v) for u, v in ((a, b), (b, c), (c, a)))
+    length = lambda v: torch.linalg.vector_norm(v, dim=-1)
+    one = torch.ones_like(length(a))
+    volume = (a * bc).sum(-1).abs()
+    volume = torch.where(p & q & r, volume, one)
+    for pair, across in (((p & q & ~r), ab), ((q & r & ~p), bc), ((r & p & ~q), ca)):
+        volume = torch.where(pair, length(across), volume)
+    for alone, v in (((p & ~q & ~r), a), ((q & ~r & ~p), b), ((r & ~p & ~q), c)):
+        volume = torch.where(alone, length(v), volume)
+    scale = one
+    for periodic, v in ((p, a), (q, b), (r, c)):
+        scale = scale * torch.where(periodic, length(v), one)
+    sound = (volume > 1e-6 * scale) & volume.isfinite()
+    do = "give the cell, or set pbc False on that axis"
+    text = message("independent cell vectors on periodic axes", "other ones in system {}", do)
+    status.note(~sound, text, _numbers(sound))
+
+
+def _edges(
+    inputs: dict[str, torch.Tensor], real: Real, cutoff: float | None, status: Status
+) -> dict[str, torch.Tensor]:
+    """edge_index and cell_offsets as the model sees them, with ghost edges in all other slots."""
+    pos, cell, batch = inputs["pos"], inputs["cell"], inputs["batch"]
+    n_atoms = len(pos)
+    i, j = inputs["edge_index"].long()
+    slot = _numbers(i)
+    text = message(
+        "edges between atoms, or slots marked unused by an index >= N",
+        "({}, {}) in slot {}",
+        "mark unused slots by N",
+    )
+    status.note((i < 0) | (j < 0), text, i, j, slot)
+    inside = (i >= 0) & (j >= 0) & (i < n_atoms) & (j < n_atoms)
+    i, j = (torch.where(inside, x, 0) for x in (i, j))
+    apart = inside & (batch[i] != batch[j])
+    text = message(
+        "edges within one system",
+        "atoms {} of system {} and {} of system {} in slot {}",
+        "look at how the edges were made",
+    )
+    status.note(apart, text, i, batch[i], j, batch[j], slot)
+    kept = inside & ~apart & real.atoms[i] & real.atoms[j]
+    # both directions, as the contract has it
+    ghost = n_atoms + torch.stack([slot % 2, 1 - slot % 2])
+    places = torch.stack([real.place[i], real.place[j]])
+    offsets = inputs.get("cell_offsets")
+    if cutoff is None or offsets is None or not len(slot):
+        found = {"edge_index": torch.where(kept, places, ghost)}
+        return found if offsets is None else found | {"cell_offsets": offsets}
+    shifts = (offsets.to(cell.dtype)[:, :, None] * cell[batch[i]]).sum(1)
+    length = torch.linalg.vector_norm(pos[j] - pos[i] + shifts, dim=-1)
+    distance = torch.where(kept, length, cutoff)
+    text = message(
+        "atoms apart from one another",
+        "atoms {} and {} of system {} {} Angstrom apart",
+        "take one of them out, or look at the step before",
+    )
+    status.note(distance < TOUCHING, text, i, j, batch[i], distance, first=distance.argmin())
+    kept = kept & (length < cutoff)
+    return {
+        "edge_index": torch.where(kept, places, ghost),
+        "cell_offsets": torch.where(kept[:, None], offsets, 0),
+    }
+
+
+def _with_ghosts(
+    inputs: dict[str, torch.Tensor], real: Real, edges: dict[str, torch.Tensor], card: Card
+) -> dict[str, torch.Tensor]:
+    """The inputs as the model sees them: real atoms first, then padding, then ghosts."""
+    if not real.ghosts:
+        return inputs | edges
+    pos, cell, pbc = inputs["pos"], inputs["cell"], inputs["pbc"]
+    n_systems = len(cell)
+    length = card.cutoff or 1.0
+    # padding atoms lie far from the ghosts and from one another
+    far = torch.zeros_like(pos)
+    far[:, 0] = 4 * length * (2 + _numbers(pos))
+    ghosts = pos.new_zeros(real.ghosts, 3)
+    ghosts[1, 0] = length / 2
+    numbers, batch = inputs["atomic_numbers"], inputs["batch"]
+    box = 2 * length * torch.eye(3, dtype=cell.dtype, device=cell.device)
+    seen = {
+        "pos": torch.cat([_placed(torch.where(real.atoms[:, None], pos, far), real), ghosts]),
+        "atomic_numbers": torch.cat([_placed(numbers, real), numbers.amin().expand(real.ghosts)]),
+        "batch": nn.functional.pad(
+            _placed(torch.where(real.atoms, batch, n_systems), real),
+            (0, real.ghosts),
+            value=n_systems,
+        ),
+        "cell": torch.cat([cell, box[None]]),
+        "pbc": torch.cat([pbc, pbc.new_full((1, 3), card.needs_pbc)]),
+    }
+    seen |= edges
+    return {key: seen[key] if key in seen else _extended(key, x, real) for key, x in inputs.items()}
+
+
+def _placed(x: torch.Tensor, real: Real) -> torch.Tensor:
+    """Rows of atoms in the order in which the model sees them."""
+    return torch.zeros_like(x).index_copy(0, real.place, x)
+
+
+def _extended(key: str, x: torch.Tensor, real: Real) -> torch.Tensor:
+    """Another input of the contract, with zeros for what was added.
+
+    Raises: ValueError for a tensor outside of the contract, whose axes nobody knows."""
+    if key not in INPUTS:
+        if isinstance(x, torch.Tensor):
+            do = f'pass one of {", ".join(INPUTS)}, or take lane="ffi"'
+            raise ValueError(message("inputs of the contract for a compiled graph", key, do))
+        return x
+    axis = INPUTS[key][0][0]
+    if axis == "N":
+        return torch.cat([_placed(x, real), x.new_zeros(real.ghosts, *x.shape[1:])])
+    if axis == "B":
+        return torch.cat([x, x.new_zeros(1, *x.shape[1:])])
+    return x
+
+
+def _cut(key: str, x: torch.Tensor, real: Real, n_systems: int) -> torch.Tensor:
+    """An output as the caller sees it: N atoms, B systems, zeros where nothing is real.
+
+    Raises: ValueError for an output outside of the contract."""
+    if key not in OUTPUTS:
+        do = f"return {', '.join(OUTPUTS)}"
+        raise ValueError(message("outputs of the contract from a compiled graph", key, do))
+    for axis, size in enumerate(OUTPUTS[key][0]):
+        if size == "N":
+            kept = real.atoms
+            x = x.index_select(axis, real.place)
+        elif size == "B":
+            kept = real.systems
+            x = x.narrow(axis, 0, n_systems)
+        else:
+            continue
+        x = torch.where(kept.reshape(-1, *[1] * (x.ndim - axis - 1)), x, 0)
+    return x
+
+
+_FINITE = {"energy": "system", "position_gradients": "atom", "cell_gradients": "system"}
+
+
+def _check_finite(
+    found: dict[str, torch.Tensor], batch: torch.Tensor, name: str, status: Status
+) -> None:
+    """Energies and gradients that are not finite."""
+    do = "look at its structure: atoms may be too close"
+    for key, what in _FINITE.items():
+        if key not in found:
+            continue
+        wrong = ~found[key].detach().isfinite()
+        wrong = wrong.flatten(1).any(1) if wrong.ndim > 1 else wrong
+        where = "atom {} of system {}" if what == "atom" else "system {}"
+        text = message(f"a finite {key} from {name}", f"another one for {where}", do)
+        places = [_numbers(wrong)] + ([batch] if what == "atom" else [])
+        status.note(wrong, text, *places)
+
+
+def _or_nan(x: torch.Tensor, fine: torch.Tensor) -> torch.Tensor:
+    """An output, NaN where something is wrong."""
+    return torch.where(fine, x, torch.nan) if x.is_floating_point() else x
+
+
+def _numbers(x: torch.Tensor) -> Int[torch.Tensor, " K"]:
+    """0, 1, 2, ... for the rows of x."""
+    return torch.arange(len(x), device=x.device)
