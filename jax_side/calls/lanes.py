@@ -119,7 +119,7 @@ def _register(tensor_type: type) -> None:
 def _enter_cpu(number, *buffers):
     outside = here.depth
     try:
-        _, depth, n, enter = functions.get(number) or unknown(number)
+        _, depth, n, enter, _ = functions.get(number) or unknown(number)
         here.depth = depth + 1
         return enter(buffers[:n], buffers[n:])
     except BaseException as e:
@@ -132,7 +132,7 @@ def _enter_cpu(number, *buffers):
 
 def _enter_gpu(number, stream, *buffers):
     try:
-        fn, _, n, _ = functions.get(number) or unknown(number)
+        fn, _, n, *_ = functions.get(number) or unknown(number)
         with fn.base.on_stream(stream, buffers):
             return fn.base.run(fn, buffers[:n], buffers[n:])
     except BaseException as e:

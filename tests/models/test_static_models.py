@@ -1,6 +1,7 @@
 """Models evaluated at fixed sizes without a look at any value, against their normal evaluation:
 outputs, derivatives, padding; a traced graph; what is noted instead of raised."""
 
+import copy
 import functools
 
 import pytest
@@ -33,6 +34,24 @@ def torchani(kind="simple_ani", **options):
     return TorchANI(ani(kind, **options), dtype=F64)
 
 
+@functools.cache
+def with_pair_potential():
+    """A user's own potential beside torchani's, with a shorter cutoff than these."""
+    from torchani.potentials import PairPotential
+
+    class Spring(PairPotential):
+        pair_elem_tensors = ["k"]
+
+        def pair_energies(self, elements, neighbors):
+            k = self.to_pair_values(self.k, elements.view(-1)[neighbors.indices])
+            return k * (neighbors.distances - 2) ** 2
+
+    network = copy.deepcopy(ani())
+    k = [0.01 * n for n in range(21)]  # of 6 elements
+    network.potentials["spring"] = Spring(network.symbols, cutoff=4.0, k=k)
+    return TorchANI(network, dtype=F64)
+
+
 BUILD = {
     "sevennet": (lambda: MODELS["sevennet"].build(F64), ORGANIC),
     "mace": (lambda: MODELS["mace"].build(F64), ORGANIC),
@@ -43,9 +62,10 @@ BUILD = {
     "torchani, dispersion": (lambda: torchani(dispersion=True, cutoff_fn="cosine"), ORGANIC),
     "torchani, charges": (lambda: torchani("simple_aniq"), ORGANIC),
     "torchani, merged": (lambda: torchani("simple_aniq", merge_charge_networks=True), ORGANIC),
+    "torchani, pairs": (with_pair_potential, ORGANIC),
     "torchani, shared": (lambda: torchani(container="SingleNN"), ORGANIC),
 }
-NAMES = ("sevennet", "mace", "chgnet", "torchani")  # franken itself reads a value
+TRACED = ("sevennet", "mace", "chgnet", "torchani", "torchani, pairs")  # franken reads a value
 
 
 def built(name):
@@ -132,7 +152,7 @@ def test_second_derivatives_x_padding(name):
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TRACED)
 def test_traced_graph_x_other_inputs(name):
     """Traced on one structure, run on another one of the same sizes."""
     build, systems = BUILD[name]

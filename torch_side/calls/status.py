@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float
+from torch import nn
 
 # private in torch 2.13: the tensor beneath a wrapper of torch.func, and where its batch axis is
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, maybe_get_bdim
@@ -35,27 +36,25 @@ class Status:
         self,
         bad: Bool[torch.Tensor, " K"],
         text: str,
-        *numbers: torch.Tensor | float,
+        *numbers: torch.Tensor,
         first: torch.Tensor | None = None,
     ) -> None:
         """Notes that something is wrong if an entry of `bad` is True.
 
-        `numbers` fill the places of `text`. A tensor among them that is as long as `bad` gives its
-        entry at the first place that is bad, or at the place `first` (a scalar)."""
-        bad, *numbers = [
-            _beneath(x) if isinstance(x, torch.Tensor) else x for x in (bad, *numbers)
-        ]
+        `numbers`, each as long as `bad`, fill the places of `text` with their entries at the first
+        place that is bad, or at the place `first` (a scalar)."""
+        bad, *numbers = map(_beneath, (bad, *numbers))
         self.texts.append(text)
         if not bad.numel():
             self.rows.append(bad.new_zeros(WIDTH, dtype=torch.float64))
             return
         bad = bad.reshape(-1)
         place = bad.int().argmax() if first is None else _beneath(first)
-        found = [x.reshape(-1)[place] if isinstance(x, torch.Tensor) else x for x in numbers]
-        row = [len(self.texts), *found, *[0] * (WIDTH - 1 - len(found))]
-        columns = [torch.as_tensor(x, dtype=torch.float64, device=bad.device) for x in row]
-        row = torch.stack(columns)
-        self.rows.append(torch.where(bad.any(), row, torch.zeros_like(row)))
+        code = bad.any().to(torch.float64) * len(self.texts)
+        # x[place] would read the place on the host
+        found = [x.reshape(-1).index_select(0, place.reshape(1)) for x in numbers]
+        row = torch.cat([code.reshape(1), *(x.to(torch.float64) for x in found)])
+        self.rows.append(nn.functional.pad(row, (0, WIDTH - len(row))))
 
     def row(self, since: int = 0) -> Float[torch.Tensor, " width"] | None:
         """Returns the row of the first check, from the one with the number `since` on, that found
@@ -64,7 +63,8 @@ class Status:
         if not rows:
             return None
         table = torch.stack(rows)
-        return table[(table[:, 0] != 0).int().argmax()]
+        first = (table[:, 0] != 0).int().argmax()
+        return table.index_select(0, first.reshape(1))[0]
 
     def text(self, row: Sequence[float]) -> str | None:
         """Returns the text of a row, None if all is well."""

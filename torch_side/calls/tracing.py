@@ -115,11 +115,11 @@ def _refusing(fn: Function) -> Iterator[None]:
     try:
         yield
     except refusals as error:
-        raise _untraceable(fn, f"{getattr(error, 'func', error)}", error) from error
+        raise _untraceable(fn, str(getattr(error, "func", error)), error) from error
     except RuntimeError as error:
         if type(error) is not RuntimeError or not any(w in str(error) for w in _WORDS):
             raise
-        raise _untraceable(fn, str(error).splitlines()[0], error) from error
+        raise _untraceable(fn, str(error), error) from error
 
 
 # What torch says where the value of a fake or traced tensor is asked for.
@@ -132,7 +132,7 @@ def _untraceable(fn: Function, what: str, error: BaseException) -> NotImplemente
     return NotImplementedError(
         message(
             expected,
-            f"{what} in {place(error)}",
+            f"{what.strip().splitlines()[0]} in {place(error)}",
             f"write that line with torch.where, index_add and the like, or {OTHER_LANES}",
         )
     )

@@ -77,7 +77,9 @@ class CHGNet(Model):
     Raises: ValueError for inputs outside the contract as torch_side.potentials.graph.evaluate does,
     for an element beyond Pu, for given edges that lack one direction, for an unknown version, and,
     with the weights of 0.2.0 only, for a system without angles (no atom with two bonds below 3
-    Angstrom) in one call with others; ImportError without chgnet or vesin.
+    Angstrom) in one call with others, or in a program that is compiled as a whole;
+    NotImplementedError in such a program for a readout by attention; ImportError without chgnet or
+    vesin.
 
     >>> model = CHGNet("0.3.0").asking("magmoms")                                           # doctest: +SKIP
     >>> model({"pos": torch.zeros(1, 3), "atomic_numbers": torch.tensor([26]), "cell": 2.5 * torch.eye(3)[None],
@@ -146,9 +148,9 @@ class CHGNet(Model):
         bond_of_edge, edge_of_bond = pairing.bonds(edges, offsets, n_atoms, collected)
         sides = pairing.angles(edges[0], short, n_atoms, self.angles_per_atom, collected)
         # each angle from both of its sides
-        first, second = sides = torch.cat([sides, sides.flip(0)], 1)
-        used = first < len(short)
-        added = torch.arange(2, device=first.device)[:, None]
+        sides = torch.cat([sides, sides.flip(0)], 1)
+        used = sides[0] < len(short)
+        added = torch.arange(2, device=used.device)[:, None]
         sides = torch.where(used, sides, len(short) + added)
         centre = nn.functional.pad(edges[0], (0, 2), value=n_atoms - 1)[sides[0]]
         of_sides = nn.functional.pad(bond_of_edge, (0, 2), value=len(edge_of_bond))[sides]
@@ -305,9 +307,7 @@ class Counted(TorchFunctionMode):
     it has no use for the counts, and completes what it gets here, which is empty. Outputs of atoms
     are split by system nowhere, and stay as one."""
 
-    def __init__(
-        self, owners: Int[torch.Tensor, " N"], sizes: Int[torch.Tensor, " B"]
-    ) -> None:
+    def __init__(self, owners: Int[torch.Tensor, " N"], sizes: Int[torch.Tensor, " B"]) -> None:
         super().__init__()
         self.owners, self.sizes = owners, sizes
 

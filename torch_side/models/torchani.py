@@ -73,7 +73,9 @@ class TorchANI(Model):
     Raises: ValueError for inputs outside the contract as torch_side.potentials.graph.evaluate does,
     for an element that the model does not know, for a charge that is not zero (torchani has neutral
     systems only), for given edges that lack one direction, for a potential without a cutoff and for
-    an unknown name; TypeError for a model of another kind; ImportError without torchani or vesin.
+    an unknown name; TypeError for a model of another kind; NotImplementedError, in a program that
+    is compiled as a whole, for a potential or networks of your own; ImportError without torchani or
+    vesin.
 
     >>> model = TorchANI("ANI2x").asking("hessian")                                         # doctest: +SKIP
     >>> model({"pos": torch.tensor([[0.0, 0, 0], [0, 0, 0.74]]), "atomic_numbers": torch.tensor([1, 1]), "batch": torch.tensor([0, 0]),

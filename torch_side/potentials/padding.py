@@ -39,9 +39,9 @@ def counted(
     """Returns how many entries of `owner` name each of 0..size-1, where `which` is True if given.
 
     torch.bincount would have to look at the values, so that a program with it can't be compiled as
-    a whole."""
-    ones = torch.ones_like(owner) if which is None else which.to(owner.dtype)
-    return owner.new_zeros(size).index_add(0, owner, ones)
+    a whole; and compilers add int32 much faster than int64."""
+    ones = owner.new_ones(len(owner), dtype=torch.int32) if which is None else which.int()
+    return ones.new_zeros(size).index_add(0, owner, ones).to(owner.dtype)
 
 
 def taken(inputs: dict[str, torch.Tensor], index: Index) -> dict[str, torch.Tensor]:

@@ -141,8 +141,9 @@ def _atoms(
     batch = batch.clamp(0, n_systems - 1)
     known = numbers >= 0
     if card.elements is not None:
-        table = torch.zeros(max(card.elements) + 2, dtype=torch.bool, device=numbers.device)
-        table[sorted({0, *card.elements})] = True
+        elements = {0, *card.elements}
+        table = [z in elements for z in range(max(elements) + 2)]
+        table = torch.tensor(table, device=numbers.device)
         known = known & table[numbers.clamp(0, len(table) - 1)]
     expected, do = "atomic numbers of at least 0", "0 marks a padding atom"
     if card.elements:
@@ -160,8 +161,9 @@ def _atoms(
         do = 'take lane="ffi", which takes them out'
         text = message(f"no padding atoms for {name}, which has no edges", "atom {}", do)
         status.note(~atoms, text, _numbers(numbers))
-    before = atoms.cumsum(0)
-    place = torch.where(atoms, before - 1, before[-1:] + (~atoms).cumsum(0) - 1)
+    # real atoms count up from 0, and padding from the number of real ones
+    before = atoms.int().cumsum(0)
+    place = torch.where(atoms, before - 1, before[-1:] + _numbers(atoms) - before)
     sound = inputs | {"atomic_numbers": numbers, "batch": batch}
     return sound, Real(atoms, systems, place, ghosts)
 
@@ -251,10 +253,8 @@ def _with_ghosts(
     n_systems = len(cell)
     length = card.cutoff or 1.0
     # padding atoms lie far from the ghosts and from one another
-    far = torch.zeros_like(pos)
-    far[:, 0] = 4 * length * (2 + _numbers(pos))
-    ghosts = pos.new_zeros(real.ghosts, 3)
-    ghosts[1, 0] = length / 2
+    far = _along_x(4 * length * (2 + _numbers(pos)), pos)
+    ghosts = _along_x(length / 2 * torch.arange(real.ghosts, device=pos.device), pos)
     numbers, batch = inputs["atomic_numbers"], inputs["batch"]
     box = 2 * length * torch.eye(3, dtype=cell.dtype, device=cell.device)
     seen = {
@@ -270,6 +270,11 @@ def _with_ghosts(
     }
     seen |= edges
     return {key: seen[key] if key in seen else _extended(key, x, real) for key, x in inputs.items()}
+
+
+def _along_x(x: torch.Tensor, like: torch.Tensor) -> Float[torch.Tensor, "K 3"]:
+    """Points on the first axis."""
+    return nn.functional.pad(x.to(like.dtype)[:, None], (0, 2))
 
 
 def _placed(x: torch.Tensor, real: Real) -> torch.Tensor:
