@@ -209,10 +209,13 @@ def hvp_rows(rounds: int) -> list[dict]:
     bound = {k: jnp.asarray(x) for k, x in padded.items()}
 
     def product(lane):
-        bridged = bridge.jax_potential(model, lane=lane)
-        energy = lambda pos: bridged(bound | {"pos": pos})["energy"].sum()
+        edges = {key: bound[key] for key in ("edge_index", "cell_offsets")}
+        energy = bridge.potential(
+            model, atomic_numbers=bound["atomic_numbers"], pbc=True, lane=lane, **edges
+        )
         along = jnp.asarray(direction)
-        hvp = lambda pos: jax.jvp(jax.grad(energy), (pos,), (along,))[1]
+        force = lambda pos: jax.grad(energy)(pos, bound["cell"][0])
+        hvp = lambda pos: jax.jvp(force, (pos,), (along,))[1]
         return in_loop(lambda pos: pos - 1e-12 * hvp(pos), bound["pos"])
 
     variants = {"eager torch": bare(eager), "native": product("native"), "ffi": product("ffi")}

@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bridge import native as native
     from bridge.card import Card
     from bridge.join.calls import functional, module, to_jax, to_torch
     from bridge.join.potentials import edges, jax_potential, potential, torch_potential
@@ -20,6 +21,7 @@ __all__ = [
     "functional",
     "jax_potential",
     "module",
+    "native",
     "potential",
     "raising",
     "to_jax",
@@ -45,10 +47,12 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Loads one of the names above when it is first asked for."""
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(
-            f"module 'bridge' has no attribute {name!r}; it has {', '.join(_HOMES)}"
+            f"module 'bridge' has no attribute {name!r}; it has {', '.join(__all__)}"
         )
+    if name == "native":
+        return importlib.import_module("bridge.native")
     value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
     return value
 

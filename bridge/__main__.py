@@ -2,6 +2,7 @@
 
 doctor     says what this machine, these versions and these settings will do
 check      checks whether a potential is right
+compile    compiles a torch potential for the native lane ahead of time, and compares it
 --version  prints the version of this package
 """
 
@@ -16,7 +17,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from bridge.card import symbol
-from bridge.errors import message
+from bridge.errors import message, missing
 
 if TYPE_CHECKING:
     from bridge.testing import Found
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 USAGE = """usage: python -m bridge doctor
        python -m bridge --version
        python -m bridge check module:factory [--kind torch|jax] [--gradients model|autograd] [--cutoff X] [--elements Si,O]
-                              [--dtype float64|float32] [--examples N]"""
+                              [--dtype float64|float32] [--examples N]
+       python -m bridge compile module:factory structure [--cutoff X] [--capacity E] [--gradients model|autograd]
+                              [--dtype float32|float64] [--hvp] [--folder F]"""
 
 
 def main(arguments: list[str]) -> int:
@@ -37,17 +40,19 @@ def main(arguments: list[str]) -> int:
         return 0
     if arguments == ["doctor"]:
         return doctor()
-    if arguments[:1] != ["check"]:
+    name = arguments[0] if arguments else ""
+    if name not in _COMMANDS:
         print(USAGE, file=sys.stderr)
         return 2
+    parsed, run = _COMMANDS[name]
     try:
-        options = _parsed(arguments[1:])
+        options = parsed(arguments[1:])
     except SystemExit as end:  # of argparse, after its own message
         return int(end.code or 0)
     try:
-        return check(options)
-    except (ImportError, TypeError, ValueError) as error:
-        print(f"python -m bridge check: {error}", file=sys.stderr)
+        return run(options)
+    except (ImportError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        print(f"python -m bridge {name}: {error}", file=sys.stderr)
         return 2
 
 
@@ -172,6 +177,89 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def compile_ahead(options: argparse.Namespace) -> int:
+    """Compiles a potential for a structure's sizes, and prints the packages and the errors.
+
+    Returns 0 if the results are eager torch's; what is wrong is raised."""
+    import jax
+    import jax.numpy as jnp
+
+    from bridge import native
+    from bridge.join.potentials import edges, jax_potential
+
+    jax.config.update("jax_enable_x64", options.dtype == "float64")
+    atoms = _structure(options.structure)
+    model = jax_potential(
+        model_of(options.model), gradients=options.gradients, cutoff=options.cutoff, lane="native"
+    )
+    inputs = {
+        "pos": jnp.asarray(atoms.positions, options.dtype),
+        "cell": jnp.asarray(atoms.cell.array, options.dtype)[None],
+        "pbc": jnp.asarray(atoms.pbc)[None],
+        "batch": jnp.zeros(len(atoms), jnp.int32),
+        "atomic_numbers": jnp.asarray(atoms.numbers, jnp.int32),
+    }
+    if model.card.cutoff is not None:
+        periodic = {"cell": inputs["cell"][0], "pbc": inputs["pbc"][0]}
+        capacity = options.capacity or _room(inputs, model.card.cutoff)
+        inputs |= edges(model.card.cutoff, capacity)(inputs["pos"], **periodic)
+        print(f"{len(atoms)} atoms, {capacity} slots of edges")
+    energy = lambda pos: model(inputs | {"pos": pos})["energy"].sum()
+    asked = [(model, inputs)]
+    if options.hvp:
+        asked += [(lambda x: jax.jvp(jax.grad(energy), (x,), (jnp.ones_like(x),))[1], inputs["pos"])]
+    for function, given in asked:
+        report = native.compile(function, given, folder=options.folder)
+        for record in report.records:
+            print(f"{record.name}: {record.key}, compiled in {record.seconds:.0f} s")
+        for result, error in report.errors.items():
+            print(f"  {result}: at most {error:.2g} from eager torch")
+    return 0
+
+
+def _room(inputs: dict[str, Any], cutoff: float) -> int:
+    """Slots for the edges of a structure, and a quarter more."""
+    import numpy as np
+    import torch
+
+    from torch_side.potentials.neighbors import neighbor_list
+
+    tensors = [torch.from_numpy(np.array(inputs[key])) for key in ("pos", "cell", "pbc")]
+    return int(1.25 * neighbor_list(*tensors, cutoff)[0].shape[1]) + 1
+
+
+def _structure(path: str) -> Any:
+    """The ase.Atoms of a file. Raises: ValueError for a file that ASE can't read."""
+    try:
+        import ase.io
+    except ImportError as error:
+        raise missing("ase", "structures") from error
+    try:
+        return ase.io.read(path)
+    except Exception as error:
+        do = "pass a file that ase.io.read reads (extxyz, cif, POSCAR, ...)"
+        got = f"{path}: {type(error).__name__}: {error}"
+        raise ValueError(message("a file with a structure", got, do)) from error
+
+
+def _parsed_for_compile(arguments: list[str]) -> argparse.Namespace:
+    """The options of compile. Raises SystemExit for what it does not know."""
+    parser = argparse.ArgumentParser(
+        "python -m bridge compile",
+        description="Compile a torch potential of the contract for the native lane, with its "
+        "gradients, for the sizes of a structure; and compare it with eager torch there.",
+    )
+    parser.add_argument("model", help="module:factory, which gives the torch model")
+    parser.add_argument("structure", help="a file that ase.io.read reads")
+    parser.add_argument("--cutoff", type=float, help="Angstrom, for a model of your own that takes edges")
+    parser.add_argument("--capacity", type=int, help="slots of edges (by default a quarter more than there are)")
+    parser.add_argument("--gradients", choices=("model", "autograd"), default="model")
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    parser.add_argument("--hvp", action="store_true", help="also products of the Hessian with a vector")
+    parser.add_argument("--folder", help="of packages (by default BRIDGE_CACHE, or the user's cache)")
+    return parser.parse_args(arguments)
+
+
 def _elements(text: str) -> tuple[int, ...]:
     """The atomic numbers of a text such as Si,O or 14,8."""
     known = {symbol(z).split()[0]: z for z in range(1, 119)}
@@ -182,6 +270,9 @@ def _elements(text: str) -> tuple[int, ...]:
         )
     return tuple(known.get(w) or int(w) for w in words)
 
+
+# name: (reads its options, runs it)
+_COMMANDS = {"check": (_parsed, check), "compile": (_parsed_for_compile, compile_ahead)}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -12,6 +12,7 @@ import torch
 
 from bridge.call import one_of
 from bridge.errors import message
+from bridge.join.native import package_outputs
 from jax_side import doctor as jax_doctor
 from jax_side.calls import arrays as jax_arrays
 from jax_side.calls import export as jax_export
@@ -25,6 +26,7 @@ from torch_side.calls.buckets import Buckets, Padded
 from torch_side.calls.calling import TorchCallable
 from torch_side.calls.export import Batched
 from torch_side.calls.module import JaxModule
+from torch_side.calls.packages import Package
 
 tree = jax.tree_util
 Lane = Literal["auto", "ffi", "host", "native"]
@@ -94,8 +96,10 @@ def to_jax(
                  models that torch.func refuses (TorchScript, an inner torch.autograd.grad,
                  requires_grad_). vmap of derivatives then needs batched="sequential" or an axis
     lane         "ffi": an XLA custom call on XLA's own buffers and stream (CPU, CUDA). "host":
-                 jax.pure_callback (everywhere). "auto": ffi where it exists, else host. An eager
-                 call uses neither
+                 jax.pure_callback (everywhere). "native": the callable and each of its derivatives
+                 that is asked for are compiled by AOTInductor when JAX lowers a program, and called
+                 without Python (CPU, CUDA; see bridge.native). "auto": ffi where it exists, else
+                 host; native for a bridge.native.Package. An eager call uses none
 
     Units and signs are the callable's own. Inputs are lent to torch without a copy, but for complex
     and float8, which the ffi lane can't carry and XLA repacks. Each output is written once.
@@ -103,7 +107,7 @@ def to_jax(
     Raises: TypeError for an argument of the wrong kind or an output that is no tensor; ValueError
     for shapes and dtypes that are not what was inferred or declared, for 64-bit outputs while x64
     is off, and for a module in training mode; NotImplementedError for a transform that can't be
-    served as asked, and for second derivatives that a custom autograd Function cuts off or a
+    served as asked, for what lane="native" can't trace or compile, and for second derivatives that a custom autograd Function cuts off or a
     compiled model does not have. For exceptions of the callable see `raising`.
 
     >>> import jax, torch, bridge
@@ -111,6 +115,9 @@ def to_jax(
     >>> jax.jit(jax.grad(energy))(jax.numpy.arange(3.0)).tolist()
     [0.0, 2.0, 4.0]
     """
+    if isinstance(x, Package):
+        outputs = package_outputs(x) if outputs is None else outputs
+        lane = "native" if lane == "auto" else lane
     if callable(x):
         return JaxCallable(torch_export.Exporter(x, batched, derivatives), outputs, lane)
     return tree.tree_map_with_path(functools.partial(_tensor_to_jax, copy), x)

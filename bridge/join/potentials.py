@@ -123,7 +123,9 @@ def jax_potential(
     `card` (bridge.Card) says what a model of your own has and needs; the models of this package
     carry theirs. `batched` is how vmap is served. "graph" makes all structures the systems of one
     batched call, so that the model must keep systems apart; "sequential" makes one call after
-    another. `lane` is that of `to_jax`.
+    another. `lane` is that of `to_jax`. On lane="native" a graph model is given its edges, and keeps
+    systems apart, for unused slots of edges lie in a system of their own
+    (torch_side.potentials.static).
 
     The result has the model's `.card`, which also tells the active outputs. It is equal for equal
     arguments. Its energy is differentiated by torch, without use of the gradients that the model
@@ -154,7 +156,13 @@ def jax_potential(
     return bridged
 
 
-def edges(cutoff: float, capacity: int, *, ordered: bool = False, lane: Lane = "auto") -> Edges:
+def edges(
+    cutoff: float,
+    capacity: int,
+    *,
+    ordered: bool = False,
+    lane: Literal["auto", "ffi", "host"] = "auto",
+) -> Edges:
     """Returns a neighbour list for graph models in JAX, in a fixed number of slots: a function
     `find(positions, cell=None, pbc=None, batch=None)`.
 
@@ -182,6 +190,7 @@ def edges(cutoff: float, capacity: int, *, ordered: bool = False, lane: Lane = "
     """
     given = [capacity] if isinstance(capacity, int) and capacity > 0 else []
     one_of("capacity", capacity, given, "a positive int")
+    one_of("lane", lane, ("auto", "ffi", "host"))
     find = PaddedEdges(cutoff, capacity, ordered)
     return Edges(to_jax(find, outputs=_Slots(capacity), batched="sequential", lane=lane))
 

@@ -16,6 +16,7 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -73,9 +74,23 @@ class Record:
             raise ValueError(message("the record of a package", got, "compile it again")) from error
 
 
-def chosen(folder: str | os.PathLike[str] | None = None) -> Path:
-    """Returns the folder of packages: the one given, or that of the environment variable
+_CHOSEN: ContextVar[Path | None] = ContextVar("folder", default=None)
+
+
+@contextlib.contextmanager
+def choosing(folder: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Within the `with`, packages lie in this folder. None leaves it as it is."""
+    token = _CHOSEN.set(_CHOSEN.get() if folder is None else Path(folder))
+    try:
+        yield
+    finally:
+        _CHOSEN.reset(token)
+
+
+def chosen() -> Path:
+    """Returns the folder of packages: the one of `choosing`, or that of the environment variable
     BRIDGE_CACHE, or one among the user's caches."""
+    folder: str | Path | None = _CHOSEN.get()
     if folder is None:
         folder = os.environ.get("BRIDGE_CACHE")
     if folder is None:
@@ -115,6 +130,11 @@ def check(place: Path) -> Record:
     return record
 
 
+def remove(folder: Path, key: str) -> None:
+    """Removes a package, if it is there."""
+    shutil.rmtree(folder / key, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def locked(folder: Path, key: str) -> Iterator[None]:
     """Lets one process at a time make the package `key`; the others wait. The lock goes with the
@@ -146,7 +166,7 @@ def add(folder: Path, record: Record, write: Callable[[Path], Record]) -> Record
     """Makes a package: `write(path)` writes its code to `path`, and returns the record.
 
     Nothing is left behind where that fails or is interrupted."""
-    with _beside(made(folder)) as new:
+    with beside(made(folder)) as new:
         record = write(new / MODEL)
         (new / RECORD).write_text(record.written())
         _moved(new, folder / record.key)
@@ -157,15 +177,15 @@ def placed(folder: Path, name: str, write: Write) -> Path:
     """Returns the file `name` in the folder; where there is none, `write(path)` makes it, whole or
     not at all."""
     if not (folder / name).exists():
-        with _beside(made(folder)) as new:
+        with beside(made(folder)) as new:
             write(new / name)
             os.replace(new / name, folder / name)
     return folder / name
 
 
 @contextlib.contextmanager
-def _beside(folder: Path) -> Iterator[Path]:
-    """A folder for what is being made, which is gone afterwards."""
+def beside(folder: Path) -> Iterator[Path]:
+    """Gives a folder inside of `folder` for what is being made; it is gone afterwards."""
     new = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
     try:
         yield new

@@ -130,7 +130,7 @@ struct Watched {
 };
 
 struct Package {
-  std::unique_ptr<Loader> loader;
+  std::shared_ptr<Loader> loader;
   std::vector<Type> inputs;
   std::vector<Type> outputs;
   bool has_status;
@@ -139,6 +139,7 @@ struct Package {
 
 std::shared_mutex mutex;  // of what follows
 std::unordered_map<std::string, std::shared_ptr<Package>> packages;
+std::unordered_map<std::string, std::weak_ptr<Loader>> loaders;  // by path
 
 std::shared_ptr<Package> find(const std::string& key) {
   std::shared_lock lock(mutex);
@@ -359,16 +360,25 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(bridge_native_gpu, on_gpu,
 
 extern "C" {
 
-// Loads the package at `path` under `key`. `runners` calls of it can run at once.
+// Loads the package at `path` under `key`. `runners` calls of it can run at once. Packages of one
+// path share its code and its weights.
 const char* bridge_native_load(const char* key, const char* path, const char* inputs,
                                const char* outputs, int32_t has_status, int64_t runners) {
   return guarded([&] {
     auto package = std::make_shared<Package>();
-    package->loader = std::make_unique<Loader>(path, "model", false, runners);
+    {
+      std::shared_lock lock(mutex);
+      auto known = loaders.find(path);
+      if (known != loaders.end()) package->loader = known->second.lock();
+    }
+    if (package->loader == nullptr) {
+      package->loader = std::make_shared<Loader>(path, "model", false, runners);
+    }
     package->inputs = types_of(inputs);
     package->outputs = types_of(outputs);
     package->has_status = has_status != 0;
     std::unique_lock lock(mutex);
+    loaders[path] = package->loader;
     packages[key] = std::move(package);
   });
 }

@@ -11,7 +11,6 @@ import importlib.util
 import os
 import shutil
 import sys
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,13 +41,13 @@ def file_name() -> str:
     return f"handler-{hashlib.sha256(' '.join(made_of).encode()).hexdigest()[:16]}.so"
 
 
-def built(folder: Path | None = None) -> Path:
+def built() -> Path:
     """Returns the path of the library, which is built where it is missing (10 seconds, once).
 
-    `folder` is that of the packages, None for the one that is chosen.
+    It lies in the folder of packages.
 
     Raises: RuntimeError without a C++ compiler, and what the compiler says."""
-    return folders.placed(folders.chosen(folder), file_name(), _build)
+    return folders.placed(folders.chosen(), file_name(), _build)
 
 
 def _build(path: Path) -> None:
@@ -87,14 +86,22 @@ def check_compiler() -> None:
             )
 
 
-@cache
+_loaded: list[Library] = []  # one at most: XLA knows one function for each platform
+
+
 def library(path: Path | None = None) -> Library:
     """Returns the library, loaded once. None stands for the one that `built` gives.
 
-    Raises: ImportError without torch; OSError for a library that does not fit this torch."""
-    path = built() if path is None else path
-    _load_torch()
-    return Library(path)
+    Raises: ImportError without torch; OSError for a library that does not fit this torch;
+    ValueError where this process has loaded another one."""
+    if _loaded and path is not None and _loaded[0].path.name != path.name:
+        do = "load it in a new process, or export it again here"
+        raise ValueError(message(f"the library {_loaded[0].path.name}", path.name, do))
+    if not _loaded:
+        path = built() if path is None else path
+        _load_torch()
+        _loaded.append(Library(path))
+    return _loaded[0]
 
 
 class Library:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import atexit
 import ctypes
 import functools
+import re
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +26,7 @@ from jax_side.calls.nesting import here
 from jax_side.calls.registry import Owner
 
 TARGET = "bridge_native"
+packages: dict[str, Any] = {}  # what is loaded here, by key: of the other bank, with record and path
 PLATFORMS = ("cpu", "cuda")
 # dtypes that the handler knows
 KNOWN = ("bool", "float16", "bfloat16", "float32", "float64", "complex64", "complex128") + tuple(
@@ -43,34 +46,52 @@ def own(fn: Function, platform: str, forever: bool) -> Owner:
             do = 'cast it, or take lane="ffi"'
             raise NotImplementedError(message(f'one of {", ".join(KNOWN)} for lane="native"', str(s), do))
     package = fn.base.compiled(fn, platform)
-    library = register(platform)
-    key = package.record.key
-    release = functools.partial(library.drop, key)
+    library = _explaining(register(platform))
+    # An exported program is another process's: nobody there changes weights.
+    key = package.record.key if forever else f"{package.record.key}-{package.holders}"
     with registry.lock:
-        if key not in registry.functions:
-            package.load(library)
-        owner = registry.own(fn, key, release)
+        if key not in packages:
+            package.load(library, key, watching=not forever)
+            packages[key] = package
+        owner = registry.own(fn, key, functools.partial(_release, library, key))
     if forever:
         registry.keep_forever(owner)
     return owner
 
 
+def _release(library: handler.Library, key: str) -> None:
+    """Lets a package go that no program needs any more."""
+    packages.pop(key, None)
+    library.drop(key)
+
+
 def call(fn: Function, key: str, *args: jax.Array) -> list[jax.Array]:
     """Calls a package by one XLA custom call, on XLA's own buffers."""
-    results = [jax.ShapeDtypeStruct(s.shape, jnp.dtype(s.dtype)) for s in fn.outputs]
-    return jax.ffi.ffi_call(TARGET, results)(*args, package=key)
+    package = packages[key]
+    if package.given is not None:
+        args = tuple(args[i] for i in package.given)
+    results = [jax.ShapeDtypeStruct(s.shape, jnp.dtype(s.dtype)) for s in package.record.outputs]
+    found = jax.ffi.ffi_call(TARGET, results)(*args, package=key)
+    return found if package.found is None else [found[i] for i in package.found]
 
 
-def register(platform: str) -> handler.Library:
-    """Registers the one target of a platform, once, and returns the library that it lies in."""
+def keys_in(program: str) -> list[str]:
+    """Returns the keys of the packages that a program calls, given its text in MLIR."""
+    return sorted(set(re.findall(r'package = "([^"]+)"', program)))
+
+
+def register(platform: str, path: Path | None = None) -> handler.Library:
+    """Registers the one target of a platform, once, and returns the library that it lies in.
+
+    `path` is that of the library, None for the one that is built here."""
     with registry.lock:
-        library = _explaining(handler.library())
-        register_target(platform, library)
+        library = handler.library(path)
+        _register_target(platform, library)
     return library
 
 
 @functools.cache
-def register_target(platform: str, library: handler.Library) -> None:
+def _register_target(platform: str, library: handler.Library) -> None:
     """Tells XLA of the function that it calls on a platform."""
     capsule = jax.ffi.pycapsule(library.target(platform))
     jax.ffi.register_ffi_target(TARGET, capsule, platform=platform)
@@ -89,8 +110,11 @@ def _explain(key: bytes, what: bytes, inputs: Any, text: int, size: int) -> int:
     """Evaluates what went wrong once more, without the lane, so that the user's own exception is
     raised. Writes its text, as the other lanes would raise it, and returns the length."""
     outside = here.depth
+    called = registry.functions.get(key.decode())
+    if called is None:  # of a program that was loaded
+        return 0
     try:
-        fn, here.depth, n, *_ = registry.functions[key.decode()]
+        fn, here.depth, n, *_ = called
         here.depth += 1
         given = [_copied(inputs[i], s) for i, s in enumerate(fn.inputs[:n])]
         fn.base.run(fn, [x.__dlpack__() for x in given])

@@ -28,23 +28,36 @@ class Compiled:
     record   what is known of it
     path     the file with its code
     weights  tensors of the user's that it has copies of
-    others   tensors that nobody else need hold, of which it has copies too"""
+    others   tensors that nobody else need hold, of which it has copies too
+    given    the order in which it takes the inputs of the Function; None for theirs
+    found    the place of each output of the Function among its results; None for theirs"""
 
     record: folders.Record
     path: Path
+    given: tuple[int, ...] | None = None
+    found: tuple[int, ...] | None = None
     weights: tuple[weakref.ref[torch.Tensor], ...] = ()
     others: tuple[torch.Tensor, ...] = ()
 
-    def load(self, library: Library) -> None:
-        """Makes the package callable by its key; calls fail once a weight has changed."""
+    @property
+    def holders(self) -> str:
+        """Returns something that is the same for packages that copy the same tensors of the
+        user's. Other modules may have equal weights now, and others later."""
+        tensors = (*(ref() for ref in self.weights), *self.others)
+        identities = sorted(t._cdata for t in tensors if t is not None)
+        return hashlib.sha256(str(identities).encode()).hexdigest()[:8]
+
+    def load(self, library: Library, key: str, watching: bool) -> None:
+        """Makes the package callable by a key; with `watching`, calls fail once a weight has
+        changed."""
         r = self.record
-        library.load(r.key, self.path, r.inputs, r.outputs, r.has_status)
-        for tensor in (*(ref() for ref in self.weights), *self.others):
+        library.load(key, self.path, r.inputs, r.outputs, r.has_status)
+        for tensor in (*(ref() for ref in self.weights), *self.others) if watching else ():
             if tensor is not None:
-                library.watch(r.key, tensor._cdata)
+                library.watch(key, tensor._cdata)
 
 
-def compiled(fn: Function, device: str, folder: Path | None = None) -> Compiled:
+def compiled(fn: Function, device: str) -> Compiled:
     """Returns the package of a Function for "cpu" or "cuda", with the weights of this moment.
 
     It is taken from the folder of packages where one of the same graph, weights, types, processor
@@ -54,7 +67,7 @@ def compiled(fn: Function, device: str, folder: Path | None = None) -> Compiled:
     Raises: NotImplementedError for code that can't be traced or compiled, naming what is in the
     way; RuntimeError without a C++ compiler; ValueError for a folder that can't be written to."""
     traced = tracing.trace(fn, device)
-    place = folders.chosen(folder)
+    place = folders.chosen()
     record = _record(fn, traced, device)
     if folders.find(place, record.key) is None:
         check_compiler()
@@ -64,7 +77,8 @@ def compiled(fn: Function, device: str, folder: Path | None = None) -> Compiled:
                 folders.add(place, record, lambda path: _compile(fn, traced, record, path))
     weights, others = _held(fn, traced)
     found = folders.check(place / record.key)
-    return Compiled(found, place / record.key / folders.MODEL, weights, others)
+    path = place / record.key / folders.MODEL
+    return Compiled(found, path, weights=weights, others=others)
 
 
 def _record(fn: Function, traced: Traced, device: str) -> folders.Record:

@@ -94,7 +94,9 @@ class Exporter:
         input belongs to, from the names of the callable's parameters.
 
         Raises: ValueError for names in batched= that no argument has; TypeError as Graphs.of."""
-        fn = TorchFunction(
+        # a package that others compiled has no transforms
+        kind = getattr(self.target, "function_type", TorchFunction)
+        fn = kind(
             call, inputs, outputs, self._engine, self._axes(inputs, owners), out_tree, names
         )
         return replace(fn, batching=Graphs.of(fn)) if self._batched == "graph" else fn

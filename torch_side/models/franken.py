@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from torch._subclasses import FakeTensor
 from bridge.card import Card
 from bridge.contract import ENERGY_AND_GRADIENTS, dtype_name
 from bridge.errors import message, missing, spec
+from torch_side.calls import status
 from torch_side.potentials import geometry, graph, padding
 from torch_side.potentials.hessian import hessian
 from torch_side.potentials.model import Model
@@ -190,7 +192,18 @@ class Franken(Model):
         scaled = self.potential.input_scaler(descriptors.clone(), atomic_numbers=numbers)
         head = copy.copy(self.potential.rf)
         head._buffers = {**head._buffers}
+        if status.current() is not None:
+            self._check_static()
+            # its own looks up the number of systems in the values
+            head.species_scatter_sum = partial(_mean, n_systems=len(inputs["cell"]))
         return head.feature_map(scaled, atomic_numbers=numbers, batch_ids=inputs["batch"].long())
+
+    def _check_static(self) -> None:
+        """NotImplementedError for a head whose result depends on which elements are there."""
+        if self.potential.rf.num_species is not None:
+            expected = "a head that averages over all atoms, in a program that is compiled"
+            got = "one that looks up which elements are there (num_species)"
+            raise NotImplementedError(message(expected, got, 'take lane="ffi"'))
 
     def _part(
         self,
@@ -236,6 +249,19 @@ class Franken(Model):
                 out["member_position_gradients"] = g
                 out["position_gradients_std"] = g.std(0, correction=0)
         return out if keep else {name: x.detach() for name, x in out.items()}
+
+
+def _mean(
+    Z: torch.Tensor,
+    atomic_numbers: torch.Tensor | None = None,
+    batch_ids: torch.Tensor | None = None,
+    *,
+    n_systems: int,
+) -> torch.Tensor:
+    """The means over the atoms of each system (B,F), as franken's species_scatter_sum."""
+    owner = Z.new_zeros(len(Z), dtype=torch.long) if batch_ids is None else batch_ids
+    total = Z.new_zeros(n_systems, Z.shape[1]).index_add(0, owner, Z)
+    return total / padding.counted(owner, n_systems).clamp(min=1).to(Z.dtype)[:, None]
 
 
 Energies = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]

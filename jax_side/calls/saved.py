@@ -1,0 +1,189 @@
+"""Exported programs, with the packages that they call, in a folder: for processes that never import
+torch in Python."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import weakref
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+
+from bridge.errors import message
+from bridge.native import folder as folders
+from bridge.native import handler
+from jax_side.calls import native
+from jax_side.calls.lanes import TARGET as PYTHON
+
+PROGRAM, MANIFEST, PACKAGES = "program.bin", "manifest.json", "packages"
+FORMAT = 1
+CHECK = jax.export.DisabledSafetyCheck
+# What must be the same where a program is loaded, by the names of distributions.
+SAME = ("jaxlib", "torch")
+
+
+def export(
+    function: Callable[..., Any], *args: Any, platforms: tuple[str, ...] | None = None, **kwargs: Any
+) -> jax.export.Exported:
+    """Returns a jitted function, with bridged models on lane="native" in it, as a program that
+    other processes can run.
+
+    `function` is what jax.jit returned, and `args` and `kwargs` are what it will be called with:
+    arrays, or jax.ShapeDtypeStruct for their types. `platforms` is that of jax.export.export; None
+    is this machine's. The weights are those of this moment. `save` writes the program.
+
+    Raises: ValueError where a bridged function is on another lane, which needs Python and this
+    process; and what the lowering raises.
+
+    >>> import bridge, jax, torch
+    >>> energy = bridge.to_jax(lambda x: (x**2).sum(), lane="native")
+    >>> exported = bridge.native.export(jax.jit(jax.grad(energy)), jax.numpy.ones(3))  # doctest: +SKIP
+    """
+    exporter = jax.export.export(
+        function,
+        platforms=platforms,
+        disabled_checks=[CHECK.custom_call(native.TARGET), CHECK.custom_call(PYTHON)],
+    )
+    exported = exporter(*args, **kwargs)
+    text = exported.mlir_module()
+    if PYTHON in text or "xla_ffi_python" in text or "xla_python" in text:
+        expected = 'bridged functions on lane="native" in a program that is exported'
+        do = 'pass lane="native" to bridge.potential, to_jax and the others, and keep callbacks out'
+        raise ValueError(message(expected, "a call into Python", do))
+    return exported
+
+
+def save(exported: jax.export.Exported, folder: str | os.PathLike[str]) -> Path:
+    """Writes what `export` returned, and the packages that it calls, into a new folder.
+
+    The folder holds all that another process needs beside jaxlib and torch's libraries. It appears
+    whole or not at all. Returns its path.
+
+    Raises: ValueError where the folder exists, and for a program whose packages this process has
+    not loaded."""
+    place = Path(folder)
+    if place.exists():
+        do = "name a new folder, or remove this one"
+        raise ValueError(message("a folder that does not exist yet", str(place), do))
+    keys = native.keys_in(exported.mlir_module())
+    if absent := [key for key in keys if key not in native.packages]:
+        do = "save it in the process that exported it"
+        raise ValueError(message("packages that this process has loaded", ", ".join(absent), do))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with folders.beside(place.parent) as new:
+        whole = new / "whole"
+        (whole / PACKAGES).mkdir(parents=True)
+        for key in keys:
+            shutil.copytree(native.packages[key].path.parent, whole / PACKAGES / key)
+        shutil.copy(handler.built(), whole / handler.file_name())
+        (whole / PROGRAM).write_bytes(exported.serialize())
+        manifest = {
+            "format": FORMAT,
+            "versions": {name: version(name) for name in SAME},
+            "processor": folders.processor(),
+            "packages": keys,
+            "handler": handler.file_name(),
+            "sha256": {n: folders.sha256(whole / n) for n in (PROGRAM, handler.file_name())},
+        }
+        (whole / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        os.rename(whole, place)
+    return place
+
+
+def load(folder: str | os.PathLike[str]) -> Loaded:
+    """Returns the program of a folder that `save` wrote, as a function of JAX arrays.
+
+    It runs without Python's torch: only torch's libraries are loaded. jit, scan and so on compose
+    with the function; it has no derivatives, unless it was exported with its own.
+
+    Raises: ValueError, naming what is wrong, where a file is missing or altered, for versions of
+    jaxlib or torch other than those that it was written with, and for a processor that lacks
+    something that the code may use; ImportError without torch."""
+    place = Path(folder)
+    manifest = _manifest(place)
+    _check_home(place, manifest)
+    for name, expected in manifest["sha256"].items():
+        _check_file(place / name, expected)
+    records = {}
+    for key in manifest["packages"]:
+        try:
+            records[key] = folders.check(place / PACKAGES / key)
+        except OSError as error:
+            raise _altered(place, f"none of {key}: {error}") from error
+    library = native.register("cpu", place / manifest["handler"])
+    if any(r.device == "cuda" for r in records.values()):
+        native.register("cuda")
+    for key, r in records.items():
+        path = place / PACKAGES / key / folders.MODEL
+        library.load(key, path, r.inputs, r.outputs, r.has_status)
+    exported = jax.export.deserialize(bytearray((place / PROGRAM).read_bytes()))
+    return Loaded(exported, library, tuple(records))
+
+
+class Loaded:
+    """What `load` returns: a function of JAX arrays. Its packages are let go with it.
+
+    `exported` is the jax.export.Exported, which tells the types of inputs and outputs."""
+
+    def __init__(
+        self, exported: jax.export.Exported, library: handler.Library, keys: tuple[str, ...]
+    ) -> None:
+        self.exported = exported
+        self._call = jax.jit(exported.call)
+        self.__name__ = exported.fun_name
+        for key in keys:
+            if key not in native.packages:
+                weakref.finalize(self, library.drop, key).atexit = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns what the exported function returned for such arguments."""
+        return self._call(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"bridge.native.load({self.__name__})"
+
+
+def _manifest(place: Path) -> dict[str, Any]:
+    """What `save` noted. Raises ValueError where that is missing or no longer readable."""
+    try:
+        found = json.loads((place / MANIFEST).read_text())
+        if found["format"] != FORMAT:
+            raise ValueError(f"format {found['format']}")
+        return found
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise _altered(place, f"{type(error).__name__}: {error}") from error
+
+
+def _check_home(place: Path, manifest: dict[str, Any]) -> None:
+    """Raises ValueError for other versions, and for a processor that lacks something."""
+    for name, expected in manifest["versions"].items():
+        found = version(name)
+        if found != expected:
+            do = f"install {name}=={expected}, or export it again here"
+            raise ValueError(message(f"{name} {expected}, as {place} was written with", found, do))
+    if lacking := folders.lacking(manifest["processor"]):
+        do = "export it again on a machine of this kind"
+        expected = f"a processor with all that the code in {place} may use"
+        raise ValueError(message(expected, f"one without {', '.join(lacking[:8])}", do))
+
+
+def _check_file(path: Path, expected: str) -> None:
+    """Raises ValueError for a file that is missing or was altered."""
+    try:
+        found = folders.sha256(path)
+    except OSError as error:
+        raise _altered(path.parent, str(error)) from error
+    if found != expected:
+        raise _altered(path.parent, f"another {path.name}")
+
+
+def _altered(place: Path, got: str) -> ValueError:
+    """The error for a folder that is not what was written."""
+    do = "copy the folder again as a whole, or export it again"
+    return ValueError(message(f"a folder as bridge.native.save wrote it at {place}", got, do))
