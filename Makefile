@@ -23,7 +23,7 @@ VERSIONS ?= torch jax
 PYTHON312 ?= $(or $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12)),python3.12)
 WORKERS ?= 2
 
-.PHONY: help setup lint docs demo demo-jax-in-torch demo-npt demo-torch-sim demo-relax demo-mc test test-all test-latest test-older check-mc bench bench-engines bench-mc gpu-check clean
+.PHONY: help setup lint docs demo demo-jax-in-torch demo-npt demo-torch-sim demo-relax demo-mc demo-export test test-all test-latest test-older check-mc bench bench-engines bench-mc bench-native gpu-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -70,6 +70,9 @@ demo-relax: setup  ## SevenNet-0 relaxes a crystal and its cell in one jitted ja
 demo-mc: setup  ## order and disorder in Cu3Au: a torch potential in jitted Monte Carlo, all chains in one torch call (ARGS="--help")
 	$(RUN) -m demos.mc $(ARGS)
 
+demo-export: setup  ## a whole MD loop with SevenNet-0 in it, written by one process and run by another without Python's torch (ARGS="--help")
+	$(RUN) -m demos.export $(ARGS)
+
 # Most programs of the tests run once: LLVM need not optimise them (make test-latest and all else compile as users do).
 test: setup  ## all tests on the CPU
 	OMP_NUM_THREADS=1 XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(RUN) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
@@ -104,6 +107,9 @@ bench-engines: setup  ## ms a step of one model in jitted jax-md, under ASE and 
 
 bench-mc: setup  ## time of a Monte Carlo move at 1,000 to 100,000 atoms, incremental and full: table, picture in benchmarks/out (a quiet machine, please)
 	$(RUN) -m benchmarks.mc $(ARGS)
+
+bench-native: setup  ## the native lane beside eager torch and the ffi lane: time of a step, of an empty call, on two devices (a quiet machine, please; compiles for 15 minutes the first time)
+	OMP_NUM_THREADS=1 XLA_FLAGS="--xla_force_host_platform_device_count=2 $$XLA_FLAGS" $(RUN) -m benchmarks.native $(ARGS)
 
 gpu-check: setup  ## checks on a CUDA GPU, report in benchmarks/gpu/<date>.json; says plainly when there is none
 	$(RUN) -m benchmarks.gpu_check $(ARGS)

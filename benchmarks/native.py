@@ -96,7 +96,7 @@ def molecules():
     one = ase.build.molecule("CH3CH2OH")
     atoms = one.copy()
     for k in range(1, 6):
-        atoms += ase.Atoms(one.symbols, one.positions + [5.0 * k, 0, 0])
+        atoms += ase.Atoms(one.symbols, one.positions + np.array([5.0 * k, 0, 0]))
     return atoms
 
 

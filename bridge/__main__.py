@@ -207,7 +207,9 @@ def compile_ahead(options: argparse.Namespace) -> int:
     energy = lambda pos: model(inputs | {"pos": pos})["energy"].sum()
     asked = [(model, inputs)]
     if options.hvp:
-        asked += [(lambda x: jax.jvp(jax.grad(energy), (x,), (jnp.ones_like(x),))[1], inputs["pos"])]
+        asked += [
+            (lambda x: jax.jvp(jax.grad(energy), (x,), (jnp.ones_like(x),))[1], inputs["pos"])
+        ]
     for function, given in asked:
         report = native.compile(function, given, folder=options.folder)
         for record in report.records:
@@ -225,7 +227,7 @@ def _room(inputs: dict[str, Any], cutoff: float) -> int:
     from torch_side.potentials.neighbors import neighbor_list
 
     tensors = [torch.from_numpy(np.array(inputs[key])) for key in ("pos", "cell", "pbc")]
-    return int(1.25 * neighbor_list(*tensors, cutoff)[0].shape[1]) + 1
+    return int(1.25 * neighbor_list(tensors[0], tensors[1], tensors[2], cutoff)[0].shape[1]) + 1
 
 
 def _structure(path: str) -> Any:
@@ -251,12 +253,20 @@ def _parsed_for_compile(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("model", help="module:factory, which gives the torch model")
     parser.add_argument("structure", help="a file that ase.io.read reads")
-    parser.add_argument("--cutoff", type=float, help="Angstrom, for a model of your own that takes edges")
-    parser.add_argument("--capacity", type=int, help="slots of edges (by default a quarter more than there are)")
+    parser.add_argument(
+        "--cutoff", type=float, help="Angstrom, for a model of your own that takes edges"
+    )
+    parser.add_argument(
+        "--capacity", type=int, help="slots of edges (by default a quarter more than there are)"
+    )
     parser.add_argument("--gradients", choices=("model", "autograd"), default="model")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
-    parser.add_argument("--hvp", action="store_true", help="also products of the Hessian with a vector")
-    parser.add_argument("--folder", help="of packages (by default BRIDGE_CACHE, or the user's cache)")
+    parser.add_argument(
+        "--hvp", action="store_true", help="also products of the Hessian with a vector"
+    )
+    parser.add_argument(
+        "--folder", help="of packages (by default BRIDGE_CACHE, or the user's cache)"
+    )
     return parser.parse_args(arguments)
 
 

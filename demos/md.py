@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.neighborlist import neighbor_list
 from jax_md import quantity, simulate, space
 from tqdm import tqdm
 
@@ -60,7 +61,7 @@ def options(argv=None) -> argparse.Namespace:
         default=10,
         help="steps in one jitted call, and between frames",
     )
-    parser.add_argument("--lane", choices=("auto", "ffi", "host"), default="auto")
+    parser.add_argument("--lane", choices=("auto", "ffi", "host", "native"), default="auto")
     parser.add_argument("--seed", type=at_least(int, 0), default=0)
     parser.add_argument("--out", type=Path, default=Path("demos/out"))
     chosen = parser.parse_args(argv)
@@ -75,23 +76,54 @@ def options(argv=None) -> argparse.Namespace:
     return chosen
 
 
-class Counted(torch.nn.Module):
-    """The model, and how often it was called."""
+SKIN = 0.5  # Angstrom: on the native lane one neighbour list serves all steps of a jitted call
+
+
+class Calls:
+    """How often Python called the model."""
 
     def __init__(self, model):
-        super().__init__()
-        self.model, self.calls = model, 0
+        self.count = 0
+        model.register_forward_pre_hook(self)
 
-    def forward(self, inputs):
-        self.calls += 1
-        return self.model(inputs)
+    def __call__(self, *_):
+        self.count += 1
+
+
+class Energies:
+    """The energy function of one jitted call: on the native lane with the neighbours of its start,
+    on the others with those that torch finds at each step."""
+
+    def __init__(self, energy, box, chosen, atoms, cutoff):
+        self.energy, self.box, self.cell = energy, box, box.T
+        self.find = None
+        if chosen.lane == "native":
+            n_edges = len(neighbor_list("i", atoms, cutoff + SKIN))
+            self.find = bridge.edges(cutoff + SKIN, int(1.1 * n_edges))
+
+    def start(self, R):
+        """The energy function for the steps that begin at R, fractional coordinates."""
+        if self.find is None or not isinstance(R, jax.core.Tracer):
+            return engine.energy(self.energy, self.box)
+        edges = self.find(R @ self.cell, self.cell)
+        return engine.energy(lambda r, cell: self.energy(r, cell, **edges), self.box)
+
+    def check(self, before, after):
+        """The list must have had every pair: no atom may have moved by half of the skin."""
+        moved = float(jnp.linalg.norm((after - before) @ self.cell, axis=-1).max())
+        if self.find is not None and not moved < SKIN / 2:
+            raise RuntimeError(
+                f"expected atoms to move by less than {SKIN / 2} Angstrom in one jitted call, got "
+                f"{moved:.2f}; pass a smaller --every"
+            )
 
 
 def run(chosen):
     atoms = ase.build.bulk(chosen.crystal, cubic=True, **CRYSTALS[chosen.crystal]).repeat(
         chosen.repeat
     )
-    model = Counted(SevenNet("7net-0").eval())
+    model = SevenNet("7net-0").eval()
+    calls = Calls(model)
     print(
         f"{chosen.crystal}, {len(atoms)} atoms, {chosen.temperature:g} K, {chosen.dt:g} fs a step; "
         f"jax {jax.__version__}, torch {torch.__version__}, lane {chosen.lane}"
@@ -100,8 +132,9 @@ def run(chosen):
     # The whole of the bridge: a torch potential as a jax-md energy function.
     energy = bridge.potential(model, atomic_numbers=atoms.numbers, pbc=True, lane=chosen.lane)
     box = jnp.asarray(atoms.cell.array.T, jnp.float32)  # jax-md: columns
-    _, shift = space.periodic_general(box, fractional_coordinates=True)
-    energy_fn = engine.energy(energy, box)
+    # atoms are not wrapped, so that the images in a neighbour list stay right
+    _, shift = space.periodic_general(box, fractional_coordinates=True, wrapped=False)
+    energies = Energies(energy, box, chosen, atoms, model.card.cutoff)
 
     mass, kT, dt = (
         jnp.asarray(atoms.get_masses(), jnp.float32),
@@ -111,46 +144,56 @@ def run(chosen):
     R = jnp.asarray(atoms.get_scaled_positions(), jnp.float32)
     rows, frames = {}, []
 
-    init, step = engine.observed(
-        simulate.nvt_nose_hoover, energy_fn, shift, dt, kT, tau=50 * ase.units.fs
-    )
-    state, _ = init(jax.random.key(chosen.seed), R, mass=mass)
-    state = stretch("NVT", step, state, chosen.nvt, chosen, model, rows, frames, atoms)
-    init, step = engine.observed(simulate.nve, energy_fn, shift, dt)
+    def nvt(R):
+        energy_fn = energies.start(R)
+        return engine.observed(
+            simulate.nvt_nose_hoover, energy_fn, shift, dt, kT, tau=50 * ase.units.fs
+        )
+
+    def nve(R):
+        return engine.observed(simulate.nve, energies.start(R), shift, dt)
+
+    state, _ = nvt(R)[0](jax.random.key(chosen.seed), R, mass=mass)
+    state = stretch("NVT", nvt, state, chosen.nvt, chosen, calls, rows, frames, atoms, energies)
+    init, _ = nve(state.position)
     state, _ = init(jax.random.key(1), state.position, kT=kT, mass=mass, momenta=state.momentum)
-    beside = baselines(frames[-1], model.model, chosen)
-    stretch("NVE", step, state, chosen.nve, chosen, model, rows, frames, atoms, beside)
+    beside = baselines(frames[-1], model, chosen)
+    stretch("NVE", nve, state, chosen.nve, chosen, calls, rows, frames, atoms, energies, beside)
     return atoms, rows, frames
 
 
-def stretch(name, step, state, steps, chosen, model, rows, frames, atoms, beside=()):
+def stretch(name, ensemble, state, steps, chosen, calls, rows, frames, atoms, energies, beside=()):
     """Steps in jitted chunks; each step gives its potential energy and temperature at no further
     call of the model.
 
     `beside` are (name, steps, call) to be timed in turn with the chunks, so that all see the same
     machine."""
 
-    def one(state, _):
-        state, potential = step(state)
-        kinetic = quantity.kinetic_energy(momentum=state.momentum, mass=state.mass)
-        return state, (potential, kinetic)
+    @jax.jit
+    def chunk(state):
+        _, step = ensemble(state.position)
 
-    chunk = (
-        jax.jit(lambda state: jax.lax.scan(one, state, None, length=chosen.every))
-        .lower(state)
-        .compile()
-    )
+        def one(state, _):
+            state, potential = step(state)
+            kinetic = quantity.kinetic_energy(momentum=state.momentum, mass=state.mass)
+            return state, (potential, kinetic)
+
+        return jax.lax.scan(one, state, None, length=chosen.every)
+
+    chunk = chunk.lower(state).compile()
     before, trace, times = (
-        model.calls,
+        calls.count,
         [],
         {label: [] for label in (name, *(label for label, *_ in beside))},
     )
     with tqdm(total=steps, desc=name, unit="step", file=sys.stdout) as bar:
         for _ in range(steps // chosen.every):
             began = time.perf_counter()
+            start = state.position
             with bridge.raising():
                 state, seen = jax.block_until_ready(chunk(state))
             times[name].append((time.perf_counter() - began) / chosen.every)
+            energies.check(start, state.position)
             for label, n, call in beside:
                 began = time.perf_counter()
                 call()
@@ -166,7 +209,7 @@ def stretch(name, step, state, steps, chosen, model, rows, frames, atoms, beside
     rows[name] = dict(
         steps=steps,
         ms=ms,
-        calls=(model.calls - before) / steps,
+        calls=(calls.count - before) / steps,
         potential=potential,
         kinetic=kinetic,
     )

@@ -1,7 +1,12 @@
 """One session: x64 on, two CPU devices for shard_map, hypothesis without a deadline (a first call
-compiles)."""
+compiles), packages of the native lane kept in build/native."""
 
 import gc
+import os
+from pathlib import Path
+
+# Before anything reads it; processes that tests start have it too.
+os.environ.setdefault("BRIDGE_CACHE", str(Path(__file__).resolve().parents[1] / "build/native"))
 
 import hypothesis
 import jax

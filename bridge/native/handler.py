@@ -13,7 +13,7 @@ import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bridge.errors import message, missing
 from bridge.native import folder as folders
@@ -122,7 +122,7 @@ class Library:
         self.functions.bridge_native_explain.argtypes = [Explain]
         self.functions.bridge_native_explain.restype = None
 
-    def target(self, platform: str) -> ctypes._CFuncPtr:
+    def target(self, platform: str) -> Any:
         """Returns the function that XLA calls on a platform."""
         return getattr(self.functions, TARGETS[platform])
 
@@ -142,7 +142,9 @@ class Library:
         wrong = self.functions.bridge_native_load(*texts, has_status, at_once)
         if wrong:
             do = "compile it again, in this environment"
-            raise RuntimeError(message(f"a package that torch can load in {path}", _text(wrong), do))
+            raise RuntimeError(
+                message(f"a package that torch can load in {path}", _text(wrong), do)
+            )
 
     def watch(self, key: str, tensor: int) -> None:
         """Makes calls of a package fail once a tensor, given by its `_cdata`, has changed."""
@@ -154,7 +156,7 @@ class Library:
         """Forgets a package."""
         self.functions.bridge_native_drop(key.encode())
 
-    def explain(self, ask: ctypes._CFuncPtr | None) -> None:
+    def explain(self, ask: Any) -> None:
         """Sets what is asked for the text of an error; None takes it back."""
         self.functions.bridge_native_explain(Explain() if ask is None else ask)
 

@@ -26,12 +26,14 @@ from jax_side.calls.nesting import here
 from jax_side.calls.registry import Owner
 
 TARGET = "bridge_native"
-packages: dict[str, Any] = {}  # what is loaded here, by key: of the other bank, with record and path
+packages: dict[
+    str, Any
+] = {}  # what is loaded here, by key: of the other bank, with record and path
 PLATFORMS = ("cpu", "cuda")
 # dtypes that the handler knows
-KNOWN = ("bool", "float16", "bfloat16", "float32", "float64", "complex64", "complex128") + tuple(
-    f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)
-)
+_INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+_FLOATS = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
+KNOWN = ("bool", *_INTEGERS, *_FLOATS)
 
 
 def own(fn: Function, platform: str, forever: bool) -> Owner:
@@ -44,7 +46,9 @@ def own(fn: Function, platform: str, forever: bool) -> Owner:
     for s in (*fn.inputs, *fn.outputs):
         if s.dtype not in KNOWN:
             do = 'cast it, or take lane="ffi"'
-            raise NotImplementedError(message(f'one of {", ".join(KNOWN)} for lane="native"', str(s), do))
+            raise NotImplementedError(
+                message(f'one of {", ".join(KNOWN)} for lane="native"', str(s), do)
+            )
     package = fn.base.compiled(fn, platform)
     library = _explaining(register(platform))
     # An exported program is another process's: nobody there changes weights.
@@ -72,7 +76,8 @@ def call(fn: Function, key: str, *args: jax.Array) -> list[jax.Array]:
         args = tuple(args[i] for i in package.given)
     results = [jax.ShapeDtypeStruct(s.shape, jnp.dtype(s.dtype)) for s in package.record.outputs]
     found = jax.ffi.ffi_call(TARGET, results)(*args, package=key)
-    return found if package.found is None else [found[i] for i in package.found]
+    order = range(len(found)) if package.found is None else package.found
+    return [found[i] for i in order]
 
 
 def keys_in(program: str) -> list[str]:

@@ -149,5 +149,8 @@ compat.register(
     jvp=_jvp,
     transpose=_transpose,
     batch=_batch,
-    lower={None: _lower_host, **{p: functools.partial(_lower_ffi, platform=p) for p in lanes.FFI_PLATFORMS}},
+    lower={
+        None: _lower_host,
+        **{p: functools.partial(_lower_ffi, platform=p) for p in lanes.FFI_PLATFORMS},
+    },
 )

@@ -53,9 +53,7 @@ def _entry(fn: Function) -> Callable[..., Any]:
     return fn.base.runner(fn, ready=True) if fn.plain else functools.partial(fn.base.run, fn)
 
 
-def own(
-    fn: Function, key: str | None = None, release: Callable[[], None] | None = None
-) -> Owner:
+def own(fn: Function, key: str | None = None, release: Callable[[], None] | None = None) -> Owner:
     """Returns the owner of a Function's number, for a program that is being lowered. Equal
     Functions share it.
 

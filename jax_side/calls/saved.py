@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.export
@@ -29,7 +29,10 @@ SAME = ("jaxlib", "torch")
 
 
 def export(
-    function: Callable[..., Any], *args: Any, platforms: tuple[str, ...] | None = None, **kwargs: Any
+    function: Callable[..., Any],
+    *args: Any,
+    platforms: tuple[str, ...] | None = None,
+    **kwargs: Any,
 ) -> jax.export.Exported:
     """Returns a jitted function, with bridged models on lane="native" in it, as a program that
     other processes can run.
@@ -46,7 +49,7 @@ def export(
     >>> exported = bridge.native.export(jax.jit(jax.grad(energy)), jax.numpy.ones(3))  # doctest: +SKIP
     """
     exporter = jax.export.export(
-        function,
+        cast("Any", function),
         platforms=platforms,
         disabled_checks=[CHECK.custom_call(native.TARGET), CHECK.custom_call(PYTHON)],
     )

@@ -165,6 +165,20 @@ class Potential:
         result = strain.stress(virial, inputs["cell"], inputs["pbc"])
         return result[0] if self.single else result
 
+    def check(self, positions: Positions, cell: Cell | None = None, **changing: Any) -> None:
+        """Evaluates the model once, outside of every compiled program, with all that it checks.
+
+        On a GPU a program of lane="native" does not wait for the host to look at what is wrong: its
+        results are NaN then. Call this with the same arguments, and the error that names system and
+        atom is raised. All is well where nothing is raised.
+
+        Raises: TypeError inside of jit, where there are no values; and what the model raises.
+        """
+        if any(isinstance(x, jax.core.Tracer) for x in (positions, cell, *changing.values())):
+            do = "call it after the program has run, on the arrays that it was given"
+            raise TypeError(message("arrays with values for a check", "ones that jit traces", do))
+        jax.block_until_ready(self.outputs(positions, cell, **changing))
+
     def __add__(self, other: Potential) -> Potential:
         if not isinstance(other, Potential):
             return NotImplemented

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bridge
 from jax_side.calls import arrays as jax_arrays
+from jax_side.calls.native import KNOWN
 from torch_side.calls import arrays as torch_arrays
 from torch_side.calls import export
 
@@ -89,6 +90,45 @@ def test_bytes_x_dtype_shape_layout(dtype, mode):
     for seed, shape in enumerate(SHAPES):
         t, x = raw(dtype, shape, seed)
         assert all_described(mode(every_layout)(x)) == all_described(every_layout(t)), shape
+
+
+# One package for all dtypes: what the native lane compiles takes 10 s.
+OF_NATIVE = ["input", "transposed", "strided", "expanded", "conj"]
+
+
+def layouts(xs):
+    """Of a dict {dtype and shape: tensor}."""
+    return {key: {name: LAYOUTS[name](x) for name in OF_NATIVE} for key, x in xs.items()}
+
+
+@pytest.fixture(scope="module")
+def arrived():
+    """{dtype and shape: (what torch gives, what arrived on the native lane)}"""
+    made = {f"{d} {s}": raw(d, s, i) for d in KNOWN for i, s in enumerate([(), (0, 3), (2, 3)])}
+    torches, arrays = ({key: pair[k] for key, pair in made.items()} for k in (0, 1))
+    found = all_described(jax.jit(bridge.to_jax(layouts, lane="native"))(arrays))
+    want = all_described(layouts(torches))
+    return {key: (want[key], found[key]) for key in made}
+
+
+def test_dtypes_of_native_are_those_of_both_sides_but_float8():
+    assert sorted(KNOWN) == [d for d in DTYPES if not d.startswith("float8")]
+
+
+@pytest.mark.parametrize("dtype", KNOWN)
+def test_bytes_x_dtype_on_native(dtype, arrived):
+    cells = {key: pair for key, pair in arrived.items() if key.split()[0] == dtype}
+    assert len(cells) == 3
+    for key, (want, found) in cells.items():
+        assert found == want, key
+
+
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d.startswith("float8")])
+def test_float8_on_native_is_refused(dtype):
+    x = raw(dtype, (2,))[1]
+    for f in (lambda x: x.clone(), lambda x: x.float()):
+        with pytest.raises(NotImplementedError, match=f'complex128.* for lane="native", got {dtype}'):
+            jax.jit(bridge.to_jax(f, lane="native"))(x)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

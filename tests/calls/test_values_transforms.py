@@ -1,4 +1,4 @@
-"""Values of every transform equal pure JAX, on both lanes, eager and jitted."""
+"""Values of every transform equal pure JAX, on every lane, eager and jitted."""
 
 import hypothesis.strategies as st
 import jax
@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import bridge
 from tests.cases import ENERGIES, TWINS, VECTORS, close, draw, sizes
+from tests.matrices import a_few
 
 ALL = lambda f, xs: tuple(range(len(xs)))
 CT = lambda y: jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
@@ -112,17 +113,41 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.matrix
-@pytest.mark.parametrize("way", ["eager", "ffi", "host"])
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("name", TWINS)
-def test_transform_equals_pure_jax(name, transform, way):
+def assert_equals_pure_jax(name, transform, way):
     twin = TWINS[name]
     bridged = bridge.to_jax(twin.torch, lane="auto" if way == "eager" else way)
     xs = draw(twin)
     of = TRANSFORMS[transform]
     run = of(bridged) if way == "eager" else jax.jit(of(bridged))
     close(run(*xs), jax.jit(of(twin.jax))(*xs), rtol=1e-11)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("way", ["eager", "ffi", "host"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", TWINS)
+def test_transform_equals_pure_jax(name, transform, way):
+    assert_equals_pure_jax(name, transform, way)
+
+
+# What the native lane compiles takes 10 s, so that it has few cells of this table: every transform
+# of one energy, those of a vector that are others, and a few of the other twins. Most of the cells
+# of `make test` call packages that another one has compiled.
+OF_VECTORS = ["jvp", "vjp", "jacrev", "vmap_last_axis", "grad_vmap", "jvp_while_loop"]
+OTHERS = ["grad", "hessian", "vmap_grad"]
+NATIVE = [
+    *(f"cubic {transform}" for transform in TRANSFORMS),
+    *(f"elementwise {transform}" for transform in OF_VECTORS),
+    *(f"{name} {t}" for name in TWINS if name not in ("cubic", "elementwise") for t in OTHERS),
+]
+RUN = """call grad value_and_grad jvp checkpoint scan grad_scan while_loop fori_loop cond grad_cond lax_map
+    custom_vjp_inside vmap vmap_grad hvp hessian third_order""".split()
+A_FEW_NATIVE = {*(f"cubic {t}" for t in RUN), "elementwise jvp", "elementwise vjp"}
+
+
+@pytest.mark.parametrize("cell", a_few(NATIVE, A_FEW_NATIVE))
+def test_transform_equals_pure_jax_on_the_native_lane(cell):
+    assert_equals_pure_jax(*cell.split(), "native")
 
 
 @settings(max_examples=3)

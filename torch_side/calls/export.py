@@ -96,9 +96,7 @@ class Exporter:
         Raises: ValueError for names in batched= that no argument has; TypeError as Graphs.of."""
         # a package that others compiled has no transforms
         kind = getattr(self.target, "function_type", TorchFunction)
-        fn = kind(
-            call, inputs, outputs, self._engine, self._axes(inputs, owners), out_tree, names
-        )
+        fn = kind(call, inputs, outputs, self._engine, self._axes(inputs, owners), out_tree, names)
         return replace(fn, batching=Graphs.of(fn)) if self._batched == "graph" else fn
 
     def _axes(

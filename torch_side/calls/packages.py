@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree  # what aoti_load_package keeps its types in
 
 from bridge.contract import dtype_name
 from bridge.errors import message
@@ -65,7 +66,7 @@ class Package:
             self.sha256 = folders.sha256(self.path)
             self._loaded = torch._inductor.aoti_load_package(str(self.path))
             specs = self._loaded.loader.get_call_spec()
-            self.in_spec, self.out_spec = map(torch.utils._pytree.treespec_loads, specs)
+            self.in_spec, self.out_spec = map(pytree.treespec_loads, specs)
         except Exception as error:
             got = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             do = "compile it by torch._inductor.aoti_compile_and_package on a machine of this kind"
@@ -82,7 +83,7 @@ class Package:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the package on tensors, and returns tensors in its own pytree."""
         found = self._loaded.loader.run(self.ordered(args, kwargs))
-        return torch.utils._pytree.tree_unflatten(found, self.out_spec)
+        return pytree.tree_unflatten(found, self.out_spec)
 
     @property
     def device(self) -> str:
@@ -106,7 +107,7 @@ class Package:
 
         flat = tree_flatten_spec if not _unlike((args, kwargs), self.in_spec) else None
         if flat is None:
-            got = f"{torch.utils._pytree.tree_structure((args, kwargs))}"
+            got = f"{pytree.tree_structure((args, kwargs))}"
             expected = f"a call of {self.__name__} as {self.in_spec}"
             raise TypeError(message(expected, got, "call it as it was exported"))
         return list(flat((args, kwargs), self.in_spec))
@@ -130,9 +131,7 @@ class Package:
 
     def zeros(self, specs: Sequence[Spec]) -> list[torch.Tensor]:
         """Returns inputs of these types, on the device of the package."""
-        return [
-            torch.zeros(s.shape, dtype=DTYPES[s.dtype], device=self.device) for s in specs
-        ]
+        return [torch.zeros(s.shape, dtype=DTYPES[s.dtype], device=self.device) for s in specs]
 
 
 def _unlike(call: Any, spec: Any) -> bool:
@@ -212,7 +211,7 @@ class PackageFunction(TorchFunction):
         args, kwargs = base.call.tree.unflatten(places)
         given = tuple(package.ordered(args, kwargs))
         n = len(fn.outputs)
-        result = torch.utils._pytree.tree_unflatten(list(range(n)), package.out_spec)
+        result = pytree.tree_unflatten(list(range(n)), package.out_spec)
         found = tuple(base.call.flatten(result)[0])
         of_package = sorted(range(n), key=found.__getitem__)
         record = folders.Record(

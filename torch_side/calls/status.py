@@ -43,7 +43,7 @@ class Status:
 
         `numbers`, each as long as `bad`, fill the places of `text` with their entries at the first
         place that is bad, or at the place `first` (a scalar)."""
-        bad, *numbers = map(_beneath, (bad, *numbers))
+        bad = _beneath(bad)
         self.texts.append(text)
         if not bad.numel():
             self.rows.append(bad.new_zeros(WIDTH, dtype=torch.float64))
@@ -52,7 +52,7 @@ class Status:
         place = bad.int().argmax() if first is None else _beneath(first)
         code = bad.any().to(torch.float64) * len(self.texts)
         # x[place] would read the place on the host
-        found = [x.reshape(-1).index_select(0, place.reshape(1)) for x in numbers]
+        found = [x.reshape(-1).index_select(0, place.reshape(1)) for x in map(_beneath, numbers)]
         row = torch.cat([code.reshape(1), *(x.to(torch.float64) for x in found)])
         self.rows.append(nn.functional.pad(row, (0, WIDTH - len(row))))
 

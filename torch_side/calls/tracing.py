@@ -64,7 +64,6 @@ def trace(fn: Function, device: str) -> Traced:
     checks = status.Status()
 
     def run(*tensors: torch.Tensor) -> list[torch.Tensor]:
-        checks.texts.clear(), checks.rows.clear()  # of an earlier run
         # A model may ask whether a tensor requires grad; these don't.
         with status.collecting(checks), torch.set_grad_enabled(engine.differentiates_inside):
             found = [y.detach() for y in fn(*tensors)]
@@ -79,7 +78,12 @@ def trace(fn: Function, device: str) -> Traced:
     graph.delete_all_unused_submodules()
     graph.recompile()
     _check_operators(graph, fn)
-    held = {n.target: operator.attrgetter(n.target)(graph) for n in graph.graph.nodes if n.op == "get_attr"}
+    _check_pure(graph, fn)
+    held = {
+        n.target: operator.attrgetter(n.target)(graph)
+        for n in graph.graph.nodes
+        if n.op == "get_attr"
+    }
     constants = {name: x for name, x in held.items() if isinstance(x, torch.Tensor)}
     return Traced(graph, examples, tuple(checks.texts), constants)
 
@@ -153,3 +157,39 @@ def _check_operators(graph: torch.fx.GraphModule, fn: Function) -> None:
                     OTHER_LANES,
                 )
             )
+
+
+def _check_pure(graph: torch.fx.GraphModule, fn: Function) -> None:
+    """ValueError for a callable that changes an input, or a tensor that it holds, in place."""
+    for node in graph.graph.nodes:
+        for changed in _written(node):
+            root = changed
+            while (base := _viewed(root)) is not None:
+                root = base
+            if root.op == "placeholder":
+                number = [n for n in graph.graph.nodes if n.op == "placeholder"].index(root)
+                raise inference.changed(fn.base, fn.base.input_name(number))
+            if root.op == "get_attr":
+                do = "use out-of-place operations, or clone it first"
+                got = f"one of shape {tuple(root.meta['val'].shape)} changed in place by {node.target}"
+                expected = f"{fn.base} to leave the tensors that it holds as they are"
+                raise ValueError(message(expected, got, do))
+
+
+def _written(node: torch.fx.Node) -> list[torch.fx.Node]:
+    """The arguments that an operator changes in place."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    given = dict(zip((a.name for a in schema.arguments), node.args)) | node.kwargs
+    named = {a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write}
+    return [x for name, x in given.items() if name in named and isinstance(x, torch.fx.Node)]
+
+
+def _viewed(node: torch.fx.Node) -> torch.fx.Node | None:
+    """The argument whose memory the result of an operator has; None for new memory."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not any(r.alias_info for r in schema.returns):
+        return None
+    aliased = [x for a, x in zip(schema.arguments, node.args) if a.alias_info]
+    return aliased[0] if aliased and isinstance(aliased[0], torch.fx.Node) else None

@@ -273,6 +273,7 @@ def _evaluated(
     elements = graph.elements
     zeros = neighbors.distances.new_zeros(elements.shape)
     energies, charges = zeros, zeros[0] if isinstance(network, ANIq) else None
+    potential: Any
     for name, potential in network.potentials.items():
         if not potential._enabled:
             continue
@@ -349,10 +350,11 @@ def _aevs(computer: Any, graph: Graph, neighbors: Any) -> Float[torch.Tensor, "1
     indices = nn.functional.pad(indices, (0, 2), value=ghost)
     distances = nn.functional.pad(distances, (0, 2), value=length)
     vectors = torch.cat([vectors, _aside(length, vectors)])
-    used = graph.angles < 2 * n_pairs
+    angles: Any = graph.angles
+    used = angles < 2 * n_pairs
     added = torch.tensor([[n_pairs], [n_pairs + 1]], device=used.device)
-    sides = torch.where(used, graph.angles % max(n_pairs, 1), added)
-    signs = torch.where(graph.angles < n_pairs, 1, -1)
+    sides = torch.where(used, angles % max(n_pairs, 1), added)
+    signs = torch.where(angles < n_pairs, 1, -1)
     centres = torch.where(signs[0] == 1, indices[0, sides[0]], indices[1, sides[0]])
     apart = distances.index_select(0, sides.flatten()).view(2, -1)
     along = vectors.index_select(0, sides.flatten()).view(2, -1, 3) * signs[..., None]
@@ -389,7 +391,7 @@ def _of_networks(
         _ANINetworksDiscardFirstScalar.forward,
     ):
         raise _refused(f"a {type(networks).__name__}")
-    found = None
+    found: Any = None
     for number, network in enumerate(networks.atomics.values()):
         own = network(aevs[0])
         found = own if found is None else torch.where(elements[0, :, None] == number, own, found)

@@ -79,9 +79,7 @@ def evaluate(
     found = called(model, inner, name)
     extra = 1 if real.ghosts else 0
     active = {key: found[key] for key in card.active_outputs if key in found}
-    check_outputs(
-        active, n_atoms + real.ghosts, n_systems + extra, (), dtype_name(inputs["pos"])
-    )
+    check_outputs(active, n_atoms + real.ghosts, n_systems + extra, (), dtype_name(inputs["pos"]))
     found = {key: _cut(key, x, real, n_systems) for key, x in found.items()}
     with torch.no_grad():
         _check_finite(found, inputs["batch"], name, status)
@@ -134,7 +132,9 @@ def _atoms(
     n_systems = len(inputs["cell"])
     descends = nn.functional.pad(batch.diff(), (1, 0)) < 0
     text = message(
-        f"batch sorted, within 0..{n_systems - 1}", "system {} for atom {}", "sort the atoms by system"
+        f"batch sorted, within 0..{n_systems - 1}",
+        "system {} for atom {}",
+        "sort the atoms by system",
     )
     strange = descends | (batch < 0) | (batch >= n_systems)
     status.note(strange, text, batch, _numbers(batch))
