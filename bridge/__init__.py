@@ -41,19 +41,19 @@ _HOMES = {
     "torch_potential": "bridge.join.potentials",
     "Buckets": "torch_side.calls.buckets",
     "Card": "bridge.card",
+    "native": "bridge.native",
     "raising": "jax_side.calls.lanes",
 }
 
 
 def __getattr__(name: str) -> Any:
     """Loads one of the names above when it is first asked for."""
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(
-            f"module 'bridge' has no attribute {name!r}; it has {', '.join(__all__)}"
+            f"module 'bridge' has no attribute {name!r}; it has {', '.join(_HOMES)}"
         )
-    if name == "native":
-        return importlib.import_module("bridge.native")
-    value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+    home = importlib.import_module(_HOMES[name])
+    value = globals()[name] = home if name == "native" else getattr(home, name)
     return value
 
 

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from bridge.card import symbol
-from bridge.errors import message, missing
+from bridge.errors import message
 
 if TYPE_CHECKING:
     from bridge.testing import Found
@@ -181,67 +181,24 @@ def compile_ahead(options: argparse.Namespace) -> int:
     """Compiles a potential for a structure's sizes, and prints the packages and the errors.
 
     Returns 0 if the results are eager torch's; what is wrong is raised."""
-    import jax
-    import jax.numpy as jnp
+    from bridge.join.ahead import compile_potential
 
-    from bridge import native
-    from bridge.join.potentials import edges, jax_potential
-
-    jax.config.update("jax_enable_x64", options.dtype == "float64")
-    atoms = _structure(options.structure)
-    model = jax_potential(
-        model_of(options.model), gradients=options.gradients, cutoff=options.cutoff, lane="native"
-    )
-    inputs = {
-        "pos": jnp.asarray(atoms.positions, options.dtype),
-        "cell": jnp.asarray(atoms.cell.array, options.dtype)[None],
-        "pbc": jnp.asarray(atoms.pbc)[None],
-        "batch": jnp.zeros(len(atoms), jnp.int32),
-        "atomic_numbers": jnp.asarray(atoms.numbers, jnp.int32),
-    }
-    if model.card.cutoff is not None:
-        periodic = {"cell": inputs["cell"][0], "pbc": inputs["pbc"][0]}
-        capacity = options.capacity or _room(inputs, model.card.cutoff)
-        inputs |= edges(model.card.cutoff, capacity)(inputs["pos"], **periodic)
-        print(f"{len(atoms)} atoms, {capacity} slots of edges")
-    energy = lambda pos: model(inputs | {"pos": pos})["energy"].sum()
-    asked = [(model, inputs)]
-    if options.hvp:
-        asked += [
-            (lambda x: jax.jvp(jax.grad(energy), (x,), (jnp.ones_like(x),))[1], inputs["pos"])
-        ]
-    for function, given in asked:
-        report = native.compile(function, given, folder=options.folder)
+    model = model_of(options.model)
+    for report in compile_potential(
+        model,
+        options.structure,
+        gradients=options.gradients,
+        cutoff=options.cutoff,
+        capacity=options.capacity,
+        dtype=options.dtype,
+        hvp=options.hvp,
+        folder=options.folder,
+    ):
         for record in report.records:
             print(f"{record.name}: {record.key}, compiled in {record.seconds:.0f} s")
         for result, error in report.errors.items():
-            print(f"  {result}: at most {error:.2g} from eager torch")
+            print(f"  {result}: at most {error:.2g} from eager torch", flush=True)
     return 0
-
-
-def _room(inputs: dict[str, Any], cutoff: float) -> int:
-    """Slots for the edges of a structure, and a quarter more."""
-    import numpy as np
-    import torch
-
-    from torch_side.potentials.neighbors import neighbor_list
-
-    tensors = [torch.from_numpy(np.array(inputs[key])) for key in ("pos", "cell", "pbc")]
-    return int(1.25 * neighbor_list(tensors[0], tensors[1], tensors[2], cutoff)[0].shape[1]) + 1
-
-
-def _structure(path: str) -> Any:
-    """The ase.Atoms of a file. Raises: ValueError for a file that ASE can't read."""
-    try:
-        import ase.io
-    except ImportError as error:
-        raise missing("ase", "structures") from error
-    try:
-        return ase.io.read(path)
-    except Exception as error:
-        do = "pass a file that ase.io.read reads (extxyz, cif, POSCAR, ...)"
-        got = f"{path}: {type(error).__name__}: {error}"
-        raise ValueError(message("a file with a structure", got, do)) from error
 
 
 def _parsed_for_compile(arguments: list[str]) -> argparse.Namespace:

@@ -23,6 +23,8 @@ FLOOR = {
     "bridge.conventions",
     "bridge.atoms",
     "bridge.archive",
+    "bridge.native.folder",
+    "bridge.native.handler",
 }
 JAX = {"jax", "jaxlib", "jax_side"}
 TORCH = {"torch", "torch_side"}
@@ -31,6 +33,7 @@ ATTIC = 4  # testing.py and doctor.py of a bank see all of it
 PACKAGES = {
     *BANKS,
     "bridge.join",
+    "bridge.native",
     "bridge.testing",
     *(f"{b}.{room}" for b in BANKS[1:] for room in STOREYS),
 }
@@ -44,6 +47,8 @@ OWN = {
     "torch_side/potentials/neighbors.py": {"vesin"},
     "torch_side/models/sevennet.py": {"sevenn"},
 }
+# It builds the library in C++, with torch's tools and JAX's headers: it may ask both, in a function.
+BUILDER = "bridge/native/handler.py"
 # What a file may import at module level.
 AT_TOP = {f"bridge/testing/{name}.py": {"hypothesis"} for name in ("__init__", "strategies")}
 ADAPTED = set().union(
@@ -140,7 +145,7 @@ def joins_outside_of_join(root):
         for f, p in files(root).items()
         if (tops := {top(m) for m, _ in imports(p, f)}) & JAX and tops & TORCH
     ]
-    return [f for f in found if not f.startswith("bridge/join/")]
+    return [f for f in found if not f.startswith("bridge/join/") and f != BUILDER]
 
 
 def floor_imports_third_parties(root):
@@ -148,7 +153,11 @@ def floor_imports_third_parties(root):
     return [
         f
         for f, p in floor
-        if any(m not in FLOOR and top(m) not in sys.stdlib_module_names for m, _ in imports(p, f))
+        if any(
+            m not in FLOOR and top(m) not in sys.stdlib_module_names
+            for m, inside in imports(p, f)
+            if not (f == BUILDER and inside)
+        )
     ]
 
 
@@ -301,7 +310,8 @@ def test_types_of_bridge_may_name_both_banks(tmp_path):
 def test_names_of_bridge_x_homes_and_types():
     source = ast.parse((ROOT / "bridge/__init__.py").read_text())
     typed = next(filter(is_for_types, source.body)).body
-    assert {a.name: node.module for node in typed for a in node.names} == bridge._HOMES
+    home = lambda node, a: f"bridge.{a.name}" if node.module == "bridge" else node.module
+    assert {a.name: home(node, a) for node in typed for a in node.names} == bridge._HOMES
     assert sorted(bridge.__all__) == sorted(bridge._HOMES)
 
 

@@ -83,7 +83,10 @@ def save(exported: jax.export.Exported, folder: str | os.PathLike[str]) -> Path:
         whole = new / "whole"
         (whole / PACKAGES).mkdir(parents=True)
         for key in keys:
-            shutil.copytree(native.packages[key].path.parent, whole / PACKAGES / key)
+            package = native.packages[key]
+            (whole / PACKAGES / key).mkdir()
+            shutil.copy(package.path, whole / PACKAGES / key / folders.MODEL)
+            (whole / PACKAGES / key / folders.RECORD).write_text(package.record.written())
         shutil.copy(handler.built(), whole / handler.file_name())
         (whole / PROGRAM).write_bytes(exported.serialize())
         manifest = {

@@ -26,7 +26,7 @@ from bridge.contract import (
     check_inputs,
     check_outputs,
 )
-from bridge.errors import message
+from bridge.errors import message, missing
 from jax_side.calls import compat
 from jax_side.calls.nesting import cpu_device, here
 from jax_side.potentials.calculated import Calculated
@@ -328,3 +328,30 @@ def _of_ase() -> tuple[type, type]:
 
 
 _kind, __getattr__ = calculators(__name__, _of_ase)
+
+
+def structure(path: str, dtype: str = "float32") -> Arrays:
+    """Returns a structure as the contract's dict for one system, in NumPy, from a file that
+    ase.io.read reads (extxyz, cif, POSCAR, ...), the last one of several.
+
+    pos (N,3) and cell (1,3,3) in Angstrom have the dtype `dtype`; pbc (1,3) bool; batch and
+    atomic_numbers (N,) int32.
+
+    Raises: ValueError for a file that ASE can't read; ImportError without ase."""
+    try:
+        import ase.io
+    except ImportError as error:
+        raise missing("ase", "structures") from error
+    try:
+        atoms: Any = ase.io.read(path)
+    except Exception as error:
+        do = "pass a file that ase.io.read reads (extxyz, cif, POSCAR, ...)"
+        got = f"{path}: {type(error).__name__}: {error}"
+        raise ValueError(message("a file with a structure", got, do)) from error
+    return {
+        "pos": np.asarray(atoms.positions, dtype),
+        "cell": np.asarray(atoms.cell.array, dtype)[None],
+        "pbc": np.asarray(atoms.pbc)[None],
+        "batch": np.zeros(len(atoms), np.int32),
+        "atomic_numbers": np.asarray(atoms.numbers, np.int32),
+    }

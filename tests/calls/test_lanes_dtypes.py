@@ -127,7 +127,9 @@ def test_bytes_x_dtype_on_native(dtype, arrived):
 def test_float8_on_native_is_refused(dtype):
     x = raw(dtype, (2,))[1]
     for f in (lambda x: x.clone(), lambda x: x.float()):
-        with pytest.raises(NotImplementedError, match=f'complex128.* for lane="native", got {dtype}'):
+        with pytest.raises(
+            NotImplementedError, match=f'complex128.* for lane="native", got {dtype}'
+        ):
             jax.jit(bridge.to_jax(f, lane="native"))(x)
 
 

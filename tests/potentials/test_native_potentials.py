@@ -3,7 +3,6 @@ slots that no edge is in, edges beyond the cutoff; what is wrong, as the other l
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import torch
 
@@ -28,14 +27,18 @@ from tests.matrices import a_few
 from torch_side.potentials.model import Wrapped
 from torch_side.potentials.neighbors import Padded
 
-GIVEN = Card(outputs=CARD.outputs, cutoff=CUTOFF, neighbor_list="given", elements=range(1, 90), batches=True)
+GIVEN = Card(
+    outputs=CARD.outputs, cutoff=CUTOFF, neighbor_list="given", elements=range(1, 90), batches=True
+)
 MODEL = Wrapped(embedded, GIVEN, "autograd")
 NATIVE = bridge.jax_potential(MODEL, lane="native")
 
 # Four atoms, a padding atom, no atom, two atoms: three systems; 40 slots more than edges.
 TWO = joined(system(), system(POS[:2] + 0.1, 1.1 * CELL, NUMBERS[:2]))
 TWO = {
-    "pos": torch.cat([TWO["pos"][:4], torch.full((1, 3), 0.2, dtype=torch.float64), TWO["pos"][4:]]),
+    "pos": torch.cat(
+        [TWO["pos"][:4], torch.full((1, 3), 0.2, dtype=torch.float64), TWO["pos"][4:]]
+    ),
     "cell": torch.cat([TWO["cell"][:1], TWO["cell"]]),
     "pbc": torch.ones(3, 3, dtype=torch.bool),
     "batch": torch.tensor([0, 0, 0, 0, 0, 2, 2]),
@@ -191,7 +194,9 @@ def mixing(x):
 
 
 def test_a_graph_model_that_mixes_systems():
-    mixed = Wrapped(mixing, Card(cutoff=CUTOFF, neighbor_list="given", elements=range(1, 90)), "autograd")
+    mixed = Wrapped(
+        mixing, Card(cutoff=CUTOFF, neighbor_list="given", elements=range(1, 90)), "autograd"
+    )
     with pytest.raises(
         ValueError,
         match="expected mixing to keep systems of one call apart, as a compiled graph needs, got "
@@ -204,6 +209,10 @@ def test_a_graph_model_that_no_pair_of_atoms_can_show():
     def needs_three(x):
         return {"energy": embedded(x)["energy"][:3].reshape(3)}
 
-    model = Wrapped(needs_three, Card(cutoff=CUTOFF, neighbor_list="given", elements=range(1, 90)), "autograd")
-    with pytest.raises(ValueError, match=r"to keep systems of one call apart.*Card\(batches=True\)"):
+    model = Wrapped(
+        needs_three, Card(cutoff=CUTOFF, neighbor_list="given", elements=range(1, 90)), "autograd"
+    )
+    with pytest.raises(
+        ValueError, match=r"to keep systems of one call apart.*Card\(batches=True\)"
+    ):
         jax.jit(bridge.jax_potential(model, lane="native"))(INPUTS)

@@ -42,7 +42,7 @@ class Status:
         """Notes that something is wrong if an entry of `bad` is True.
 
         `numbers`, each as long as `bad`, fill the places of `text` with their entries at the first
-        place that is bad, or at the place `first` (a scalar)."""
+        place that is bad, or at the place `first` (a scalar), which is bad if any is."""
         bad = _beneath(bad)
         self.texts.append(text)
         if not bad.numel():
@@ -50,10 +50,9 @@ class Status:
             return
         bad = bad.reshape(-1)
         place = bad.int().argmax() if first is None else _beneath(first)
-        code = bad.any().to(torch.float64) * len(self.texts)
         # x[place] would read the place on the host
-        found = [x.reshape(-1).index_select(0, place.reshape(1)) for x in map(_beneath, numbers)]
-        row = torch.cat([code.reshape(1), *(x.to(torch.float64) for x in found)])
+        at = lambda x: x.reshape(-1).index_select(0, place.reshape(1)).to(torch.float64)
+        row = torch.cat([at(bad) * len(self.texts), *(at(_beneath(x)) for x in numbers)])
         self.rows.append(nn.functional.pad(row, (0, WIDTH - len(row))))
 
     def row(self, since: int = 0) -> Float[torch.Tensor, " width"] | None:

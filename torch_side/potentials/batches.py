@@ -74,10 +74,10 @@ def check_ahead(
     Raises: ValueError as `check`, and where the model can't be evaluated on such pairs."""
     if owner in _keep_apart:
         return
-    pairs = _two_pairs(inputs, card)
     try:
         # outside of whatever tracer is at work, for this needs values
         with _disable_current_modes(), torch.enable_grad():
+            pairs = _two_pairs(inputs, card)
             found = model(pairs)
             check_outputs(found, 4, 2)
             check(owner, model, pairs, found, name, range(2))
@@ -88,7 +88,8 @@ def check_ahead(
             'system, added up by x["batch"] (index_add)'
         )
         expected = f"{name} to keep systems of one call apart, as a compiled graph needs"
-        raise ValueError(message(expected, f"{type(error).__name__}: {error}", do)) from error
+        got = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        raise ValueError(message(expected, got, do)) from error
 
 
 def _two_pairs(inputs: dict[str, torch.Tensor], card: Card) -> dict[str, torch.Tensor]:

@@ -204,21 +204,16 @@ def _edges(
     n_atoms = len(pos)
     i, j = inputs["edge_index"].long()
     slot = _numbers(i)
-    text = message(
-        "edges between atoms, or slots marked unused by an index >= N",
-        "({}, {}) in slot {}",
-        "mark unused slots by N",
-    )
-    status.note((i < 0) | (j < 0), text, i, j, slot)
     inside = (i >= 0) & (j >= 0) & (i < n_atoms) & (j < n_atoms)
+    negative = (i < 0) | (j < 0)
     i, j = (torch.where(inside, x, 0) for x in (i, j))
     apart = inside & (batch[i] != batch[j])
     text = message(
-        "edges within one system",
-        "atoms {} of system {} and {} of system {} in slot {}",
+        "edges within one system, or slots marked unused by an index >= N",
+        "atoms {} of system {} and {} of system {}, or a negative index, in slot {}",
         "look at how the edges were made",
     )
-    status.note(apart, text, i, batch[i], j, batch[j], slot)
+    status.note(negative | apart, text, i, batch[i], j, batch[j], slot)
     kept = inside & ~apart & real.atoms[i] & real.atoms[j]
     # both directions, as the contract has it
     ghost = n_atoms + torch.stack([slot % 2, 1 - slot % 2])
