@@ -53,13 +53,22 @@ def export(
         platforms=platforms,
         disabled_checks=[CHECK.custom_call(native.TARGET), CHECK.custom_call(PYTHON)],
     )
-    exported = exporter(*args, **kwargs)
-    text = exported.mlir_module()
-    if PYTHON in text or "xla_ffi_python" in text or "xla_python" in text:
-        expected = 'bridged functions on lane="native" in a program that is exported'
-        do = 'pass lane="native" to bridge.potential, to_jax and the others, and keep callbacks out'
-        raise ValueError(message(expected, "a call into Python", do))
+    try:
+        exported = exporter(*args, **kwargs)
+    except NotImplementedError as error:
+        if "callbacks" not in str(error):
+            raise
+        raise _calls_python() from error
+    if PYTHON in exported.mlir_module():
+        raise _calls_python()
     return exported
+
+
+def _calls_python() -> ValueError:
+    """The error for a program that needs this process."""
+    expected = 'bridged functions on lane="native" in a program that is exported'
+    do = 'pass lane="native" to bridge.potential, to_jax and the others, and keep callbacks out'
+    return ValueError(message(expected, "a call into Python", do))
 
 
 def save(exported: jax.export.Exported, folder: str | os.PathLike[str]) -> Path:

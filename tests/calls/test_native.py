@@ -1,207 +1,289 @@
-"""The native lane: no Python in a step, weights that are never silently stale, threads and devices,
-and what is refused."""
+"""The native lane alone: no Python in a step, memory, threads and devices, weights that change,
+what can't be compiled."""
 
 import gc
-import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 import pytest
 import torch
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import bridge
+from jax_side.calls import native
+from tests.cases import ENERGIES, close, draw
+from torch_side.calls.export import TorchFunction
 
-X = jnp.linspace(-1.0, 1.0, 6).reshape(2, 3)
-
-
-class Net(torch.nn.Module):
-    """One layer, and how often Python called it."""
-
-    def __init__(self, seed=0):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.layer = torch.nn.Linear(3, 2).double()
-        self.calls = 0
-
-    def forward(self, x):
-        self.calls += 1
-        return torch.tanh(self.layer(x)).sum()
+CUBIC = ENERGIES["cubic"]
+(X,) = draw(CUBIC)
+ENERGY = bridge.to_jax(CUBIC.torch, lane="native")
+GRAD = jax.jit(jax.grad(ENERGY))
+WANT = jax.jit(jax.grad(CUBIC.jax))
 
 
-def native(f, **options):
-    return bridge.to_jax(f, lane="native", **options)
+# A step
 
 
 def test_no_python_in_a_step():
-    net = Net()
-    run = jax.jit(
-        lambda x: jax.lax.fori_loop(0, 5, lambda _, x: x - 0.1 * jax.grad(native(net))(x), x)
+    calls = []
+
+    def counted(x):
+        calls.append(1)
+        return (torch.sin(x) ** 3).sum()
+
+    f = bridge.to_jax(counted, lane="native")
+    program = jax.jit(
+        lambda x: jax.lax.scan(lambda x, _: (x - 0.1 * jax.grad(f)(x), f(x)), x, None, length=20)
     )
-    run = run.lower(X).compile()
-    before = net.calls
-    found = run(X)
-    assert net.calls == before
-    want = X
-    for _ in range(5):
-        want = want - 0.1 * jax.grad(bridge.to_jax(net))(want)
-    np.testing.assert_allclose(found, want, rtol=1e-12)
+    compiled = program.lower(X).compile()
+    assert calls, "it was traced"
+    calls.clear()
+    run = TorchFunction.run
+    try:
+        TorchFunction.run = staticmethod(lambda *a: calls.append(1))
+        found = [jax.block_until_ready(compiled(X + k)) for k in range(3)]
+    finally:
+        TorchFunction.run = run
+    assert not calls and len({float(e[-1]) for _, e in found}) == 3
+    assert f(X).shape == () and calls, "an eager call runs torch"
 
 
-def test_inputs_are_not_written():
-    x = X + 0.0
-    kept = np.array(x)
-    jax.block_until_ready(jax.jit(native(Net()))(x))
-    assert np.array_equal(x, kept)
+def test_inputs_are_never_written():
+    x = np.array(X)
+    for k in range(5):
+        close(GRAD(X * (1 + k)), WANT(X * (1 + k)), rtol=1e-11)
+    assert np.array_equal(x, X)
 
 
-def test_threads_x_one_package():
-    run, wrong = jax.jit(native(Net())), []
-    want = [float(bridge.to_jax(Net())(k * X)) for k in range(4)]
-    run(X)
+def test_results_of_one_call_outlive_the_next():
+    first = GRAD(X)
+    kept = np.array(first)
+    for k in range(20):
+        GRAD(X + k).block_until_ready()
+    assert np.array_equal(first, kept)
+
+
+@pytest.mark.timeout(60, method="thread")
+def test_threads_call_one_package_at_once():
+    want = [np.array(GRAD(X + k)) for k in range(4)]
 
     def work(k):
-        for _ in range(50):
-            if abs(float(run(k * X)) - want[k]) > 1e-12:
-                wrong.append(k)
+        return all(np.array_equal(GRAD(X + k), want[k]) for _ in range(200))
 
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert not wrong
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
 
 
-def test_two_devices_under_shard_map():
-    f = native(Net())
-    mesh = Mesh(np.array(jax.devices("cpu")[:2]), "b")
-    each = jax.shard_map(
-        lambda xs: jax.lax.map(f, xs), mesh=mesh, in_specs=P("b"), out_specs=P("b")
-    )
-    xs = jnp.stack([k * X for k in range(4)])
-    want = [float(bridge.to_jax(Net())(x)) for x in xs]
-    np.testing.assert_allclose(jax.jit(each)(xs), want, rtol=1e-12)
+@pytest.mark.parametrize("of", [lambda f: f, jax.grad], ids=["call", "grad"])
+def test_two_devices_under_shard_map(of):
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    x = jnp.concatenate([X, 1.5 * X])
+    over = lambda f: jax.jit(
+        jax.shard_map(lambda x: jax.lax.psum(f(x) ** 2, "i"), mesh=mesh, in_specs=P("i"), out_specs=P())
+    )  # fmt: skip
+    close(of(over(ENERGY))(x), of(over(CUBIC.jax))(x), rtol=1e-11)
 
 
-def in_place(net):
+@pytest.mark.parametrize("n", [2_000, pytest.param(100_000, marks=pytest.mark.full)])
+def test_memory_x_many_calls(n):
+    """Less than 2 MB, half of it for the heap that other tests have left in pieces."""
+    loop = jax.jit(lambda x: jax.lax.fori_loop(0, n // 2, lambda i, x: x + 1e-9 * ENERGY(x), x))
+
+    def rss():
+        for _ in range(n // 2):
+            y = GRAD(X)
+        jax.block_until_ready((y, loop(X)))
+        gc.collect()
+        return psutil.Process().memory_info().rss
+
+    rss()
+    before = rss()
+    assert rss() - before < 2 * 2**20
+
+
+# Weights
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self, weight=1.0):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(weight, dtype=torch.float64))
+
+    def forward(self, x):
+        return (self.weight * x).sin().sum()
+
+
+def in_place(module):
     with torch.no_grad():
-        net.layer.weight.mul_(2.0)
+        module.weight.mul_(2.0)
 
 
-def by_data(net):
-    net.layer.weight.data = 2.0 * net.layer.weight.data
+def optimizer(module):
+    module.weight.grad = torch.full_like(module.weight, -1.0)
+    torch.optim.SGD(module.parameters(), lr=1.0).step()
 
 
-def replaced(net):
-    net.layer.weight = torch.nn.Parameter(2.0 * net.layer.weight.detach())
+def data(module):
+    module.weight.data = torch.tensor(2.0, dtype=torch.float64)
 
 
-def by_optimizer(net):
-    net.layer.weight.grad = torch.ones_like(net.layer.weight)
-    torch.optim.SGD(net.parameters(), lr=0.1).step()
+def replaced(module):
+    module.weight = torch.nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
 
 
-CHANGES = [in_place, by_data, replaced, by_optimizer]
+def loaded(module):
+    module.load_state_dict({"weight": torch.tensor(2.0)})
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
-def test_changed_weights_x_refused_and_seen_anew(change):
-    """The values that are compiled anew are left to in_place and by_data: of one package."""
-    net = Net()
-    run = jax.jit(native(net))
-    run(X)
-    change(net)
-    with pytest.raises(Exception, match=r"expected the weights .* some that have changed since"):
-        jax.block_until_ready(run(X))
-    if change is not by_optimizer:  # the others double the same weight
-        found = jax.jit(native(net))(X)
-        assert abs(float(found) - float(bridge.to_jax(net)(X))) < 1e-12
+CHANGES = [in_place, optimizer, data, replaced, loaded]
+STALE = (
+    "expected the weights that the program was compiled with, got some that have changed since; "
+    "call bridge.to_jax or bridge.potential again"
+)
 
 
-def test_equal_weights_x_each_module_has_its_own_changes():
-    one, other = Net(), Net()
-    of_one, of_other = jax.jit(native(one)), jax.jit(native(other))
-    want = float(of_one(X))
-    assert float(of_other(X)) == want
-    in_place(one)
-    assert float(of_other(X)) == want
-    with pytest.raises(Exception, match="changed since"):
-        jax.block_until_ready(of_one(X))
-
-
-def test_a_module_that_is_dropped_is_freed():
-    net = Net()
-    gone = weakref.ref(net)
-    run = jax.jit(native(net))
-    run(X)
-    del net, run
-    jax.clear_caches()
+@pytest.mark.parametrize("change", CHANGES)
+def test_stale_weights_x_change(change):
+    """1 becomes 2: a program that was compiled with 1 says so, and a new one has 2."""
+    module = Scaled()
+    f = bridge.to_jax(module, lane="native")
+    program = jax.jit(f)
+    close(program(X), jnp.sin(X).sum())
+    change(module)
     gc.collect()
-    native(torch.sin)  # what is gone is forgotten at the next use
-    assert gone() is None
+    for _ in range(2):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=STALE):
+            program(X).block_until_ready()
+    again = bridge.to_jax(module, lane="native")
+    assert again != f
+    close(jax.jit(again)(X), jnp.sin(2 * X).sum())
+    with pytest.raises(jax.errors.JaxRuntimeError, match=STALE):
+        program(X).block_until_ready()
 
 
-# What is refused: seen as it is traced, before anything is compiled.
+def test_stale_weights_x_cast():
+    """Of double(), which changes .data of each weight."""
+    module = Scaled()
+    program = jax.jit(bridge.to_jax(module, lane="native"))
+    program(X).block_until_ready()
+    module.float()
+    with pytest.raises(jax.errors.JaxRuntimeError, match=STALE):
+        program(X).block_until_ready()
+    module.double()
+    with pytest.raises(jax.errors.JaxRuntimeError, match=STALE):
+        program(X).block_until_ready()
+    close(jax.jit(bridge.to_jax(module, lane="native"))(X), jnp.sin(X).sum())
+
+
+def test_equal_weights_of_two_modules_change_apart():
+    one, other = Scaled(), Scaled()
+    first, second = (jax.jit(bridge.to_jax(m, lane="native")) for m in (one, other))
+    close(first(X), second(X))
+    in_place(one)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=STALE):
+        first(X).block_until_ready()
+    close(second(X), jnp.sin(X).sum())
+
+
+def test_a_tensor_in_a_closure_that_changes():
+    weight = torch.tensor(1.0, dtype=torch.float64)
+    program = jax.jit(bridge.to_jax(lambda x: (weight * x).sin().sum(), lane="native"))
+    close(program(X), jnp.sin(X).sum())
+    weight.add_(1.0)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=STALE):
+        program(X).block_until_ready()
+
+
+def test_a_module_lives_as_long_as_its_last_program():
+    module = Scaled()
+    alive, program = weakref.ref(module), jax.jit(bridge.to_jax(module, lane="native"))
+    program(X).block_until_ready()
+    known = len(native.packages)
+    del module
+    gc.collect()
+    close(program(X), jnp.sin(X).sum())
+    assert alive() is not None
+    del program
+    gc.collect()
+    bridge.to_jax(torch.sin)  # any use of the bridge forgets what nobody can call
+    gc.collect()
+    assert alive() is None and len(native.packages) < known
+
+
+# What can't be compiled
+
+
+def item(x):
+    return x * x.sum().item()
+
+
+def nonzero(x):
+    return x * x.nonzero().shape[0]
+
+
+def numpy(x):
+    return torch.from_numpy(np.sin(x.numpy()))
 
 
 def branch(x):
-    return x.sum() if x.sum() > 0 else -x.sum()
+    return x if x.sum() > 0 else -x
 
 
-def by_numpy(x):
-    return torch.from_numpy(np.sin(x.detach().numpy())).sum()
-
-
-def sized(x):
-    return torch.zeros(int(x.sum())).sum() + x.sum()
-
-
-HOLDER = torch.ones(3, dtype=torch.float64)
-
-
-def changing(x):
-    HOLDER.add_(1.0)
-    return (x * HOLDER).sum()
-
-
-def writing(x):
-    x.add_(1.0)
-    return x.sum()
-
-
-@torch.library.custom_op("tests_native::twice", mutates_args=())
-def twice(x: torch.Tensor) -> torch.Tensor:
+@torch.library.custom_op("bridge_tests::double", mutates_args=())
+def double(x: torch.Tensor) -> torch.Tensor:
     return 2 * x
 
 
-@twice.register_fake
-def _(x):
-    return torch.empty_like(x)
+double.register_fake(lambda x: torch.empty_like(x))
 
 
-JAX_INSIDE = bridge.to_torch(lambda x: (x**2).sum())
-SCALAR = lambda x: jax.ShapeDtypeStruct((), x.dtype)
-REFUSED = {
-    "a branch": (branch, NotImplementedError, r"don't depend on values.*x\.sum\(\) > 0"),
-    "NumPy": (by_numpy, NotImplementedError, r"don't depend on values.*numpy"),
-    "a size": (sized, NotImplementedError, r"don't depend on values.*torch\.zeros"),
-    "a Python operator": (twice, NotImplementedError, r"tests_native.*take lane=\"ffi\""),
-    "JAX inside": (JAX_INSIDE, NotImplementedError, r"bridge.*take lane=\"ffi\""),
-    "a held tensor changed": (changing, ValueError, "tensors that it holds as they are"),
-    "an input changed": (writing, ValueError, "leave its inputs as they are"),
-}
+def custom(x):
+    return double(x)
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_compiled_is_refused(name):
-    f, kind, text = REFUSED[name]
-    outputs = (lambda x: x) if f is twice else SCALAR
-    with pytest.raises(kind, match=text):
-        jax.jit(native(f, outputs=outputs)).lower(X)
+inside = bridge.to_torch(jnp.sin)
+
+
+def jax_inside(x):
+    return inside(x)
+
+
+SAME = lambda x: x
+
+
+@pytest.mark.parametrize("f", [item, nonzero, numpy, branch, custom, jax_inside])
+def test_untraceable_code_is_refused(f):
+    """The error names the line, or the operator, and the lanes that run it."""
+    program = jax.jit(bridge.to_jax(f, outputs=SAME, lane="native"))
+    with pytest.raises(NotImplementedError, match='take lane="ffi" or "host"') as refused:
+        program(X)
+    text = str(refused.value)
+    named = "bridge_tests.double" if f is custom else "bridge" if f is jax_inside else f"in {f.__name__}: return"
+    assert named in text, text
+    close(jax.jit(bridge.to_jax(f, outputs=SAME, lane="ffi"))(X).shape, X.shape)
+
+
+def no_grad(x):
+    with torch.no_grad():
+        return (x**2).sum()
+
+
+def detached(x):
+    return (x.detach() ** 2).sum()
+
+
+@pytest.mark.parametrize("f", [no_grad, detached])
+def test_forces_of_an_energy_that_is_cut_off_are_no_zeros(f, maybe_jit):
+    """As on the other lanes: an error, and not zeros."""
+    with pytest.raises((RuntimeError, ValueError, NotImplementedError)) as ffi:
+        jax.block_until_ready(jax.jit(jax.grad(bridge.to_jax(f, lane="ffi")))(X))
+    with pytest.raises((RuntimeError, ValueError, NotImplementedError)) as found:
+        jax.block_until_ready(maybe_jit(jax.grad(bridge.to_jax(f, lane="native")))(X))
+    assert "expected" in str(found.value) and "expected" in str(ffi.value)
 
 
 class Once(torch.autograd.Function):
@@ -212,48 +294,13 @@ class Once(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return 3 * x**2 * g
+    def backward(ctx, cotangent):
+        return 3 * ctx.saved_tensors[0] ** 2 * cotangent
 
 
-def test_second_derivatives_that_are_cut_off_are_refused():
-    f = native(lambda x: Once.apply(x).sum(), outputs=SCALAR, derivatives="autograd")
-    f_sequential = native(
-        lambda x: Once.apply(x).sum(), outputs=SCALAR, derivatives="autograd", batched="sequential"
+def test_second_derivatives_of_a_function_that_has_one_are_no_zeros():
+    f = bridge.to_jax(
+        lambda x: Once.apply(x).sum(), lane="native", derivatives="autograd", batched="sequential"
     )
-    for g in (f, f_sequential):
-        hvp = lambda x: jax.jvp(jax.grad(g), (x,), (x,))[1]
-        with pytest.raises(NotImplementedError, match="Once that can be differentiated again"):
-            jax.jit(hvp).lower(X)
-
-
-@pytest.mark.parametrize("cut", ["detach", "no_grad"])
-def test_an_energy_that_leaves_autograd_is_refused(cut):
-    def energy(inputs):
-        pos = inputs["pos"].detach() if cut == "detach" else inputs["pos"]
-        with torch.set_grad_enabled(cut != "no_grad"):
-            return (pos**2).sum()[None]
-
-    bound = bridge.potential(
-        energy, atomic_numbers=np.ones(2, int), gradients="autograd", lane="native"
-    )
-    with pytest.raises(NotImplementedError, match="energy that torch can differentiate in pos"):
-        jax.jit(jax.grad(bound)).lower(X)
-
-
-def test_a_platform_without_the_lane_is_refused():
-    exporter = jax.export.export(jax.jit(native(Net())), platforms=["tpu"])
-    with pytest.raises(NotImplementedError, match="for lane='native'"):
-        exporter(X)
-
-
-@pytest.mark.full
-def test_memory_x_many_calls():
-    import psutil
-
-    run = jax.jit(lambda x, n: jax.lax.fori_loop(0, n, lambda _, x: x + 0 * native(Net())(x), x))
-    jax.block_until_ready(run(X, 10_000))
-    before = psutil.Process().memory_info().rss
-    jax.block_until_ready(run(X, 100_000))
-    assert psutil.Process().memory_info().rss - before < 2e6
+    with pytest.raises(NotImplementedError):
+        jax.block_until_ready(jax.jit(jax.hessian(f))(X))

@@ -142,12 +142,18 @@ NATIVE = [
 ]
 RUN = """call grad value_and_grad jvp checkpoint scan grad_scan while_loop fori_loop cond grad_cond lax_map
     custom_vjp_inside vmap vmap_grad hvp hessian third_order""".split()
-A_FEW_NATIVE = {*(f"cubic {t}" for t in RUN), "elementwise jvp", "elementwise vjp"}
+# and the derivative of a gather, of which Inductor makes wrong numbers unless it is traced with care
+A_FEW_NATIVE = {*(f"cubic {t}" for t in RUN), "elementwise jvp", "elementwise vjp", "pair hessian"}
 
 
 @pytest.mark.parametrize("cell", a_few(NATIVE, A_FEW_NATIVE))
 def test_transform_equals_pure_jax_on_the_native_lane(cell):
-    assert_equals_pure_jax(*cell.split(), "native")
+    """Never a wrong number: what torch can't trace (2.13: forward mode under two vmaps of some
+    models) is refused."""
+    try:
+        assert_equals_pure_jax(*cell.split(), "native")
+    except NotImplementedError as refusal:
+        assert cell == "cubic vmap_hessian" and 'take lane="ffi"' in str(refusal)
 
 
 @settings(max_examples=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import sys
 import time
@@ -66,6 +67,15 @@ def compiled(fn: Function, device: str) -> Compiled:
 
     Raises: NotImplementedError for code that can't be traced or compiled, naming what is in the
     way; RuntimeError without a C++ compiler; ValueError for a folder that can't be written to."""
+    found = _found(fn, device)
+    # What tracing leaves behind holds the weights in circles. A weight must die when its module lets
+    # it go, for that is how a replaced one is noticed.
+    gc.collect()
+    return found
+
+
+def _found(fn: Function, device: str) -> Compiled:
+    """The package, and what holds it."""
     traced = tracing.trace(fn, device)
     place = folders.chosen()
     record = _record(fn, traced, device)

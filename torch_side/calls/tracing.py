@@ -74,6 +74,7 @@ def trace(fn: Function, device: str) -> Traced:
     with inference.uncompiled(), torch.inference_mode(False), _refusing(fn):
         graph = _graph(run, examples)
     inference.check_no_fake_kept(fn.base.call.target)  # pyright: ignore[reportAttributeAccessIssue]
+    _unshare(graph)
     graph.graph.eliminate_dead_code()
     graph.delete_all_unused_submodules()
     graph.recompile()
@@ -95,6 +96,30 @@ def _graph(run: Any, examples: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
     return make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
 
 
+# Operators that return their first argument with some of its entries changed.
+_CHANGED = ("index_put", "index_add", "index_copy", "index_fill", "put", "diagonal_scatter")
+
+
+def _unshare(graph: torch.fx.GraphModule) -> None:
+    """Gives the entries of an expanded tensor a place each before some of them are changed.
+
+    Inductor (torch 2.13) keeps one place for all entries of an expanded constant, as derivatives of
+    a gather have it, and writes all values there: wrong numbers without a word."""
+    for node in graph.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or schema.name.removeprefix("aten::") not in _CHANGED:
+            continue
+        first = node.args[0]
+        known = first.meta.get("val")
+        if isinstance(known, torch.Tensor) and known.is_contiguous():
+            continue
+        with graph.graph.inserting_before(node):
+            dense = graph.graph.call_function(
+                torch.ops.aten.clone.default, (first,), {"memory_format": torch.contiguous_format}
+            )
+        node.replace_input_with(first, dense)
+
+
 def _example(s: Spec, device: str) -> torch.Tensor:
     """A tensor of a type, without values."""
     return torch.empty(s.shape, dtype=buffers.DTYPES[s.dtype], device=device)
@@ -106,6 +131,7 @@ def _refusing(fn: Function) -> Iterator[None]:
     from torch._subclasses.fake_tensor import (
         DataDependentOutputException,
         DynamicOutputShapeException,
+        FakeTensorDeviceMismatchError,
         UnsupportedOperatorException,
     )
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
@@ -120,6 +146,11 @@ def _refusing(fn: Function) -> Iterator[None]:
         yield
     except refusals as error:
         raise _untraceable(fn, str(getattr(error, "func", error)), error) from error
+    except FakeTensorDeviceMismatchError as error:
+        # torch 2.13: forward mode under two vmaps makes zeros that are on no device
+        if "meta" not in str(error):
+            raise
+        raise _untraceable(fn, str(error), error) from error
     except RuntimeError as error:
         if type(error) is not RuntimeError or not any(w in str(error) for w in _WORDS):
             raise
