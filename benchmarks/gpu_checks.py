@@ -376,3 +376,46 @@ def timing(gpu, values):
     }
     variants |= {lane: in_loop(bridge.to_jax(identity, lane=lane), x) for lane in ("ffi", "host")}
     values |= {name: min(us) for name, us in measure(variants, max(1, CALLS // 20), 7).items()}
+
+
+@check
+def native(gpu, values):
+    """A compiled model gives eager torch's energy and gradient in a loop, with what XLA computes
+    before and after each call, and NaN for positions that are not finite."""
+    from bridge.card import Card
+    from torch_side.potentials.model import Wrapped
+
+    def pairs(x):
+        r = x["pos"][x["edge_index"][1]] - x["pos"][x["edge_index"][0]]
+        each = torch.exp(-r.square().sum(-1))
+        centre = x["batch"][x["edge_index"][0]]
+        return each.new_zeros(len(x["cell"])).index_add(0, centre, each)
+
+    n = 64
+    card = Card(cutoff=3.0, neighbor_list="given", batches=True)
+    i, j = np.nonzero(~np.eye(n, dtype=bool))
+    edges = {
+        "edge_index": jnp.asarray(np.stack([i, j]), jnp.int32),
+        "cell_offsets": jnp.zeros((len(i), 3), jnp.int32),
+    }
+    numbers = np.ones(n, np.int32)
+    lattice = np.stack(np.meshgrid(*[range(4)] * 3), -1).reshape(-1, 3)
+    x = jax.device_put(jnp.asarray(lattice + 0.01 * np.sin(lattice * 7.0), jnp.float32), gpu)
+    found = {}
+    for lane in ("ffi", "native"):
+        energy = bridge.potential(
+            Wrapped(pairs, card, "autograd"), atomic_numbers=numbers, lane=lane, **edges
+        )
+        step = lambda _, r: jnp.sin(jnp.arcsin(r / 9) * 1.0) * 9 - 1e-3 * jax.grad(energy)(r)
+        loop = jax.jit(lambda x: jax.lax.fori_loop(0, 20, step, x))
+        start = time.perf_counter()
+        found[lane] = np.asarray(loop(x))
+        values[f"first {lane} s"] = time.perf_counter() - start
+        run = one_by_one(loop, x)
+        values[f"us a step, {lane}"] = min(measure({lane: run}, 5, 5)[lane]) / 20
+        broken = x.at[3, 1].set(jnp.nan)
+        if lane == "native" and gpu.platform != "cpu":
+            values["energy of nan"] = float(jax.jit(energy)(broken))
+            expect(np.isnan(values["energy of nan"]), "a wrong input gave a plausible energy")
+    values["difference"] = float(np.abs(found["ffi"] - found["native"]).max())
+    expect(values["difference"] < 1e-4, "the native lane gave other positions than the ffi lane")

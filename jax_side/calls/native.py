@@ -54,10 +54,11 @@ def own(fn: Function, platform: str, forever: bool) -> Owner:
     # An exported program is another process's: nobody there changes weights.
     key = package.record.key if forever else f"{package.record.key}-{package.holders}"
     with registry.lock:
+        # This forgets what nobody needs any more, which may be a package of this key.
+        owner = registry.own(fn, key, functools.partial(_release, library, key))
         if key not in packages:
             package.load(library, key, watching=not forever)
             packages[key] = package
-        owner = registry.own(fn, key, functools.partial(_release, library, key))
     if forever:
         registry.keep_forever(owner)
     return owner

@@ -23,12 +23,14 @@ CUBIC = ENERGIES["cubic"]
 ENERGY = bridge.to_jax(CUBIC.torch, lane="native")
 GRAD = jax.jit(jax.grad(ENERGY))
 WANT = jax.jit(jax.grad(CUBIC.jax))
+# jit raises the latter where the program has run before (jax 0.10.2), with the same text
+AT_RUN = (jax.errors.JaxRuntimeError, ValueError)
 
 
 # A step
 
 
-def test_no_python_in_a_step():
+def test_no_python_in_a_step(monkeypatch):
     calls = []
 
     def counted(x):
@@ -42,12 +44,10 @@ def test_no_python_in_a_step():
     compiled = program.lower(X).compile()
     assert calls, "it was traced"
     calls.clear()
-    run = TorchFunction.run
-    try:
-        TorchFunction.run = staticmethod(lambda *a: calls.append(1))
-        found = [jax.block_until_ready(compiled(X + k)) for k in range(3)]
-    finally:
-        TorchFunction.run = run
+    for name in ("run", "runner"):
+        monkeypatch.setattr(TorchFunction, name, staticmethod(lambda *a, **k: calls.append(1)))
+    found = [jax.block_until_ready(compiled(X + k)) for k in range(3)]
+    monkeypatch.undo()
     assert not calls and len({float(e[-1]) for _, e in found}) == 3
     assert f(X).shape == () and calls, "an eager call runs torch"
 
@@ -156,12 +156,12 @@ def test_stale_weights_x_change(change):
     change(module)
     gc.collect()
     for _ in range(2):
-        with pytest.raises(jax.errors.JaxRuntimeError, match=STALE):
+        with pytest.raises(AT_RUN, match=STALE):
             program(X).block_until_ready()
     again = bridge.to_jax(module, lane="native")
     assert again != f
     close(jax.jit(again)(X), jnp.sin(2 * X).sum())
-    with pytest.raises(jax.errors.JaxRuntimeError, match=STALE):
+    with pytest.raises(AT_RUN, match=STALE):
         program(X).block_until_ready()
 
 
@@ -171,10 +171,10 @@ def test_stale_weights_x_cast():
     program = jax.jit(bridge.to_jax(module, lane="native"))
     program(X).block_until_ready()
     module.float()
-    with pytest.raises(jax.errors.JaxRuntimeError, match=STALE):
+    with pytest.raises(AT_RUN, match=STALE):
         program(X).block_until_ready()
     module.double()
-    with pytest.raises(jax.errors.JaxRuntimeError, match=STALE):
+    with pytest.raises(AT_RUN, match=STALE):
         program(X).block_until_ready()
     close(jax.jit(bridge.to_jax(module, lane="native"))(X), jnp.sin(X).sum())
 
@@ -184,7 +184,7 @@ def test_equal_weights_of_two_modules_change_apart():
     first, second = (jax.jit(bridge.to_jax(m, lane="native")) for m in (one, other))
     close(first(X), second(X))
     in_place(one)
-    with pytest.raises(jax.errors.JaxRuntimeError, match=STALE):
+    with pytest.raises(AT_RUN, match=STALE):
         first(X).block_until_ready()
     close(second(X), jnp.sin(X).sum())
 
@@ -194,7 +194,7 @@ def test_a_tensor_in_a_closure_that_changes():
     program = jax.jit(bridge.to_jax(lambda x: (weight * x).sin().sum(), lane="native"))
     close(program(X), jnp.sin(X).sum())
     weight.add_(1.0)
-    with pytest.raises(jax.errors.JaxRuntimeError, match=STALE):
+    with pytest.raises(AT_RUN, match=STALE):
         program(X).block_until_ready()
 
 
@@ -255,35 +255,54 @@ def jax_inside(x):
 SAME = lambda x: x
 
 
-@pytest.mark.parametrize("f", [item, nonzero, numpy, branch, custom, jax_inside])
+@pytest.mark.parametrize("f", [item, nonzero])
+def test_a_value_that_a_graph_can_carry(f):
+    """Of code that reads a value and only computes with it: right, and without Python."""
+    program = jax.jit(bridge.to_jax(f, outputs=SAME, lane="native"))
+    for x in (X, X.at[0].set(0.0)):
+        close(program(x), bridge.to_jax(f, outputs=SAME)(x))
+
+
+@pytest.mark.parametrize("f", [numpy, branch, custom, jax_inside])
 def test_untraceable_code_is_refused(f):
     """The error names the line, or the operator, and the lanes that run it."""
     program = jax.jit(bridge.to_jax(f, outputs=SAME, lane="native"))
     with pytest.raises(NotImplementedError, match='take lane="ffi" or "host"') as refused:
         program(X)
     text = str(refused.value)
-    named = "bridge_tests.double" if f is custom else "bridge" if f is jax_inside else f"in {f.__name__}: return"
+    named = (
+        "bridge_tests.double"
+        if f is custom
+        else "bridge"
+        if f is jax_inside
+        else f"in {f.__name__}: return"
+    )
     assert named in text, text
-    close(jax.jit(bridge.to_jax(f, outputs=SAME, lane="ffi"))(X).shape, X.shape)
+    assert jax.jit(bridge.to_jax(f, outputs=SAME, lane="ffi"))(X).shape == X.shape
 
 
 def no_grad(x):
     with torch.no_grad():
-        return (x**2).sum()
+        return (x["pos"] ** 2).sum()[None]
 
 
 def detached(x):
-    return (x.detach() ** 2).sum()
+    return (x["pos"].detach() ** 2).sum()[None]
 
 
 @pytest.mark.parametrize("f", [no_grad, detached])
-def test_forces_of_an_energy_that_is_cut_off_are_no_zeros(f, maybe_jit):
-    """As on the other lanes: an error, and not zeros."""
-    with pytest.raises((RuntimeError, ValueError, NotImplementedError)) as ffi:
-        jax.block_until_ready(jax.jit(jax.grad(bridge.to_jax(f, lane="ffi")))(X))
-    with pytest.raises((RuntimeError, ValueError, NotImplementedError)) as found:
-        jax.block_until_ready(maybe_jit(jax.grad(bridge.to_jax(f, lane="native")))(X))
-    assert "expected" in str(found.value) and "expected" in str(ffi.value)
+def test_forces_of_an_energy_that_is_cut_off_are_no_zeros(f):
+    """The same error as eagerly, before anything is compiled."""
+    numbers = np.array([1, 1])
+    told = []
+    for around in (lambda f: f, jax.jit):
+        energy = bridge.potential(f, atomic_numbers=numbers, gradients="autograd", lane="native")
+        with pytest.raises(
+            NotImplementedError, match="energy that torch can differentiate"
+        ) as found:
+            around(jax.grad(energy))(X)
+        told.append(str(found.value).splitlines()[0])
+    assert told[0] == told[1]
 
 
 class Once(torch.autograd.Function):
@@ -302,5 +321,16 @@ def test_second_derivatives_of_a_function_that_has_one_are_no_zeros():
     f = bridge.to_jax(
         lambda x: Once.apply(x).sum(), lane="native", derivatives="autograd", batched="sequential"
     )
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(
+        NotImplementedError, match="backward of Once that can be differentiated again"
+    ):
         jax.block_until_ready(jax.jit(jax.hessian(f))(X))
+
+
+def test_a_package_that_is_dropped_while_another_program_takes_it():
+    """The last program of a package goes just before a new one is lowered."""
+    for _ in range(3):
+        program = jax.jit(lambda x: 2 * ENERGY(x))
+        close(program(X), 2 * CUBIC.jax(X))
+        del program
+        gc.collect()

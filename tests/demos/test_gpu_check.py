@@ -112,7 +112,16 @@ def test_a_process_that_dies_or_hangs_is_a_failed_check(gpu_check, monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    ["pointers", "order_jit", "order_eager", "order_arrays", "jax_in_torch", "numbers", "timing"],
+    [
+        "pointers",
+        "order_jit",
+        "order_eager",
+        "order_arrays",
+        "jax_in_torch",
+        "numbers",
+        "timing",
+        "native",
+    ],
 )
 def test_what_a_cpu_can_run_of_the_checks_passes_there(gpu_check, checks, name):
     record = gpu_check.attempt(checks.CHECKS[name], jax.devices("cpu")[0])
