@@ -181,17 +181,18 @@ def stretch(name, ensemble, state, steps, chosen, calls, rows, frames, atoms, en
         return jax.lax.scan(one, state, None, length=chosen.every)
 
     chunk = chunk.lower(state).compile()
-    before, trace, times = (
-        calls.count,
+    made, trace, times = (
+        0,
         [],
         {label: [] for label in (name, *(label for label, *_ in beside))},
     )
     with tqdm(total=steps, desc=name, unit="step", file=sys.stdout) as bar:
         for _ in range(steps // chosen.every):
             began = time.perf_counter()
-            start = state.position
+            start, before = state.position, calls.count
             with bridge.raising():
                 state, seen = jax.block_until_ready(chunk(state))
+            made += calls.count - before
             times[name].append((time.perf_counter() - began) / chosen.every)
             energies.check(start, state.position)
             for label, n, call in beside:
@@ -209,7 +210,7 @@ def stretch(name, ensemble, state, steps, chosen, calls, rows, frames, atoms, en
     rows[name] = dict(
         steps=steps,
         ms=ms,
-        calls=(calls.count - before) / steps,
+        calls=made / steps,
         potential=potential,
         kinetic=kinetic,
     )

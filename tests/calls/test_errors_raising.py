@@ -383,7 +383,7 @@ BAD_CALLS = {
     "lane": (
         lambda: bridge.to_jax(torch.sin, lane="gpu"),
         ValueError,
-        "expected lane as one of 'auto', 'ffi', 'host', got 'gpu'",
+        "expected lane as one of 'auto', 'ffi', 'host', 'native', got 'gpu'",
     ),
     "derivatives": (
         lambda: bridge.to_jax(torch.sin, derivatives="fd"),

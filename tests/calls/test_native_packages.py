@@ -2,6 +2,7 @@
 somebody else has compiled."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,12 +146,30 @@ def test_compile_reports_packages_and_errors():
     assert report.errors == {"the result": 0.0}
 
 
-def test_what_disagrees_is_refused_and_removed():
+def test_what_disagrees_is_refused_and_removed(tmp_path):
+    (record,) = bridge.native.compile(NATIVE, X).records
+    shutil.copytree(folder.chosen() / record.key, tmp_path / record.key)
+    bridge.native.compile(NATIVE, X, folder=tmp_path)
+    assert [p.name for p in packages(tmp_path)] == [record.key]
     with pytest.raises(RuntimeError, match=r"equal to eager torch's, got an error of 0 in the res"):
-        bridge.native.compile(NATIVE, X, tolerance=-1.0)
-    keys = {p.name for p in packages(folder.chosen())}
-    report = bridge.native.compile(NATIVE, X)
-    assert report.records[0].key not in keys
+        bridge.native.compile(NATIVE, X, tolerance=-1.0, folder=tmp_path)
+    assert not packages(tmp_path) and folder.find(folder.chosen(), record.key)
+
+
+def test_a_model_that_is_another_one_eagerly_is_refused(tmp_path):
+    """Planted: it asks whether it is being traced."""
+
+    def two_faced(x):
+        tracing = isinstance(x, torch._subclasses.FakeTensor)
+        return (x**2).sum() if tracing else (x**2).sum() + 1e-3
+
+    f = bridge.to_jax(two_faced, lane="native", outputs=lambda x: jax.ShapeDtypeStruct((), x.dtype))
+    (record,) = bridge.native.compile(NATIVE, X).records
+    shutil.copytree(folder.chosen() / record.key, tmp_path / record.key)
+    with pytest.raises(RuntimeError, match="got an error of 0.001 in the result"):
+        bridge.native.compile(f, X, folder=tmp_path)
+    assert not packages(tmp_path)
+    bridge.native.compile(f, X, folder=folder.chosen(), tolerance=1e-2)
 
 
 def test_compile_wants_the_native_lane():
@@ -169,6 +188,14 @@ class Pairs(torch.nn.Module):
         return each.new_zeros(len(inputs["cell"])).index_add(0, centre, each)
 
 
+@pytest.fixture
+def x64_again():
+    """The command sets it for its process."""
+    yield
+    jax.config.update("jax_enable_x64", True)
+
+
+@pytest.mark.usefixtures("x64_again")
 def test_the_command_compiles_for_a_structure(tmp_path, capsys):
     atoms = ase.Atoms("Ar3", positions=[[0, 0, 0], [1.1, 0, 0], [0, 1.3, 0]])
     ase.io.write(tmp_path / "three.extxyz", atoms)

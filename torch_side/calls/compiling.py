@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import itertools
 import sys
 import time
 import warnings
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from bridge.errors import message
 from bridge.function import Derived, Function
@@ -43,10 +45,11 @@ class Compiled:
     @property
     def holders(self) -> str:
         """Returns something that is the same for packages that copy the same tensors of the
-        user's. Other modules may have equal weights now, and others later."""
+        user's in the same state. Other modules may have equal weights now, and others later."""
         tensors = (*(ref() for ref in self.weights), *self.others)
-        identities = sorted(t._cdata for t in tensors if t is not None)
-        return hashlib.sha256(str(identities).encode()).hexdigest()[:8]
+        # with their state: after a change there and back, what was loaded before stays stale
+        states = [(_number(t), t._version, t.data_ptr()) for t in tensors if t is not None]
+        return hashlib.sha256(str(sorted(states)).encode()).hexdigest()[:8]
 
     def load(self, library: Library, key: str, watching: bool) -> None:
         """Makes the package callable by a key; with `watching`, calls fail once a weight has
@@ -56,6 +59,15 @@ class Compiled:
         for tensor in (*(ref() for ref in self.weights), *self.others) if watching else ():
             if tensor is not None:
                 library.watch(key, tensor._cdata)
+
+
+_numbers = WeakTensorKeyDictionary()  # unlike addresses, they are never used again
+_next = itertools.count()
+
+
+def _number(tensor: torch.Tensor) -> int:
+    """A number of this tensor alone."""
+    return _numbers.setdefault(tensor, next(_next))
 
 
 def compiled(fn: Function, device: str) -> Compiled:

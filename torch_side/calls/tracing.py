@@ -174,9 +174,14 @@ def _untraceable(fn: Function, what: str, error: BaseException) -> NotImplemente
 
 
 def _check_operators(graph: torch.fx.GraphModule, fn: Function) -> None:
-    """NotImplementedError for an operator that is not torch's own: only Python may know it."""
+    """NotImplementedError for an operator that is not torch's own: only Python may know it; and for
+    a float that is read on the host, which Inductor (torch 2.13) rounds to float32."""
     for node in graph.graph.nodes:
         target = node.target
+        if isinstance(node.meta.get("val"), torch.SymFloat):
+            expected = f"{fn.base} to be made of tensors, which is compiled without Python"
+            do = f"keep the value a tensor, or {OTHER_LANES}"
+            raise NotImplementedError(message(expected, "a float that is read by .item()", do))
         if node.op != "call_function" or getattr(target, "__module__", "") == "_operator":
             continue
         namespace = getattr(target, "namespace", None)
