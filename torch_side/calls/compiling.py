@@ -61,7 +61,7 @@ class Compiled:
                 library.watch(key, tensor._cdata)
 
 
-_numbers = WeakTensorKeyDictionary()  # unlike addresses, they are never used again
+_numbers: Any = WeakTensorKeyDictionary()  # unlike addresses, they are never used again
 _next = itertools.count()
 
 
