@@ -107,8 +107,9 @@ def to_jax(
     Raises: TypeError for an argument of the wrong kind or an output that is no tensor; ValueError
     for shapes and dtypes that are not what was inferred or declared, for 64-bit outputs while x64
     is off, and for a module in training mode; NotImplementedError for a transform that can't be
-    served as asked, for what lane="native" can't trace or compile, and for second derivatives that a custom autograd Function cuts off or a
-    compiled model does not have. For exceptions of the callable see `raising`.
+    served as asked, for what lane="native" can't trace or compile, and for second derivatives that
+    a custom autograd Function cuts off or a compiled model does not have. For exceptions of the
+    callable see `raising`.
 
     >>> import jax, torch, bridge
     >>> energy = bridge.to_jax(lambda x: (x**2).sum())

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bridge.contract import dtype_name
 from bridge.errors import message
 from bridge.function import Spec
 from bridge.native import folder as folders
@@ -66,11 +67,10 @@ def compile(
         jitted = jax.jit(lambda *xs: function(*xs))
         program = jitted.lower(*args)
         keys = native.keys_in(program.as_text())
-        records = tuple(native.packages[key].record for key in keys)
         if not keys:
             do = 'pass lane="native" to bridge.potential, to_jax or the others'
-            got = "none"
-            raise ValueError(message('calls on lane="native" in the function', got, do))
+            raise ValueError(message('calls on lane="native" in the function', "none", do))
+        records = tuple(native.packages[key].record for key in keys)
         fast = program.compile()(*args)
         slow = function(*args)
         errors, wrong = _compared(fast, slow, tolerance)
@@ -112,7 +112,7 @@ def package_outputs(package: Package) -> Callable[..., Any]:
         specs = [Spec(tuple(x.shape), jnp.dtype(x.dtype).name) for x in leaves]
         given, named = structure.unflatten(package.zeros(specs))
         found = package(*given, **named)
-        kind = lambda y: jax.ShapeDtypeStruct(tuple(y.shape), str(y.dtype).removeprefix("torch."))
+        kind = lambda y: jax.ShapeDtypeStruct(tuple(y.shape), dtype_name(y))
         return tree.tree_map(kind, found)
 
     return outputs

@@ -27,7 +27,6 @@ from bridge.function import Spec
 
 RECORD, MODEL = "package.json", "model.pt2"
 FORMAT = 1  # of the record
-Write = Callable[[Path], None]  # writes a file
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def find(folder: Path, key: str) -> Record | None:
     try:
         return check(place)
     except (OSError, ValueError):
-        shutil.rmtree(place, ignore_errors=True)
+        remove(folder, key)
         return None
 
 
@@ -150,20 +149,20 @@ def made(folder: Path) -> Path:
     is code that will run.
 
     Raises: ValueError where it can't be written to."""
+    do = "set BRIDGE_CACHE to a folder of yours, or pass folder=..."
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
-        do = "set BRIDGE_CACHE to a folder of yours, or pass folder=..."
         got = f"{folder}: {error}"
         raise ValueError(message("a folder for packages that can be made", got, do)) from error
     if not os.access(folder, os.W_OK):
-        do = "set BRIDGE_CACHE to a folder of yours, or pass folder=..."
         raise ValueError(message("a folder for packages that can be written to", f"{folder}", do))
     return folder
 
 
-def add(folder: Path, record: Record, write: Callable[[Path], Record]) -> Record:
-    """Makes a package: `write(path)` writes its code to `path`, and returns the record.
+def add(folder: Path, write: Callable[[Path], Record]) -> Record:
+    """Makes a package, and returns its record: `write(path)` writes its code to `path`, and gives
+    the record.
 
     Nothing is left behind where that fails or is interrupted."""
     with beside(made(folder)) as new:
@@ -173,7 +172,7 @@ def add(folder: Path, record: Record, write: Callable[[Path], Record]) -> Record
     return record
 
 
-def placed(folder: Path, name: str, write: Write) -> Path:
+def placed(folder: Path, name: str, write: Callable[[Path], None]) -> Path:
     """Returns the file `name` in the folder; where there is none, `write(path)` makes it, whole or
     not at all."""
     if not (folder / name).exists():

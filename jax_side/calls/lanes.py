@@ -156,7 +156,7 @@ class HostCall:
         self.fn = fn
         self.depth = here.depth
         self._run = run or _lending(fn)
-        self._outputs = [_host_carrier(s) for s in fn.outputs]
+        self._outputs = [host_carrier(s) for s in fn.outputs]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, HostCall) and self.fn == other.fn and self.depth == other.depth
@@ -213,8 +213,8 @@ SYNCHRONOUS = (
 )
 
 
-def _host_carrier(s: Spec) -> tuple[tuple[int, ...], np.dtype, np.dtype]:
-    """(shape, dtype that it travels in, dtype). NumPy's DLPack knows complex dtypes, but neither
+def host_carrier(s: Spec) -> tuple[tuple[int, ...], np.dtype, np.dtype]:
+    """Returns (shape, dtype that it travels in, dtype). NumPy's DLPack knows complex dtypes, but neither
     bfloat16 nor float8."""
     if s.dtype == "bfloat16":
         carrier = "uint16"

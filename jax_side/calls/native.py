@@ -22,14 +22,13 @@ from bridge.failures import carried
 from bridge.function import Function, Spec
 from bridge.native import handler
 from jax_side.calls import registry
+from jax_side.calls.lanes import host_carrier
 from jax_side.calls.nesting import here
 from jax_side.calls.registry import Owner
 
 TARGET = "bridge_native"
-packages: dict[
-    str, Any
-] = {}  # what is loaded here, by key: of the other bank, with record and path
-PLATFORMS = ("cpu", "cuda")
+# what is loaded here, by key: packages of the other bank, with record and path
+packages: dict[str, Any] = {}
 # dtypes that the handler knows
 _INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 _FLOATS = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
@@ -134,9 +133,9 @@ def _explain(key: bytes, what: bytes, inputs: Any, text: int, size: int) -> int:
 
 
 def _copied(memory: int | None, s: Spec) -> np.ndarray:
-    """An input, in memory of its own. NumPy has no DLPack for bfloat16: that travels as uint16."""
-    dtype = np.dtype("uint16" if s.dtype == "bfloat16" else s.dtype)
-    x = np.empty(s.shape, dtype)
+    """An input, in memory of its own."""
+    shape, carrier, _ = host_carrier(s)
+    x = np.empty(shape, carrier)
     if x.nbytes and memory:
         ctypes.memmove(x.ctypes.data, memory, x.nbytes)
     return x

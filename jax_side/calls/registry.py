@@ -34,7 +34,7 @@ class Called(NamedTuple):
     depth: int  # of the programs that call it
     n: int  # of its inputs
     enter: Callable[..., Any]  # what a lane calls
-    release: Callable[[], None] | None = None  # for a package of the native lane, when it is gone
+    release: Callable[[], Any]  # what is done when no program needs it any more
 
 
 lock = threading.RLock()
@@ -53,7 +53,7 @@ def _entry(fn: Function) -> Callable[..., Any]:
     return fn.base.runner(fn, ready=True) if fn.plain else functools.partial(fn.base.run, fn)
 
 
-def own(fn: Function, key: str | None = None, release: Callable[[], None] | None = None) -> Owner:
+def own(fn: Function, key: str | None = None, release: Callable[[], Any] | None = None) -> Owner:
     """Returns the owner of a Function's number, for a program that is being lowered. Equal
     Functions share it.
 
@@ -65,10 +65,15 @@ def own(fn: Function, key: str | None = None, release: Callable[[], None] | None
         number = key or _numbers.setdefault(called, next(_next))
         if (owner := _owners.get(number)) is None:
             owner = _owners[number] = Owner(number)
+            release = release or functools.partial(_numbers.pop, called)
             functions[number] = Called(*called, len(fn.inputs), _entry(fn), release)
             _retired.discard(number)
             weakref.finalize(owner, _retire, number).atexit = False
         return owner
+
+
+def _nothing() -> None:
+    """The release of what is never let go."""
 
 
 def own_forever(fn: Function) -> Owner:
@@ -76,8 +81,8 @@ def own_forever(fn: Function) -> Owner:
     its number is one that no other process has."""
     number = "x" + secrets.token_urlsafe(6)[:6]
     owner = _owners[number] = Owner(number)
-    functions[number] = Called(fn, here.depth, len(fn.inputs), _entry(fn))
-    _pinned.add(owner)
+    functions[number] = Called(fn, here.depth, len(fn.inputs), _entry(fn), _nothing)
+    keep_forever(owner)
     return owner
 
 
@@ -108,11 +113,7 @@ def release_retired() -> None:
             for number in gone:
                 _retired.discard(number)
                 if number in functions and number not in _owners:
-                    gone_one = functions.pop(number)
-                    if gone_one.release is None:
-                        del _numbers[gone_one[:2]]
-                    else:
-                        gone_one.release()
+                    functions.pop(number).release()
 
 
 def unknown(number: str) -> NoReturn:

@@ -112,7 +112,7 @@ def test_a_damaged_package_is_not_found(damage, tmp_path):
         path.write_bytes(b"code" * 1000)
         return replace(record, sha256=folder.sha256(path))
 
-    folder.add(tmp_path, record, write)
+    folder.add(tmp_path, write)
     assert folder.find(tmp_path, record.key) is not None
     damage(tmp_path / record.key)
     assert folder.find(tmp_path, record.key) is None

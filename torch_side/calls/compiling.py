@@ -46,28 +46,33 @@ class Compiled:
     def holders(self) -> str:
         """Returns something that is the same for packages that copy the same tensors of the
         user's in the same state. Other modules may have equal weights now, and others later."""
-        tensors = (*(ref() for ref in self.weights), *self.others)
         # with their state: after a change there and back, what was loaded before stays stale
-        states = [(_number(t), t._version, t.data_ptr()) for t in tensors if t is not None]
-        return hashlib.sha256(str(sorted(states)).encode()).hexdigest()[:8]
+        states = sorted(map(state, self._tensors))
+        return hashlib.sha256(str(states).encode()).hexdigest()[:8]
+
+    @property
+    def _tensors(self) -> list[torch.Tensor]:
+        """The tensors that it has copies of, as far as they live."""
+        tensors = (*(ref() for ref in self.weights), *self.others)
+        return [t for t in tensors if t is not None]
 
     def load(self, library: Library, key: str, watching: bool) -> None:
         """Makes the package callable by a key; with `watching`, calls fail once a weight has
         changed."""
         r = self.record
         library.load(key, self.path, r.inputs, r.outputs, r.has_status)
-        for tensor in (*(ref() for ref in self.weights), *self.others) if watching else ():
-            if tensor is not None:
-                library.watch(key, tensor._cdata)
+        for tensor in self._tensors if watching else ():
+            library.watch(key, tensor._cdata)
 
 
 _numbers: Any = WeakTensorKeyDictionary()  # unlike addresses, they are never used again
 _next = itertools.count()
 
 
-def _number(tensor: torch.Tensor) -> int:
-    """A number of this tensor alone."""
-    return _numbers.setdefault(tensor, next(_next))
+def state(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """Returns a number of this tensor alone, how often it was changed in place, and where its
+    memory lies."""
+    return _numbers.setdefault(tensor, next(_next)), tensor._version, tensor.data_ptr()
 
 
 def compiled(fn: Function, device: str) -> Compiled:
@@ -91,14 +96,15 @@ def _found(fn: Function, device: str) -> Compiled:
     traced = tracing.trace(fn, device)
     place = folders.chosen()
     record = _record(fn, traced, device)
-    if folders.find(place, record.key) is None:
+    found = folders.find(place, record.key)
+    if found is None:
         check_compiler()
         with folders.locked(place, record.key):
             # another process may have made it while this one waited
-            if folders.find(place, record.key) is None:
-                folders.add(place, record, lambda path: _compile(fn, traced, record, path))
+            found = folders.find(place, record.key)
+            if found is None:
+                found = folders.add(place, lambda path: _compile(traced, record, path))
     weights, others = _held(fn, traced)
-    found = folders.check(place / record.key)
     path = place / record.key / folders.MODEL
     return Compiled(found, path, weights=weights, others=others)
 
@@ -108,7 +114,7 @@ def _record(fn: Function, traced: Traced, device: str) -> folders.Record:
     versions = {"torch": torch.__version__, "format": str(folders.FORMAT)}
     processor = folders.processor()
     made_of = [traced.digest, device, processor, str(sorted(versions.items()))]
-    made_of += [str(torch.get_num_threads()), str(sorted(_OPTIONS.items()))]
+    made_of.append(str(torch.get_num_threads()))
     if device == "cuda":
         made_of.append(str(torch.cuda.get_device_capability()))
     return folders.Record(
@@ -123,17 +129,14 @@ def _record(fn: Function, traced: Traced, device: str) -> folders.Record:
     )
 
 
-_OPTIONS: dict[str, Any] = {}
-
-
-def _compile(fn: Function, traced: Traced, record: folders.Record, path: Path) -> folders.Record:
+def _compile(traced: Traced, record: folders.Record, path: Path) -> folders.Record:
     """Compiles a graph into a file, and returns the record with what is known then."""
     n = len(traced.graph.graph.nodes)
     where = "the GPU" if record.device == "cuda" else "the CPU"
     _say(f"compiling {record.name}, {n} operations, for {where}")
     began = time.perf_counter()
     texts = {f"bridge.status.{i}": text for i, text in enumerate(traced.texts, 1)}
-    options = {**_OPTIONS, "aot_inductor.metadata": texts}
+    options: dict[str, Any] = {"aot_inductor.metadata": texts}
     try:
         with warnings.catch_warnings(), torch.inference_mode(False):
             warnings.simplefilter("ignore")
@@ -158,10 +161,8 @@ def _held(
     fn: Function, traced: Traced
 ) -> tuple[tuple[weakref.ref[torch.Tensor], ...], tuple[torch.Tensor, ...]]:
     """The weights that a module or a method holds, weakly; and the graph's other tensors."""
-    owner = inference.module_of(fn.base.call.target)  # pyright: ignore[reportAttributeAccessIssue]
-    own: set[int] = set()
-    if owner is not None:
-        own = {id(x) for x in (*owner.parameters(), *owner.buffers())}
+    target = fn.base.call.target  # pyright: ignore[reportAttributeAccessIssue]
+    own = {id(x) for x in inference.tensors_of(target)}
     tensors = traced.constants.values()
     weights = tuple(weakref.ref(x) for x in tensors if id(x) in own)
     return weights, tuple(x for x in tensors if id(x) not in own)

@@ -50,9 +50,7 @@ class Exporter:
 
     def weights(self) -> tuple[tuple[int, int, int], ...]:
         """Returns something that changes when a weight of the module is changed or replaced."""
-        owner = inference.module_of(self.target)
-        tensors = () if owner is None else (*owner.parameters(), *owner.buffers())
-        return tuple((id(x), x._version, x.data_ptr()) for x in tensors)
+        return tuple(map(compiling.state, inference.tensors_of(self.target)))
 
     def check(self) -> None:
         """Raises ValueError for a callable that is no function (see inference.check_mode)."""

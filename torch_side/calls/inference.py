@@ -69,6 +69,12 @@ def module_of(target: Any) -> torch.nn.Module | None:
     return owner if isinstance(owner, torch.nn.Module) else None
 
 
+def tensors_of(target: Any) -> tuple[torch.Tensor, ...]:
+    """Returns the parameters and buffers of the module that a callable is, or is a method of."""
+    owner = module_of(target)
+    return () if owner is None else (*owner.parameters(), *owner.buffers())
+
+
 def check_mode(target: Any) -> None:
     """Raises ValueError for a module, or a method of one, with a random layer in training mode.
 

@@ -109,9 +109,9 @@ def check_unreached(
     """Raises where an energy changes with an input `x` that its graph does not reach.
 
     torch gives zeros there, as for a constant, and the forces of a model that leaves autograd would
-    be zero without a word. `again()` gives the energy where the input `name` has moved a little. Under
-    a tracer, where there are no values, an energy that was computed from `x` counts as one that
-    changes with it.
+    be zero without a word. `again()` gives the energy where the input `name` has moved a little.
+    Under a tracer, where there are no values, an energy that was computed from `x` counts as one
+    that changes with it.
 
     Raises: NotImplementedError naming the input."""
     if have_values([energy]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import zipfile
@@ -105,12 +104,11 @@ class Package:
         Raises: TypeError for a call of another form than the package was exported with."""
         from torch.fx._pytree import tree_flatten_spec
 
-        flat = tree_flatten_spec if not _unlike((args, kwargs), self.in_spec) else None
-        if flat is None:
+        if _unlike((args, kwargs), self.in_spec):
             got = f"{pytree.tree_structure((args, kwargs))}"
             expected = f"a call of {self.__name__} as {self.in_spec}"
             raise TypeError(message(expected, got, "call it as it was exported"))
-        return list(flat((args, kwargs), self.in_spec))
+        return list(tree_flatten_spec((args, kwargs), self.in_spec))
 
     def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raises ValueError, naming the input, for types that the package was not compiled for.
@@ -189,9 +187,6 @@ class PackageFunction(TorchFunction):
         """Raises NotImplementedError."""
         raise self._refused("vmap", "use jax.lax.map, which calls it once for each example")
 
-    def __str__(self) -> str:
-        return self.call.name
-
     def _refused(self, what: str, do: str) -> NotImplementedError:
         expected = f"calls of {self}, a package that is compiled for nothing else"
         return NotImplementedError(message(expected, what, do))
@@ -215,7 +210,7 @@ class PackageFunction(TorchFunction):
         found = tuple(base.call.flatten(result)[0])
         of_package = sorted(range(n), key=found.__getitem__)
         record = folders.Record(
-            key=hashlib.sha256(package.sha256.encode()).hexdigest()[:32],
+            key=package.sha256[:32],
             name=package.__name__,
             inputs=tuple(fn.inputs[i] for i in given),
             outputs=tuple(fn.outputs[i] for i in of_package),

@@ -59,7 +59,7 @@ def trace(fn: Function, device: str) -> Traced:
     inference.check_mode(fn.base.call.target)  # pyright: ignore[reportAttributeAccessIssue]
     engine: Any = fn.engine
     if isinstance(engine, transforms.Func):
-        transforms._trust(fn.base)  # this runs the call, too, and not inside of a tracer
+        transforms.trust_in(fn.base)  # this runs the call, too, and not inside of a tracer
     examples = tuple(_example(s, device) for s in fn.inputs)
     checks = status.Status()
 

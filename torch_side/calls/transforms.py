@@ -66,7 +66,7 @@ def _trusted(right: Callable[[Function], bool]) -> Callable[[Callable], Callable
     def decorate(method: Callable) -> Callable:
         def served(self: Func, f: Function, *arguments: Any) -> Tensors:
             by_autograd = getattr(_ROW_BY_ROW, method.__name__)
-            trust = operators.RIGHT if _is_base(f) and right(f) else _trust(f.base)
+            trust = operators.RIGHT if _is_base(f) and right(f) else trust_in(f.base)
             if trust == operators.WRONG or (trust == operators.NESTED_WRONG and not right(f)):
                 return by_autograd(f, *arguments)
             try:
@@ -74,7 +74,7 @@ def _trusted(right: Callable[[Function], bool]) -> Callable[[Callable], Callable
             except RuntimeError as refusal:
                 if not any(words in str(refusal) for words in _NO_FORWARD_MODE):
                     raise
-                f.base.memo["torch.func"] = max(_trust(f.base), operators.NESTED_WRONG)
+                f.base.memo["torch.func"] = max(trust_in(f.base), operators.NESTED_WRONG)
                 if right(f) or _inside_torch_func():
                     raise
             return by_autograd(f, *arguments)
@@ -145,8 +145,8 @@ class Func(Batching):
 _NO_FORWARD_MODE = ("forward AD", "forward mode AD")
 
 
-def _trust(base: Any) -> int:
-    """How far torch.func is right for a base, by the operators in it and by what it has refused."""
+def trust_in(base: Any) -> int:
+    """Returns how far torch.func is right for a base, by the operators in it and by what it has refused."""
     if "torch.func" not in base.memo:
         base.memo["torch.func"] = operators.trust(base.call, base.inputs)
     return base.memo["torch.func"]

@@ -143,11 +143,11 @@ def _check_own_gradients(
 def _check_finite(found: dict[str, torch.Tensor], layout: layouts.Layout, name: str) -> None:
     """ValueError naming the system whose energy, or the atom whose gradient, is not finite."""
     # a sum is finite only if all of its terms are
-    sums = [found[key].detach().sum() for key in _FINITE if key in found]
+    sums = [found[key].detach().sum() for key in static.FINITE if key in found]
     if all(map(math.isfinite, sums)):
         return
-    out = layout.put_back({key: found[key].detach() for key in _FINITE if key in found})
-    for key, what in _FINITE.items():
+    out = layout.put_back({key: found[key].detach() for key in static.FINITE if key in found})
+    for key, what in static.FINITE.items():
         if key in out and not (fine := torch.isfinite(out[key])).all():
             wrong = ~fine.flatten(1).all(1) if fine.ndim > 1 else ~fine
             first = int(wrong.nonzero()[0])
@@ -161,9 +161,6 @@ def _check_finite(found: dict[str, torch.Tensor], layout: layouts.Layout, name: 
                     "look at its structure: atoms may be too close",
                 )
             )
-
-
-_FINITE = {"energy": "system", "position_gradients": "atom", "cell_gradients": "system"}
 
 
 def _nothing(inputs: dict[str, torch.Tensor], card: Card) -> dict[str, torch.Tensor]:

@@ -314,7 +314,8 @@ def _cut(key: str, x: torch.Tensor, real: Real, n_systems: int) -> torch.Tensor:
     return x
 
 
-_FINITE = {"energy": "system", "position_gradients": "atom", "cell_gradients": "system"}
+# outputs that must be finite, and what a row of each is
+FINITE = {"energy": "system", "position_gradients": "atom", "cell_gradients": "system"}
 
 
 def _check_finite(
@@ -322,7 +323,7 @@ def _check_finite(
 ) -> None:
     """Energies and gradients that are not finite."""
     do = "look at its structure: atoms may be too close"
-    for key, what in _FINITE.items():
+    for key, what in FINITE.items():
         if key not in found:
             continue
         wrong = ~found[key].detach().isfinite()
