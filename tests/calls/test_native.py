@@ -299,6 +299,51 @@ def detached(x):
     return (x["pos"].detach() ** 2).sum()[None]
 
 
+# What is changed in place: seen in the graph, before anything is compiled.
+
+HOLDER = torch.ones(3, dtype=torch.float64)
+ROW = jnp.arange(3.0)
+
+
+def an_input(x):
+    x[0].add_(1.0)
+    return x.sum()
+
+
+def a_tensor_that_it_holds(x):
+    HOLDER.add_(1.0)
+    return (x * HOLDER).sum()
+
+
+class Scaling(torch.autograd.Function):
+    """Its backward writes to the cotangent that it is given."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2.0 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.mul_(2.0)
+
+
+CHANGED = {
+    "an input": (an_input, "leave its inputs as they are, got input argument 0 changed in place"),
+    "a held tensor": (a_tensor_that_it_holds, "leave the tensors that it holds as they are"),
+    "a cotangent": (Scaling.apply, "leave its inputs as they are, got input tangent 0 changed"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_is_changed_in_place_is_refused(name):
+    f, text = CHANGED[name]
+    like = (lambda x: x) if name == "a cotangent" else lambda x: jax.ShapeDtypeStruct((), x.dtype)
+    bridged = bridge.to_jax(f, lane="native", outputs=like, derivatives="autograd")
+    pulled = lambda x: jax.vjp(bridged, x)[1](jnp.ones(3))
+    with pytest.raises(ValueError, match=text):
+        jax.jit(pulled if name == "a cotangent" else bridged).lower(ROW)
+
+
 @pytest.mark.parametrize("f", [no_grad, detached])
 def test_forces_of_an_energy_that_is_cut_off_are_no_zeros(f):
     """The same error as eagerly, before anything is compiled."""

@@ -183,7 +183,7 @@ def _accuse(fn: Function, tensors: Sequence[torch.Tensor], before: Sequence[tupl
     """
     for i, (now, then) in enumerate(zip(_traces(tensors), before)):
         if now[0] != then[0]:
-            raise inference.changed(fn.base, _name(fn, i))
+            raise inference.changed(fn.base, input_name(fn, i))
     kept: list[int] = []
     for pause, oldest in _PATIENCE:
         time.sleep(pause)
@@ -196,15 +196,15 @@ def _accuse(fn: Function, tensors: Sequence[torch.Tensor], before: Sequence[tupl
         message(
             f"{fn.base} to keep no view of its inputs after the call (their memory is JAX's and is "
             "freed)",
-            f"input {_name(fn, kept[0])} still referenced",
+            f"input {input_name(fn, kept[0])} still referenced",
             "store a .detach().clone() of it",
         )
     )
 
 
-def _name(fn: Function, i: int) -> str:
-    """The name of an input of a transform: those of the base come first, tangents or cotangents
-    follow."""
+def input_name(fn: Function, i: int) -> str:
+    """Returns the name of an input of a transform: those of the base come first, tangents or
+    cotangents follow."""
     base = _base(fn)
     n = len(base.inputs)
     return base.names[0][i] if i < n else f"tangent {i - n}"

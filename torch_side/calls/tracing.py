@@ -15,7 +15,7 @@ import torch
 from bridge.errors import message
 from bridge.failures import place
 from bridge.function import Function, Spec
-from torch_side.calls import buffers, inference, status, transforms
+from torch_side.calls import buffers, inference, running, status, transforms
 
 OTHER_LANES = 'take lane="ffi" or "host", which run it as it is'
 
@@ -204,7 +204,7 @@ def _check_pure(graph: torch.fx.GraphModule, fn: Function) -> None:
                 root = base
             if root.op == "placeholder":
                 number = [n for n in graph.graph.nodes if n.op == "placeholder"].index(root)
-                raise inference.changed(fn.base, fn.base.input_name(number))
+                raise inference.changed(fn.base, running.input_name(fn, number))
             if root.op == "get_attr":
                 do = "use out-of-place operations, or clone it first"
                 got = f"one of shape {tuple(root.meta['val'].shape)} changed in place by {node.target}"
