@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float
-from torch import nn
 
 # private in torch 2.13: the tensor beneath a wrapper of torch.func, and where its batch axis is
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, maybe_get_bdim
@@ -52,18 +51,18 @@ class Status:
         place = bad.int().argmax() if first is None else _beneath(first)
         # x[place] would read the place on the host
         at = lambda x: x.reshape(-1).index_select(0, place.reshape(1)).to(torch.float64)
-        row = torch.cat([at(bad) * len(self.texts), *(at(_beneath(x)) for x in numbers)])
-        self.rows.append(nn.functional.pad(row, (0, WIDTH - len(row))))
+        self.rows.append(_row([at(bad) * len(self.texts), *(at(_beneath(x)) for x in numbers)]))
 
     def row(self, since: int = 0) -> Float[torch.Tensor, " width"] | None:
         """Returns the row of the first check, from the one with the number `since` on, that found
-        something wrong. None if there was no check."""
-        rows = self.rows[since:]
-        if not rows:
+        something wrong, and keeps it in place of those. None if there was no check."""
+        if len(self.rows) <= since:
             return None
-        table = torch.stack(rows)
-        first = (table[:, 0] != 0).int().argmax()
-        return table.index_select(0, first.reshape(1))[0]
+        *before, found = self.rows[since:]
+        for row in reversed(before):
+            found = torch.where(row[:1] != 0, row, found)
+        self.rows[since:] = [found]
+        return found
 
     def text(self, row: Sequence[float]) -> str | None:
         """Returns the text of a row, None if all is well."""
@@ -73,6 +72,18 @@ class Status:
         for number in row[1:]:
             text = text.replace("{}", f"{number:g}", 1)
         return text
+
+
+def _row(entries: Sequence[Float[torch.Tensor, "1"]]) -> Float[torch.Tensor, " width"]:
+    """A row that begins with these entries.
+
+    Compilers give torch.cat of the same a place in memory for each entry, which takes longer than
+    all else here."""
+    column = torch.arange(WIDTH, device=entries[0].device)
+    row = torch.zeros_like(column, dtype=torch.float64)
+    for k, entry in enumerate(entries):
+        row = torch.where(column == k, entry, row)
+    return row
 
 
 _CURRENT: ContextVar[Status | None] = ContextVar("status", default=None)

@@ -138,7 +138,8 @@ def _atoms(
     )
     strange = descends | (batch < 0) | (batch >= n_systems)
     status.note(strange, text, batch, _numbers(batch))
-    batch = batch.clamp(0, n_systems - 1)
+    # a constant where there is one system, so that compilers need not look
+    batch = batch.clamp(0, n_systems - 1) if n_systems > 1 else torch.zeros_like(batch)
     known = numbers >= 0
     if card.elements is not None:
         elements = {0, *card.elements}
@@ -175,22 +176,17 @@ def _check_geometry(inputs: dict[str, torch.Tensor], status: Status) -> None:
         "finite positions", "({}, {}, {}) for atom {} of system {}", "look at the step before"
     )
     status.note(~pos.isfinite().all(-1), text, *pos.unbind(1), _numbers(pos), inputs["batch"])
-    # an open axis counts as a unit vector across the periodic ones
+    # Gram's determinant is the squared volume. An open axis counts as a unit vector across the
+    # periodic ones.
     a, b, c = cell.double().unbind(1)
     p, q, r = pbc.unbind(1)
-    ab, bc, ca = (torch.linalg.cross(u, v) for u, v in ((a, b), (b, c), (c, a)))
-    length = lambda v: torch.linalg.vector_norm(v, dim=-1)
-    one = torch.ones_like(length(a))
-    volume = (a * bc).sum(-1).abs()
-    volume = torch.where(p & q & r, volume, one)
-    for pair, across in (((p & q & ~r), ab), ((q & r & ~p), bc), ((r & p & ~q), ca)):
-        volume = torch.where(pair, length(across), volume)
-    for alone, v in (((p & ~q & ~r), a), ((q & ~r & ~p), b), ((r & ~p & ~q), c)):
-        volume = torch.where(alone, length(v), volume)
-    scale = one
-    for periodic, v in ((p, a), (q, b), (r, c)):
-        scale = scale * torch.where(periodic, length(v), one)
-    sound = (volume > 1e-6 * scale) & volume.isfinite()
+    length2 = lambda periodic, u: torch.where(periodic, (u * u).sum(-1), 1.0)
+    dot = lambda both, u, v: torch.where(both, (u * v).sum(-1), 0.0)
+    aa, bb, cc = length2(p, a), length2(q, b), length2(r, c)
+    ab, bc, ca = dot(p & q, a, b), dot(q & r, b, c), dot(r & p, c, a)
+    scale2 = aa * bb * cc
+    volume2 = scale2 + 2 * ab * bc * ca - aa * bc * bc - bb * ca * ca - cc * ab * ab
+    sound = (volume2 > 1e-12 * scale2) & volume2.isfinite()
     do = "give the cell, or set pbc False on that axis"
     text = message("independent cell vectors on periodic axes", "other ones in system {}", do)
     status.note(~sound, text, _numbers(sound))
@@ -202,11 +198,12 @@ def _edges(
     """edge_index and cell_offsets as the model sees them, with ghost edges in all other slots."""
     pos, cell, batch = inputs["pos"], inputs["cell"], inputs["batch"]
     n_atoms = len(pos)
-    i, j = inputs["edge_index"].long()
-    slot = _numbers(i)
-    inside = (i >= 0) & (j >= 0) & (i < n_atoms) & (j < n_atoms)
-    negative = (i < 0) | (j < 0)
-    i, j = (torch.where(inside, x, 0) for x in (i, j))
+    edges = inputs["edge_index"].long()
+    slot = _numbers(edges[0])
+    negative = (edges < 0).any(0)
+    inside = ~negative & (edges < n_atoms).all(0)
+    edges = torch.where(inside, edges, 0)
+    i, j = edges
     apart = inside & (batch[i] != batch[j])
     text = message(
         "edges within one system, or slots marked unused by an index >= N",
@@ -216,8 +213,8 @@ def _edges(
     status.note(negative | apart, text, i, batch[i], j, batch[j], slot)
     kept = inside & ~apart & real.atoms[i] & real.atoms[j]
     # both directions, as the contract has it
-    ghost = n_atoms + torch.stack([slot % 2, 1 - slot % 2])
-    places = torch.stack([real.place[i], real.place[j]])
+    ghost = n_atoms + (slot + torch.arange(2, device=slot.device)[:, None]) % 2
+    places = real.place[edges]
     offsets = inputs.get("cell_offsets")
     if cutoff is None or offsets is None or not len(slot):
         found = {"edge_index": torch.where(kept, places, ghost)}
@@ -245,23 +242,23 @@ def _with_ghosts(
     if not real.ghosts:
         return inputs | edges
     pos, cell, pbc = inputs["pos"], inputs["cell"], inputs["pbc"]
-    n_systems = len(cell)
+    numbers, batch = inputs["atomic_numbers"], inputs["batch"]
+    n_atoms, n_systems = len(pos), len(cell)
     length = card.cutoff or 1.0
     # padding atoms lie far from the ghosts and from one another
     far = _along_x(4 * length * (2 + _numbers(pos)), pos)
-    ghosts = _along_x(length / 2 * torch.arange(real.ghosts, device=pos.device), pos)
-    numbers, batch = inputs["atomic_numbers"], inputs["batch"]
+    everyone = torch.arange(n_atoms + real.ghosts, device=pos.device)
+    ghosts = _along_x(length / 2 * (everyone - n_atoms), pos)
     box = 2 * length * torch.eye(3, dtype=cell.dtype, device=cell.device)
+    last = torch.arange(n_systems + 1, device=cell.device) == n_systems
+    element, system = numbers.amin(), torch.full_like(everyone, n_systems)
     seen = {
-        "pos": torch.cat([_placed(torch.where(real.atoms[:, None], pos, far), real), ghosts]),
-        "atomic_numbers": torch.cat([_placed(numbers, real), numbers.amin().expand(real.ghosts)]),
-        "batch": nn.functional.pad(
-            _placed(torch.where(real.atoms, batch, n_systems), real),
-            (0, real.ghosts),
-            value=n_systems,
-        ),
+        "pos": _placed(ghosts, torch.where(real.atoms[:, None], pos, far), real),
+        "atomic_numbers": _placed(element.expand(len(everyone)).clone(), numbers, real),
+        "batch": _placed(system, torch.where(real.atoms, batch, n_systems), real),
+        # unlike _longer, which compilers would evaluate again for each edge, this has a place
         "cell": torch.cat([cell, box[None]]),
-        "pbc": torch.cat([pbc, pbc.new_full((1, 3), card.needs_pbc)]),
+        "pbc": torch.where(last[:, None], card.needs_pbc, _longer(pbc, 1)),
     }
     seen |= edges
     return {key: seen[key] if key in seen else _extended(key, x, real) for key, x in inputs.items()}
@@ -272,9 +269,15 @@ def _along_x(x: torch.Tensor, like: torch.Tensor) -> Float[torch.Tensor, "K 3"]:
     return nn.functional.pad(x.to(like.dtype)[:, None], (0, 2))
 
 
-def _placed(x: torch.Tensor, real: Real) -> torch.Tensor:
-    """Rows of atoms in the order in which the model sees them."""
-    return torch.zeros_like(x).index_copy(0, real.place, x)
+def _placed(ghosts: torch.Tensor, x: torch.Tensor, real: Real) -> torch.Tensor:
+    """Rows of atoms where the model sees them, before the last rows of `ghosts`."""
+    return ghosts.to(x.dtype).index_copy(0, real.place, x)
+
+
+def _longer(x: torch.Tensor, more: int) -> torch.Tensor:
+    """x with rows of zeros at its end. Compilers give torch.cat of the same a place in memory for
+    each part."""
+    return nn.functional.pad(x, (0, 0) * (x.ndim - 1) + (0, more))
 
 
 def _extended(key: str, x: torch.Tensor, real: Real) -> torch.Tensor:
@@ -288,9 +291,9 @@ def _extended(key: str, x: torch.Tensor, real: Real) -> torch.Tensor:
         return x
     axis = INPUTS[key][0][0]
     if axis == "N":
-        return torch.cat([_placed(x, real), x.new_zeros(real.ghosts, *x.shape[1:])])
+        return _placed(_longer(torch.zeros_like(x), real.ghosts), x, real)
     if axis == "B":
-        return torch.cat([x, x.new_zeros(1, *x.shape[1:])])
+        return _longer(x, 1)
     return x
 
 
