@@ -15,7 +15,7 @@ import torch
 from bridge.errors import message
 from bridge.failures import place
 from bridge.function import Function, Spec
-from torch_side.calls import buffers, inference, running, status, transforms
+from torch_side.calls import buffers, inference, rewriting, running, status, transforms
 
 OTHER_LANES = 'take lane="ffi" or "host", which run it as it is'
 
@@ -74,7 +74,7 @@ def trace(fn: Function, device: str) -> Traced:
     with inference.uncompiled(), torch.inference_mode(False), _refusing(fn):
         graph = _graph(run, examples)
     inference.check_no_fake_kept(fn.base.call.target)  # pyright: ignore[reportAttributeAccessIssue]
-    _unshare(graph)
+    rewriting.unshare(graph)
     graph.graph.eliminate_dead_code()
     graph.delete_all_unused_submodules()
     graph.recompile()
@@ -86,6 +86,9 @@ def trace(fn: Function, device: str) -> Traced:
         if n.op == "get_attr"
     }
     constants = {name: x for name, x in held.items() if isinstance(x, torch.Tensor)}
+    rewriting.write_out(graph)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
     return Traced(graph, examples, tuple(checks.texts), constants)
 
 
@@ -94,30 +97,6 @@ def _graph(run: Any, examples: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     return make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
-
-
-# Operators that return their first argument with some of its entries changed.
-_CHANGED = ("index_put", "index_add", "index_copy", "index_fill", "put", "diagonal_scatter")
-
-
-def _unshare(graph: torch.fx.GraphModule) -> None:
-    """Gives the entries of an expanded tensor a place each before some of them are changed.
-
-    Inductor (torch 2.13) keeps one place for all entries of an expanded constant, as derivatives of
-    a gather have it, and writes all values there: wrong numbers without a word."""
-    for node in graph.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if schema is None or schema.name.removeprefix("aten::") not in _CHANGED:
-            continue
-        first = node.args[0]
-        known = first.meta.get("val")
-        if isinstance(known, torch.Tensor) and known.is_contiguous():
-            continue
-        with graph.graph.inserting_before(node):
-            dense = graph.graph.call_function(
-                torch.ops.aten.clone.default, (first,), {"memory_format": torch.contiguous_format}
-            )
-        node.replace_input_with(first, dense)
 
 
 def _example(s: Spec, device: str) -> torch.Tensor:
