@@ -214,6 +214,16 @@ def test_a_tensor_in_a_closure_that_changes():
         program(X).block_until_ready()
 
 
+@pytest.mark.parametrize("held", ["module", "closure"])
+def test_weights_of_inference_mode_are_refused(held):
+    """They don't count their changes, so that nobody would notice one."""
+    with torch.inference_mode():
+        module, weight = Scaled(), torch.ones(3, dtype=torch.float64)
+    f = module if held == "module" else lambda x: (weight * x).sum()
+    with pytest.raises(ValueError, match="weights that count their changes, got one of shape"):
+        jax.jit(bridge.to_jax(f, lane="native"))(X)
+
+
 def test_a_module_lives_as_long_as_its_last_program():
     module = Scaled()
     alive, program = weakref.ref(module), jax.jit(bridge.to_jax(module, lane="native"))

@@ -134,26 +134,21 @@ def test_transform_equals_pure_jax(name, transform, way):
 # of one energy, those of a vector that are others, and a few of the other twins. Most of the cells
 # of `make test` call packages that another one has compiled.
 OF_VECTORS = ["jvp", "vjp", "jacrev", "vmap_last_axis", "grad_vmap", "jvp_while_loop"]
-OTHERS = ["grad", "hessian", "vmap_grad"]
+OTHERS = ["grad", "hessian", "vmap_grad", "vmap_hessian"]
 NATIVE = [
     *(f"cubic {transform}" for transform in TRANSFORMS),
     *(f"elementwise {transform}" for transform in OF_VECTORS),
     *(f"{name} {t}" for name in TWINS if name not in ("cubic", "elementwise") for t in OTHERS),
 ]
 RUN = """call grad value_and_grad jvp checkpoint scan grad_scan while_loop fori_loop cond grad_cond lax_map
-    custom_vjp_inside vmap vmap_grad hvp hessian third_order""".split()
+    custom_vjp_inside vmap vmap_grad hvp hessian vmap_hessian third_order""".split()
 # and the derivative of a gather, of which Inductor makes wrong numbers unless it is traced with care
 A_FEW_NATIVE = {*(f"cubic {t}" for t in RUN), "elementwise jvp", "elementwise vjp", "pair hessian"}
 
 
 @pytest.mark.parametrize("cell", a_few(NATIVE, A_FEW_NATIVE))
 def test_transform_equals_pure_jax_on_the_native_lane(cell):
-    """Never a wrong number: what torch can't trace (2.13: forward mode under two vmaps of some
-    models) is refused."""
-    try:
-        assert_equals_pure_jax(*cell.split(), "native")
-    except NotImplementedError as refusal:
-        assert cell == "cubic vmap_hessian" and 'take lane="ffi"' in str(refusal)
+    assert_equals_pure_jax(*cell.split(), "native")
 
 
 @settings(max_examples=3)

@@ -71,7 +71,13 @@ _next = itertools.count()
 
 def state(tensor: torch.Tensor) -> tuple[int, int, int]:
     """Returns a number of this tensor alone, how often it was changed in place, and where its
-    memory lies."""
+    memory lies.
+
+    Raises: ValueError for a tensor of inference mode, which does not count its changes."""
+    if tensor.is_inference():
+        do = 'make the model outside of it, give it clones of its weights, or take lane="ffi"'
+        got = f"one of shape {tuple(tensor.shape)}, made under torch.inference_mode()"
+        raise ValueError(message("weights that count their changes", got, do))
     return _numbers.setdefault(tensor, next(_next)), tensor._version, tensor.data_ptr()
 
 

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bridge.errors import message
 from bridge.failures import place
@@ -65,7 +66,8 @@ def trace(fn: Function, device: str) -> Traced:
 
     def run(*tensors: torch.Tensor) -> list[torch.Tensor]:
         # A model may ask whether a tensor requires grad; these don't.
-        with status.collecting(checks), torch.set_grad_enabled(engine.differentiates_inside):
+        grad_mode = torch.set_grad_enabled(engine.differentiates_inside)
+        with status.collecting(checks), grad_mode, _Zeros():
             found = [y.detach() for y in fn(*tensors)]
             row = checks.row()
         dense = [y.resolve_conj().resolve_neg() for y in found]
@@ -92,6 +94,18 @@ def trace(fn: Function, device: str) -> Traced:
     return Traced(graph, examples, tuple(checks.texts), constants)
 
 
+class _Zeros(TorchDispatchMode):
+    """Gives tangents of zero memory of their own. Sums of torch's kind without memory (2.13) with
+    another tensor are on no device while they are traced."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._efficientzerotensor.default:
+            func = torch.ops.aten.zeros.default
+        return func(*args, **(kwargs or {}))
+
+
 def _graph(run: Any, examples: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
     """What make_fx makes of it."""
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -110,7 +124,6 @@ def _refusing(fn: Function) -> Iterator[None]:
     from torch._subclasses.fake_tensor import (
         DataDependentOutputException,
         DynamicOutputShapeException,
-        FakeTensorDeviceMismatchError,
         UnsupportedOperatorException,
     )
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
@@ -125,11 +138,6 @@ def _refusing(fn: Function) -> Iterator[None]:
         yield
     except refusals as error:
         raise _untraceable(fn, str(getattr(error, "func", error)), error) from error
-    except FakeTensorDeviceMismatchError as error:
-        # torch 2.13: forward mode under two vmaps makes zeros that are on no device
-        if "meta" not in str(error):
-            raise
-        raise _untraceable(fn, str(error), error) from error
     except RuntimeError as error:
         if type(error) is not RuntimeError or not any(w in str(error) for w in _WORDS):
             raise

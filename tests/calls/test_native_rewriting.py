@@ -1,0 +1,121 @@
+"""What is changed in a graph before it is compiled: products with small constant matrices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import bridge
+from tests.calls.test_native import AT_RUN, STALE
+from tests.cases import close
+from torch_side.calls import rewriting
+
+ROWS = rewriting._TALL
+PRODUCT = torch.ops.aten.mm.default
+
+
+def traced(f, *shapes, dtype=torch.float64):
+    examples = [torch.empty(s, dtype=dtype) for s in shapes]
+    return make_fx(f, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
+
+
+def written_out(graph):
+    """The graph after the pass, and how many products it has left."""
+    rewriting.write_out(graph)
+    graph.graph.eliminate_dead_code()
+    graph.graph.lint()
+    graph.recompile()
+    return graph, sum(n.target is PRODUCT for n in graph.graph.nodes)
+
+
+def sparse(rows, columns, terms, seed, dtype):
+    """A matrix with so many entries that are not zero, or as many as fit."""
+    generator = np.random.default_rng(seed)
+    entries = np.zeros(rows * columns)
+    places = generator.permutation(rows * columns)[:terms]
+    entries[places] = generator.normal(size=len(places))
+    return torch.tensor(entries.reshape(rows, columns), dtype=dtype)
+
+
+TOLERANCES = {
+    torch.float32: {"rtol": 1e-5, "atol": 1e-4},
+    torch.float64: {"rtol": 1e-12, "atol": 1e-12},
+}
+SIZES = st.integers(1, 9)
+
+
+@given(
+    SIZES,
+    SIZES,
+    st.integers(1, rewriting._TERMS),
+    st.integers(0, 99),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_products_are_sums_of_columns(inner, columns, terms, seed, dtype):
+    matrix = sparse(inner, columns, terms, seed, dtype)
+    graph, left = written_out(traced(lambda x: x @ matrix, (ROWS, inner), dtype=dtype))
+    assert not left
+    x = torch.randn(ROWS, inner, dtype=dtype)
+    found = graph(x)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, x @ matrix, **TOLERANCES[dtype])
+
+
+def test_a_product_and_its_derivative_with_a_scaled_block():
+    """As tensor products of e3nn have it: the matrix is a view of a scaled array, and the backward
+    takes it transposed."""
+    block = sparse(9, 5, 11, 0, torch.float64).reshape(3, 3, 5)
+
+    def energy(x, y):
+        x = x.requires_grad_()
+        outer = (x[:, :, None] * y[:, None, :]).reshape(-1, 9)
+        product = outer @ (block * 3**0.5).permute(0, 1, 2).reshape(9, 5)
+        return torch.autograd.grad(product.sin().sum(), x)[0]
+
+    graph = traced(energy, (ROWS, 3), (ROWS, 3))
+    assert sum(n.target is PRODUCT for n in graph.graph.nodes) == 2
+    graph, left = written_out(graph)
+    assert not left
+    x, y = torch.randn(2, ROWS, 3, dtype=torch.float64)
+    torch.testing.assert_close(graph(x, y), energy(x, y), **TOLERANCES[torch.float64])
+
+
+WEIGHT = torch.randn(3, 3, dtype=torch.float64)
+LEFT_ALONE = {  # what has as many terms that a library is faster, or values that nobody knows yet
+    "few rows": (lambda x: x @ WEIGHT, (ROWS - 1, 3)),
+    "many terms": (lambda x: x @ torch.ones(9, 9, dtype=x.dtype), (ROWS, 9)),
+    "zeros": (lambda x: x @ torch.zeros(3, 3, dtype=x.dtype), (ROWS, 3)),
+    "wide": (lambda x: x @ torch.eye(3, 65, dtype=x.dtype), (ROWS, 3)),
+    "of the inputs": (lambda x: x @ x[:3], (ROWS, 3)),
+    "random": (lambda x: x @ torch.rand_like(WEIGHT), (ROWS, 3)),
+    "half": (lambda x: x.half() @ WEIGHT.half(), (ROWS, 3)),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_ALONE)
+def test_other_products_are_left_alone(name):
+    f, shape = LEFT_ALONE[name]
+    before = traced(f, shape)
+    code = before.code
+    graph, left = written_out(before)
+    assert left == 1, code
+    assert graph.code == code
+
+
+def test_a_matrix_that_was_written_out_and_then_changes():
+    """Its entries are in the program, and are watched as all weights are."""
+    matrix = sparse(3, 5, 7, 0, torch.float64)
+    energy = bridge.to_jax(lambda x: (x @ matrix).sin().sum(), lane="native")
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(ROWS, 3)))
+    program = jax.jit(jax.grad(energy))
+    want = jax.grad(lambda x: jnp.sin(x @ jnp.asarray(matrix.numpy())).sum())
+    close(program(x), want(x), rtol=1e-11)
+    matrix.mul_(2)
+    with pytest.raises(AT_RUN, match=STALE):
+        program(x).block_until_ready()
+    again = bridge.to_jax(lambda x: (x @ matrix).sin().sum(), lane="native")
+    close(jax.jit(jax.grad(again))(x), want(x), rtol=1e-11)
