@@ -1,4 +1,5 @@
-"""What is changed in a graph before it is compiled: products with small constant matrices."""
+"""What is changed in a graph before it is compiled: products with small constant matrices, and what
+is added into one entry."""
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +104,73 @@ def test_other_products_are_left_alone(name):
     code = before.code
     graph, left = written_out(before)
     assert left == 1, code
+    assert graph.code == code
+
+
+def gathered(x):
+    """The derivative of rows that are all the one that there is, counted from either end."""
+    table = x[:1].clone().requires_grad_()
+    rows = table[torch.tensor([0, -1, 0])] * x[:3]
+    return torch.autograd.grad(rows.square().sum(), table)[0]
+
+
+def added(*shape, axis=0, **kwargs):
+    def f(x):
+        index = torch.zeros(len(x), dtype=torch.int64)
+        values = x.expand(*(len(x) if k == axis % len(shape) else n for k, n in enumerate(shape)))
+        return torch.ones(shape, dtype=x.dtype).index_add(axis, index, values, **kwargs)
+
+    return f
+
+
+ADDED = {
+    "energies of one system": (added(1), (5,)),
+    "with a factor": (added(1, alpha=-0.5), (5,)),
+    "rows": (added(1, 3), (5, 1)),
+    "columns": (added(3, 1, axis=-1), (5,)),
+    "none": (added(1), (0,)),
+    "counts": (lambda x: added(1)(x.int() * 7), (5,)),
+    "a gather": (gathered, (4, 2)),
+}
+ADDING = (torch.ops.aten.index_add.default, torch.ops.aten.index_put.default)
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_what_is_added_into_one_entry_is_a_sum(name):
+    f, shape = ADDED[name]
+    graph = traced(f, shape)
+    assert any(n.target in ADDING for n in graph.graph.nodes)
+    rewriting.sum_up(graph)
+    graph.graph.lint()
+    graph.recompile()
+    assert not any(n.target in ADDING for n in graph.graph.nodes)
+    x = 3 * torch.randn(shape, dtype=torch.float64)
+    torch.testing.assert_close(graph(x), f(x))
+
+
+def test_a_wrong_index_into_one_entry_gives_nan():
+    """Eager torch raises an IndexError; what is compiled may not give a number."""
+    graph = traced(lambda x, i: x.new_zeros(1).index_add(0, i.long(), x), (3,), (3,))
+    rewriting.sum_up(graph)
+    graph.recompile()
+    x = torch.ones(3, dtype=torch.float64)
+    assert graph(x, torch.zeros(3)) == 3 and graph(x, torch.tensor([0.0, 0, 1])).isnan()
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: x.new_zeros(2).index_add(0, torch.zeros(4, dtype=torch.int64), x),
+        lambda x: x.new_zeros(1).index_put((torch.zeros(4, dtype=torch.int64),), x),
+        lambda x: x.new_zeros(1).index_put((torch.ones(1, dtype=torch.bool),), x[:1], True),
+        lambda x: x.new_zeros(1, 1).index_put((torch.zeros(4).long(),) * 2, x, True),
+    ],
+)
+def test_what_is_added_elsewhere_is_left_alone(f):
+    graph = traced(f, (4,))
+    code = graph.code
+    rewriting.sum_up(graph)
+    graph.recompile()
     assert graph.code == code
 
 

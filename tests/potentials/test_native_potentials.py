@@ -77,6 +77,19 @@ def test_the_inputs_hold_what_they_should():
     assert 0 < inside < used < SLOTS
 
 
+def test_one_system_on_two_threads():
+    """What is compiled for several threads is other code, and atoms of one system are a constant."""
+    threads = torch.get_num_threads()
+    one = bridge.potential(MODEL, atomic_numbers=NUMBERS, pbc=True, lane="native")
+    edges = bridge.edges(CUTOFF, SLOTS)(R, H)
+    torch.set_num_threads(2)
+    try:
+        found = jax.jit(jax.value_and_grad(one, (0, 1)))(R, H, **edges)
+    finally:
+        torch.set_num_threads(threads)
+    close(found, jax.value_and_grad(lambda r, h: brute(r, h, NUMBERS), (0, 1))(R, H))
+
+
 def test_outputs_of_the_model():
     found = jax.jit(NATIVE)(INPUTS)
     g, G = jax.grad(lambda *x: pure(*x).sum(), (0, 1))(POSITIONS, CELLS)

@@ -33,6 +33,57 @@ def unshare(graph: torch.fx.GraphModule) -> None:
         node.replace_input_with(first, dense)
 
 
+def sum_up(graph: torch.fx.GraphModule) -> None:
+    """Writes index_add into an axis of one entry, and what a gather of such an axis has for its
+    derivative, as a sum.
+
+    Energies of one system are added up so. Inductor fails there (an AssertionError without a text)
+    when it compiles for several threads. An index other than 0 and -1 gives NaN."""
+    for node in graph.graph.nodes:
+        found = _added_to_one(node)
+        if found is None:
+            continue
+        into, axis, index, values, alpha = found
+        with graph.graph.inserting_before(node):
+            call = graph.graph.call_function
+            if values.meta["val"].is_floating_point():
+                shape = [-1 if k == axis else 1 for k in range(values.meta["val"].ndim)]
+                right = [call(aten.eq.Scalar, (index, k)) for k in (0, -1)]
+                inside = call(aten.view.default, (call(aten.logical_or.default, tuple(right)), shape))
+                nan = call(aten.full_like.default, (values, float("nan")))
+                values = call(aten.where.self, (inside, values, nan))
+            total = call(aten.sum.dim_IntList, (values, [axis], True))
+            if not into.meta["val"].is_floating_point():  # sums of integers are int64
+                total = call(aten._to_copy.default, (total,), {"dtype": into.meta["val"].dtype})
+            added = call(aten.add.Tensor, (into, total), {"alpha": alpha})
+        added.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(added)
+        graph.graph.erase_node(node)
+
+
+def _added_to_one(node: torch.fx.Node) -> tuple[Any, int, Any, Any, Any] | None:
+    """(tensor, axis, index, values, factor) of a node that adds values to an axis of one entry."""
+    if node.target is aten.index_add.default:
+        into, axis, index, values = node.args[:4]
+        alpha = node.kwargs.get("alpha", 1)
+    elif node.target is aten.index_put.default and node.args[3:4] == (True,):
+        into, indices, values = node.args[:3]
+        named = [k for k, i in enumerate(indices) if i is not None]
+        axis, index, alpha = named[0], indices[named[0]], 1
+        if len(named) > 1 or index.meta["val"].ndim != 1 or index.meta["val"].dtype == torch.bool:
+            return None
+    else:
+        return None
+    sizes, given = list(into.meta["val"].shape), list(values.meta["val"].shape)
+    if not sizes or into.meta["val"].dtype == torch.bool:
+        return None
+    axis %= len(sizes)
+    n = index.meta["val"].shape[0] if index.meta["val"].ndim else 1
+    if sizes[axis] != 1 or given != [*sizes[:axis], n, *sizes[axis + 1 :]]:
+        return None
+    return into, axis, index, values, alpha
+
+
 _TALL = 1024  # rows
 _TERMS = 64  # entries of a matrix that are not zero, for which a product is written out
 _WIDE = 64  # rows or columns of that matrix

@@ -89,6 +89,7 @@ def trace(fn: Function, device: str) -> Traced:
     }
     constants = {name: x for name, x in held.items() if isinstance(x, torch.Tensor)}
     rewriting.write_out(graph)
+    rewriting.sum_up(graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return Traced(graph, examples, tuple(checks.texts), constants)

@@ -138,8 +138,7 @@ def _atoms(
     )
     strange = descends | (batch < 0) | (batch >= n_systems)
     status.note(strange, text, batch, _numbers(batch))
-    # a constant where there is one system, so that compilers need not look
-    batch = batch.clamp(0, n_systems - 1) if n_systems > 1 else torch.zeros_like(batch)
+    batch = batch.clamp(0, n_systems - 1)
     known = numbers >= 0
     if card.elements is not None:
         elements = {0, *card.elements}
@@ -198,6 +197,8 @@ def _edges(
     """edge_index and cell_offsets as the model sees them, with ghost edges in all other slots."""
     pos, cell, batch = inputs["pos"], inputs["cell"], inputs["batch"]
     n_atoms = len(pos)
+    if len(cell) == 1:
+        batch = torch.zeros_like(batch)  # as it is, too; a compiler need not look at this one
     edges = inputs["edge_index"].long()
     slot = _numbers(edges[0])
     negative = (edges < 0).any(0)
