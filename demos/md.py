@@ -62,6 +62,11 @@ def options(argv=None) -> argparse.Namespace:
         help="steps in one jitted call, and between frames",
     )
     parser.add_argument("--lane", choices=("auto", "ffi", "host", "native"), default="auto")
+    parser.add_argument(
+        "--threads",
+        type=at_least(int, 1),
+        help="of torch, everywhere (default: 1 on the native lane, else what torch takes)",
+    )
     parser.add_argument("--seed", type=at_least(int, 0), default=0)
     parser.add_argument("--out", type=Path, default=Path("demos/out"))
     chosen = parser.parse_args(argv)
@@ -122,11 +127,14 @@ def run(chosen):
     atoms = ase.build.bulk(chosen.crystal, cubic=True, **CRYSTALS[chosen.crystal]).repeat(
         chosen.repeat
     )
+    if threads := chosen.threads or (1 if chosen.lane == "native" else None):
+        torch.set_num_threads(threads)
     model = SevenNet("7net-0").eval()
     calls = Calls(model)
     print(
         f"{chosen.crystal}, {len(atoms)} atoms, {chosen.temperature:g} K, {chosen.dt:g} fs a step; "
-        f"jax {jax.__version__}, torch {torch.__version__}, lane {chosen.lane}"
+        f"jax {jax.__version__}, torch {torch.__version__}, lane {chosen.lane}, "
+        f"{torch.get_num_threads()} threads"
     )
 
     # The whole of the bridge: a torch potential as a jax-md energy function.
