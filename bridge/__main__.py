@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 USAGE = """usage: python -m bridge doctor
        python -m bridge --version
        python -m bridge check module:factory [--kind torch|jax] [--gradients model|autograd] [--cutoff X] [--elements Si,O]
-                              [--dtype float64|float32] [--examples N]
+                              [--dtype float64|float32] [--examples N] [--native]
        python -m bridge compile module:factory structure [--cutoff X] [--capacity E] [--gradients model|autograd]
                               [--dtype float32|float64] [--hvp] [--folder F]"""
 
@@ -72,7 +72,7 @@ def check(options: argparse.Namespace) -> int:
 
     Returns 0 if all properties hold, else 1.
     """
-    from bridge.testing import run_checks
+    from bridge.testing import ALL, run_checks
     from bridge.testing.subject import kind_of
 
     given = {
@@ -88,7 +88,8 @@ def check(options: argparse.Namespace) -> int:
         raise TypeError(
             message("--kind torch or --kind jax", got, "say which framework its arrays are of")
         )
-    for found in run_checks(model, max_examples=options.examples, **given):
+    checks = (*ALL, "native lane agrees") if options.native else ALL
+    for found in run_checks(model, checks=checks, max_examples=options.examples, **given):
         why = found.skipped or found.warning
         print(_state(found), found.name + (f" ({why})" if why else ""), flush=True)
         if found.failure:
@@ -174,6 +175,9 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--elements", type=_elements, help="symbols or atomic numbers, as Si,O")
     parser.add_argument("--dtype", choices=("float64", "float32"))
     parser.add_argument("--examples", type=int, default=20, help="structures for each property")
+    parser.add_argument(
+        "--native", action="store_true", help="check the native lane, too, which compiles the model"
+    )
     return parser.parse_args(arguments)
 
 

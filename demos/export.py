@@ -72,8 +72,11 @@ def neighbours(positions, cell, capacity=None):
 
 def written(atoms, folder) -> None:
     """Exports STEPS steps of velocity Verlet, and saves them."""
+    import torch
+
     from torch_side.models.sevennet import SevenNet
 
+    torch.set_num_threads(1)  # what the package is compiled for: best for a small system
     energy = bridge.potential(
         SevenNet("7net-0"), atomic_numbers=atoms.numbers, pbc=True, lane="native"
     )
@@ -153,7 +156,8 @@ def main(argv=None) -> None:
     apart = float(np.abs(saved["positions"] - positions).max())
     size = sum(f.stat().st_size for f in (folder / "program").rglob("*") if f.is_file()) / 1e6
     print(
-        f"\nNaCl, {len(atoms)} atoms, {chosen.calls * STEPS} steps of {FS:g} fs; jax {jax.__version__}\n"
+        f"\nNaCl, {len(atoms)} atoms, {chosen.calls * STEPS} steps of {FS:g} fs, one thread; "
+        f"jax {jax.__version__}\n"
     )
     print(f"{'':34}{'first process':>16}{'second process':>16}")
     print(f"{'exported and compiled, s':34}{seconds:>16.1f}{'-':>16}")

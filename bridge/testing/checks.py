@@ -30,7 +30,8 @@ class Property:
 
     `check(model, structure, rng)` raises Mismatch, or returns the text of a warning. `needs` has
     "systems" (several of them), "pbc" (a periodic axis), "edges", "lanes", "transforms", "scan"
-    (many evaluations, so that few structures are drawn) or nothing.
+    (many evaluations, so that few structures are drawn), "compiled" (seconds to minutes for each
+    structure, so that it is checked on request alone) or nothing.
     """
 
     check: Check
@@ -302,6 +303,14 @@ def lanes(model: Subject, s: Structure, rng: np.random.Generator) -> None:
         for a, b in zip(got, want, strict=True):
             allowed = model.room(model.limits.same, a, b)
             agree(a, b, allowed, f"{label} of the energy", "host lane, got on the ffi lane")
+
+
+@holds("native lane agrees", "lanes", "compiled")
+def native(model: Subject, s: Structure, rng: np.random.Generator) -> None:
+    """The compiled model, with unused slots among its edges, gives what the model itself gives."""
+    graph = model.with_edges(s)
+    padded = pad(graph, 0, 3, int(rng.integers(99))) if "edge_index" in graph else graph
+    same(model, model.compiled(padded), model(s), "the model itself, got on the native lane")
 
 
 @holds("transforms agree", "transforms")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from ase.build import bulk
 
-from bridge.testing import ALL, check_potential, run_checks
+from bridge.testing import ALL, Found, check_potential, run_checks
 from tests.adapters import MODELS
 from tests.matrices import a_few
 from tests.model_cases import skewed
@@ -90,6 +90,38 @@ def test_the_right_model_x_all_properties(name):
     assert [f.name for f in found if f.skipped] == (
         [] if name == "graph" else ["padding changes nothing"]
     )
+
+
+NATIVE = "native lane agrees"
+
+
+def native(model, **options):
+    """What becomes of this property, which is checked where it is asked for."""
+    assert NATIVE not in ALL
+    (found,) = run_checks(model, kind="torch", checks=[NATIVE], n_atoms=(2, 2), **options)
+    return found
+
+
+def test_the_right_model_x_the_native_lane():
+    model, options = TORCH["graph"]
+    assert native(model, **options) == Found(NATIVE)
+
+
+def test_a_model_that_is_another_one_compiled():
+    """It asks whether it is traced."""
+
+    def model(x):
+        traced = isinstance(x["pos"], torch._subclasses.FakeTensor)
+        return {"energy": right(x)["energy"] * (1.01 if traced else 1)}
+
+    failure = native(model, **TORCH["graph"][1]).failure
+    assert "energy[0]: expected" in failure and "the model itself, got on the native lane" in failure
+
+
+def test_a_model_that_looks_at_values_x_the_native_lane():
+    """It finds its neighbours itself."""
+    failure = native(structure).failure
+    assert ".numpy() is not supported" in failure and 'take lane="ffi"' in failure
 
 
 def test_the_right_model_x_jax():
