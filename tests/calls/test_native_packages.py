@@ -21,6 +21,7 @@ import torch
 import bridge
 from bridge.__main__ import main
 from bridge.native import folder, handler
+from torch_side.calls import compiling
 
 ROOT = Path(__file__).resolve().parents[2]
 # Every process compiles this one function.
@@ -125,13 +126,26 @@ def test_an_interrupted_compilation_leaves_nothing(tmp_path):
     for line in process.stderr:
         if "compiling" in line:
             break
-    while process.poll() is None:  # one that comes within a finalizer is lost
-        time.sleep(1.0)
-        process.send_signal(signal.SIGINT)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode != 0
     left = [p.name for p in place.iterdir()]
     assert all(n.endswith(".lock") or n == handler.file_name() for n in left), left
+
+
+def test_an_interrupt_that_python_loses_comes_again():
+    """Of a finalizer or a callback of the garbage collector, where Python prints and forgets it."""
+
+    class Interrupted:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    hook = sys.unraisablehook
+    with pytest.raises(KeyboardInterrupt), compiling._interruptible():
+        Interrupted()
+        time.sleep(10)
+    assert sys.unraisablehook is hook
 
 
 # Ahead of time.

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import _thread
 import gc
 import hashlib
 import itertools
 import sys
+import threading
 import time
 import warnings
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -90,11 +94,33 @@ def compiled(fn: Function, device: str) -> Compiled:
 
     Raises: NotImplementedError for code that can't be traced or compiled, naming what is in the
     way; RuntimeError without a C++ compiler; ValueError for a folder that can't be written to."""
-    found = _found(fn, device)
+    with _interruptible():
+        found = _found(fn, device)
     # What tracing leaves behind holds the weights in circles. A weight must die when its module lets
     # it go, for that is how a replaced one is noticed.
     gc.collect()
     return found
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Sends a Ctrl-C again that Python has lost.
+
+    One that comes while the garbage collector calls somebody back, which JAX has it do, is printed
+    and forgotten; and torch makes much garbage as it compiles."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            threading.Timer(0.1, _thread.interrupt_main).start()
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _found(fn: Function, device: str) -> Compiled:
