@@ -115,7 +115,9 @@ def test_a_model_that_is_another_one_compiled():
         return {"energy": right(x)["energy"] * (1.01 if traced else 1)}
 
     failure = native(model, **TORCH["graph"][1]).failure
-    assert "energy[0]: expected" in failure and "the model itself, got on the native lane" in failure
+    assert (
+        "energy[0]: expected" in failure and "the model itself, got on the native lane" in failure
+    )
 
 
 def test_a_model_that_looks_at_values_x_the_native_lane():

@@ -1,11 +1,15 @@
-"""Graphs rewritten where the compiler (Inductor, torch 2.13) makes something wrong or slow of them."""
+"""Graphs rewritten where the compiler (Inductor, torch 2.13) makes something wrong or slow of them.
+
+The graphs are those of make_fx. Each function here changes one in place.
+"""
 
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.fx.node import map_arg
 
 aten: Any = torch.ops.aten
 
@@ -33,56 +37,7 @@ def unshare(graph: torch.fx.GraphModule) -> None:
         node.replace_input_with(first, dense)
 
 
-def sum_up(graph: torch.fx.GraphModule) -> None:
-    """Writes index_add into an axis of one entry, and what a gather of such an axis has for its
-    derivative, as a sum.
-
-    Energies of one system are added up so. Inductor fails there (an AssertionError without a text)
-    when it compiles for several threads. An index other than 0 and -1 gives NaN."""
-    for node in graph.graph.nodes:
-        found = _added_to_one(node)
-        if found is None:
-            continue
-        into, axis, index, values, alpha = found
-        with graph.graph.inserting_before(node):
-            call = graph.graph.call_function
-            if values.meta["val"].is_floating_point():
-                shape = [-1 if k == axis else 1 for k in range(values.meta["val"].ndim)]
-                right = [call(aten.eq.Scalar, (index, k)) for k in (0, -1)]
-                inside = call(aten.view.default, (call(aten.logical_or.default, tuple(right)), shape))
-                nan = call(aten.full_like.default, (values, float("nan")))
-                values = call(aten.where.self, (inside, values, nan))
-            total = call(aten.sum.dim_IntList, (values, [axis], True))
-            if not into.meta["val"].is_floating_point():  # sums of integers are int64
-                total = call(aten._to_copy.default, (total,), {"dtype": into.meta["val"].dtype})
-            added = call(aten.add.Tensor, (into, total), {"alpha": alpha})
-        added.meta["val"] = node.meta["val"]
-        node.replace_all_uses_with(added)
-        graph.graph.erase_node(node)
-
-
-def _added_to_one(node: torch.fx.Node) -> tuple[Any, int, Any, Any, Any] | None:
-    """(tensor, axis, index, values, factor) of a node that adds values to an axis of one entry."""
-    if node.target is aten.index_add.default:
-        into, axis, index, values = node.args[:4]
-        alpha = node.kwargs.get("alpha", 1)
-    elif node.target is aten.index_put.default and node.args[3:4] == (True,):
-        into, indices, values = node.args[:3]
-        named = [k for k, i in enumerate(indices) if i is not None]
-        axis, index, alpha = named[0], indices[named[0]], 1
-        if len(named) > 1 or index.meta["val"].ndim != 1 or index.meta["val"].dtype == torch.bool:
-            return None
-    else:
-        return None
-    sizes, given = list(into.meta["val"].shape), list(values.meta["val"].shape)
-    if not sizes or into.meta["val"].dtype == torch.bool:
-        return None
-    axis %= len(sizes)
-    n = index.meta["val"].shape[0] if index.meta["val"].ndim else 1
-    if sizes[axis] != 1 or given != [*sizes[:axis], n, *sizes[axis + 1 :]]:
-        return None
-    return into, axis, index, values, alpha
-
+# Products with constants.
 
 _TALL = 1024  # rows
 _TERMS = 64  # entries of a matrix that are not zero, for which a product is written out
@@ -99,8 +54,8 @@ def write_out(graph: torch.fx.GraphModule) -> None:
         if node.target is not aten.mm.default:
             continue
         tall, small = node.args
-        rows, inner = tall.meta["val"].shape
-        columns = small.meta["val"].shape[1]
+        rows, inner = _example(tall).shape
+        columns = _example(small).shape[1]
         if rows < _TALL or max(inner, columns) > _WIDE:
             continue
         matrix = _constant(graph, small)
@@ -109,9 +64,7 @@ def write_out(graph: torch.fx.GraphModule) -> None:
         if 0 < int((matrix != 0).sum()) <= _TERMS:
             with graph.graph.inserting_before(node):
                 found = _sums(graph.graph, tall, matrix.tolist())
-            found.meta["val"] = node.meta["val"]
-            node.replace_all_uses_with(found)
-            graph.graph.erase_node(node)
+            _replace(node, found)
 
 
 def _sums(graph: torch.fx.Graph, tall: torch.fx.Node, matrix: list[list[float]]) -> torch.fx.Node:
@@ -132,21 +85,101 @@ def _sums(graph: torch.fx.Graph, tall: torch.fx.Node, matrix: list[list[float]])
 def _constant(graph: torch.fx.GraphModule, node: torch.fx.Node) -> torch.Tensor | None:
     """The value of a node that is made of tensors that the graph holds and of nothing else."""
     if node.op == "get_attr":
-        held = operator.attrgetter(node.target)(graph)
+        held = operator.attrgetter(str(node.target))(graph)
         return held.detach() if isinstance(held, torch.Tensor) else None
-    if node.op != "call_function" or not _pure(node):
+    if not _pure(node):
         return None
     values = {n: _constant(graph, n) for n in node.all_input_nodes}
     if not values or any(v is None for v in values.values()):
         return None
-    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-    return node.target(*args, **kwargs)
+    args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+    run: Any = node.target
+    return run(*args, **kwargs)
 
 
 def _pure(node: torch.fx.Node) -> bool:
     """True for an operator on small tensors whose result depends on its arguments alone."""
-    schema = getattr(node.target, "_schema", None)
+    called: Any = node.target
+    schema = getattr(called, "_schema", None)
     known = node.meta.get("val")
     if schema is None or schema.is_mutable or not isinstance(known, torch.Tensor):
         return False
-    return known.numel() <= _WIDE**2 and torch.Tag.nondeterministic_seeded not in node.target.tags
+    return known.numel() <= _WIDE**2 and torch.Tag.nondeterministic_seeded not in called.tags
+
+
+# Sums into one entry.
+
+
+class Added(NamedTuple):
+    """What an operator does that adds `factor` times `values` to the entries of `into` that `index`
+    names along `axis`, an axis of one entry."""
+
+    into: torch.fx.Node
+    axis: int
+    index: torch.fx.Node
+    values: torch.fx.Node
+    factor: Any
+
+
+def sum_up(graph: torch.fx.GraphModule) -> None:
+    """Writes index_add into an axis of one entry, and what a gather of such an axis has for its
+    derivative, as a sum.
+
+    Energies of one system are added up so. Inductor fails there (an AssertionError without a text)
+    when it compiles for several threads. An index other than 0 and -1 gives NaN."""
+    for node in graph.graph.nodes:
+        added = _added_to_one(node)
+        if added is not None:
+            with graph.graph.inserting_before(node):
+                found = _sum(graph.graph, added)
+            _replace(node, found)
+
+
+def _sum(graph: torch.fx.Graph, added: Added) -> torch.fx.Node:
+    """The same by a sum over all values."""
+    call, values, like = graph.call_function, added.values, _example(added.into)
+    if like.is_floating_point():
+        right = tuple(call(aten.eq.Scalar, (added.index, k)) for k in (0, -1))
+        along = [-1 if k == added.axis else 1 for k in range(like.ndim)]
+        inside = call(aten.view.default, (call(aten.logical_or.default, right), along))
+        nan = call(aten.full_like.default, (values, float("nan")))
+        values = call(aten.where.self, (inside, values, nan))
+    dtype: dict[str, Any] = {"dtype": like.dtype}  # a sum of integers would be int64
+    total = call(aten.sum.dim_IntList, (values, [added.axis], True), dtype)
+    return call(aten.add.Tensor, (added.into, total), {"alpha": added.factor})
+
+
+def _added_to_one(node: torch.fx.Node) -> Added | None:
+    """What a node adds to an axis of one entry; None if it does something else."""
+    arguments: Any = node.args
+    if node.target is aten.index_add.default:
+        into, axis, index, values = arguments[:4]
+        factor = node.kwargs.get("alpha", 1)
+    elif node.target is aten.index_put.default and arguments[3:4] == (True,):
+        into, indices, values = arguments[:3]
+        named = [k for k, i in enumerate(indices) if i is not None]
+        axis, index, factor = named[0], indices[named[0]], 1
+        if len(named) > 1 or _example(index).ndim != 1 or _example(index).dtype == torch.bool:
+            return None
+    else:
+        return None
+    sizes, given = list(_example(into).shape), list(_example(values).shape)
+    if not sizes or _example(into).dtype == torch.bool:
+        return None
+    axis %= len(sizes)
+    n = _example(index).numel()
+    if sizes[axis] != 1 or given != [*sizes[:axis], n, *sizes[axis + 1 :]]:
+        return None
+    return Added(into, axis, index, values, factor)
+
+
+def _example(node: torch.fx.Node) -> torch.Tensor:
+    """A tensor without values, of the shape and dtype that a node gives."""
+    return node.meta["val"]
+
+
+def _replace(node: torch.fx.Node, found: torch.fx.Node) -> None:
+    """Takes a node out of its graph; who used it takes what was found."""
+    found.meta["val"] = _example(node)
+    node.replace_all_uses_with(found)
+    node.graph.erase_node(node)

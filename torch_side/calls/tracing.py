@@ -100,7 +100,11 @@ class _Zeros(TorchDispatchMode):
     another tensor are on no device while they are traced."""
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func is torch.ops.aten._efficientzerotensor.default:
             func = torch.ops.aten.zeros.default
