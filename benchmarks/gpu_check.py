@@ -1,8 +1,13 @@
 """What only a machine with a CUDA GPU can tell: `python -m benchmarks.gpu_check`.
 
-Each check (benchmarks/gpu_checks.py) runs in a process of its own, so that none, not even one that
-kills its process, stops or spoils another. The results go to benchmarks/gpu/<date>.json. Exit code
-0: all passed. 1: some failed. 3: no GPU, so nothing was checked and nothing is written.
+Each check (benchmarks/gpu_checks.py, gpu_steps.py, gpu_faults.py) runs in a process of its own and has a time limit of its own,
+so that none, not even one that hangs or kills its process, stops or spoils another. The most
+important come first. Results go to benchmarks/gpu/<date>-<card>.json as they come; a second run on
+the same day and card adds to that file. Nothing is installed: it runs from a checkout by
+PYTHONPATH. `--rehearse` runs the same code on a CPU, at small sizes, and writes nothing.
+
+Exit code 0: all passed. 1: some failed, or had no time left. 3: no GPU, so nothing was checked and
+nothing is written.
 """
 
 from __future__ import annotations
@@ -10,6 +15,8 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -17,6 +24,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+# by worth: wrong numbers first, then what makes a process die, then how fast it is
+ORDER = """pointers stream order_jit order_eager order_arrays order_weights missing_event no_wait numbers
+    jax_in_torch python_errors threads native memory leak out_of_memory kernel_errors imports torch_compile graph
+    timing speed sevennet""".split()
+LEAST = 10  # seconds that must be left for a check to start
 
 
 def machine() -> dict:
@@ -69,75 +81,136 @@ def attempt(check, gpu) -> dict:
     }
 
 
-def in_child(name: str, timeout: float = 600) -> dict:
+def in_child(name: str, timeout: float = 120, rehearse: bool = False) -> dict:
     """The record that a fresh process prints last; a process that dies or hangs is a failed
     check."""
-    command = [sys.executable, "-m", "benchmarks.gpu_check", "--only", name]
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--child", name]
     try:
         ended = subprocess.run(
-            command, cwd=HERE.parent, capture_output=True, text=True, timeout=timeout
+            command + ["--rehearse"] * rehearse,
+            cwd=HERE.parent,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
         )
         return json.loads(ended.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
-        error = f"no end after {timeout} s"
+        error = f"no end after {timeout:.0f} s"
     except (IndexError, ValueError):
         error = f"the process ended with code {ended.returncode}: {ended.stderr[-2000:]}"
     return failed(error)
 
 
-def failed(error: str) -> dict:
-    return {"status": "failed", "error": error, "values": {}}
+def failed(error: str, status: str = "failed") -> dict:
+    return {"status": status, "error": error, "values": {}}
 
 
-def report(machine: dict, names, start, folder: Path) -> bool:
-    """Start every check, tell how it went, and write it all down; True if all passed."""
-    results = {}
-    for name in names:
-        results[name] = start(name)
-        print(f"{name:16}{results[name]['status']:8}{results[name]['error'] or ''}", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{datetime.date.today()}.json"
-    path.write_text(json.dumps({"machine": machine, "checks": results}, indent=1) + "\n")
-    print(f"written to {path}")
-    return all(r["status"] == "ok" for r in results.values())
+def checks() -> dict:
+    """All checks, in the order of ORDER."""
+    from benchmarks import gpu_checks, gpu_faults, gpu_steps  # noqa: F401, they list their own
+
+    return {name: gpu_checks.CHECKS[name] for name in ORDER}
 
 
-def record(name: str) -> dict:
+def record(name: str, rehearse: bool) -> dict:
+    """What a child finds."""
     if name == "machine":
         return machine()
-    from benchmarks.gpu_checks import CHECKS
+    from benchmarks import gpu_checks
 
+    check = checks()[name]
+    if rehearse:
+        import jax
+
+        gpu_checks.SIDE, gpu_checks.STEPS, gpu_checks.CALLS = gpu_checks.SMALL
+        if check.card:
+            return failed("needs a card", "skipped")
+        return attempt(check.run, jax.devices("cpu")[0])
     gpus = cuda_devices()
-    return attempt(CHECKS[name], gpus[0]) if gpus else failed("no CUDA GPU seen by jax")
+    return attempt(check.run, gpus[0]) if gpus else failed("no CUDA GPU seen by jax")
+
+
+def report(names, limits, start, minutes: float, keep) -> bool:
+    """Starts every check while time is left, says how it went, and hands the results on to `keep`
+    each time; True if all passed."""
+    results, end = {}, time.monotonic() + 60 * minutes
+    for name in names:
+        left = end - time.monotonic()
+        if left < LEAST:
+            results[name] = failed(f"no time left of {minutes:g} minutes", "not run")
+        else:
+            results[name] = start(name, min(left, limits[name]))
+        found = results[name]
+        print(f"{name:16}{found['status']:8} {found['error'] or ''}".rstrip(), flush=True)
+        keep(results)
+    return all(r["status"] in ("ok", "skipped") for r in results.values())
+
+
+def keeper(machine: dict, folder: Path):
+    """What writes results into the file of this day and card, beside those that it has."""
+    card = re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
+    path = folder / f"{datetime.date.today()}-{card}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    before = json.loads(path.read_text())["checks"] if path.exists() else {}
+
+    def keep(results: dict) -> None:
+        whole = {"machine": machine, "checks": before | results}
+        new = path.with_suffix(".new")
+        new.write_text(json.dumps(whole, indent=1) + "\n")
+        os.replace(new, path)
+
+    print(f"writing to {path}", flush=True)
+    return keep
+
+
+def listing(checks: dict) -> str:
+    """A line for each check: its limit, whether a CPU can run it, what must hold."""
+    lines = []
+    for name, check in checks.items():
+        what = " ".join(check.run.__doc__.split()).split(". ")[0].rstrip(".")
+        lines.append(f"{name:16}{check.limit:4} s  {'card' if check.card else '':6}{what}")
+    return "\n".join(lines)
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
-    parser.add_argument(
-        "--only",
-        metavar="NAME",
-        help="run this check in this process and print its record; write nothing",
-    )
-    only = parser.parse_args(argv).only
-    if only:
-        print(json.dumps(record(only)))
+    parser.add_argument("--only", metavar="NAME", nargs="+", help="these checks alone")
+    parser.add_argument("--minutes", type=float, default=8, help="no check runs longer than these")
+    parser.add_argument("--list", action="store_true", help="print the checks, and run none")
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU; nothing is written")
+    parser.add_argument("--child", metavar="NAME", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.child:
+        print(json.dumps(record(options.child, options.rehearse)))
         return 0
-    here = in_child("machine")
+    known = checks()
+    names = options.only or ORDER
+    if unknown := sorted({*names} - {*ORDER}):
+        parser.error(f"expected checks of --list, got {', '.join(unknown)}")
+    if options.list:
+        print(listing(known))
+        return 0
+    keep = lambda results: None
+    if not options.rehearse:
+        here = in_child("machine")
+        if not here.get("cuda"):
+            print(_nothing(here))
+            return 3
+        keep = keeper(here, HERE / "gpu")
+    start = lambda name, limit: in_child(name, limit, options.rehearse)
+    limits = {name: check.limit for name, check in known.items()}
+    return 0 if report(names, limits, start, options.minutes, keep) else 1
+
+
+def _nothing(here: dict) -> str:
+    """Why nothing can be checked."""
     if "cuda" not in here:
-        print(
+        return (
             "JAX or torch can't be asked for a GPU, nothing was checked, nothing is written: "
             f"{here['error']}"
         )
-        return 3
-    if not here["cuda"]:
-        seen = (
-            f"jax (devices: {here['jax devices']}) and torch (cuda available: {here['torch.cuda']})"
-        )
-        print(f"no CUDA GPU seen by {seen}: nothing was checked, nothing is written")
-        return 3
-    from benchmarks.gpu_checks import CHECKS
-
-    return 0 if report(here, CHECKS, in_child, HERE / "gpu") else 1
+    seen = f"jax (devices: {here['jax devices']}) and torch (cuda available: {here['torch.cuda']})"
+    return f"no CUDA GPU seen by {seen}: nothing was checked, nothing is written"
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +29,28 @@ SIDE, STEPS, CALLS = (
     50,
     10_000,
 )
-CHECKS = {}
+SMALL = 32, 3, 40  # of the same, in a rehearsal on a CPU
 
 
-def check(f):
-    CHECKS[f.__name__] = f
-    return f
+class Check(NamedTuple):
+    """A check, the seconds that it may take, and whether it can't run on a CPU at all."""
+
+    run: Callable[[Any, dict], None]
+    limit: int
+    card: bool
+
+
+CHECKS: dict[str, Check] = {}
+
+
+def check(limit: int = 40, card: bool = False):
+    """Lists a function among the CHECKS."""
+
+    def listed(f):
+        CHECKS[f.__name__] = Check(f, limit, card)
+        return f
+
+    return listed
 
 
 def expect(true, text: str) -> None:
@@ -73,7 +91,7 @@ def spied(**spies):
             setattr(export.TorchFunction, name, staticmethod(original))
 
 
-@check
+@check()
 def pointers(gpu, values):
     """Inside an ffi call torch's memory is JAX's, for inputs and outputs; arrays cross without a
     copy, both ways."""
@@ -98,7 +116,7 @@ def pointers(gpu, values):
     )
 
 
-@check
+@check(card=True)
 def stream(gpu, values):
     """Inside a call torch's current stream is the one that XLA gives, and not the default one."""
     inside = lambda fn, given, into: values.update(
@@ -143,7 +161,7 @@ def chain(x, p):
 slow = jax.jit(chain)
 
 
-@check
+@check()
 def order_jit(gpu, values):
     """Slow kernels of XLA before, between and after bridged calls, in one program and in several:
     no synchronisation."""
@@ -165,7 +183,7 @@ def order_jit(gpu, values):
     )
 
 
-@check
+@check()
 def order_eager(gpu, values):
     """Eager calls: a slow torch kernel still reads its input when JAX frees that memory and uses it
     again."""
@@ -178,7 +196,7 @@ def order_eager(gpu, values):
         del junk
 
 
-@check
+@check()
 def order_arrays(gpu, values):
     """to_jax and to_torch of arrays still being computed, and memory that is freed while the other
     side reads it."""
@@ -204,7 +222,7 @@ def order_arrays(gpu, values):
         same(t.cpu(), rolled + k, "an array freed while torch reads it")
 
 
-@check
+@check(card=True)
 def order_weights(gpu, values):
     """Weights that torch's own stream is still writing when the call begins, and writes again when
     it has been dispatched."""
@@ -220,7 +238,7 @@ def order_weights(gpu, values):
             same(y, x, f"round {k}")
 
 
-@check
+@check()
 def jax_in_torch(gpu, values):
     """A JAX function in torch: its input is still being written when it is called, its result read
     at once, and the input written again behind the call; value and gradient, and the host waits for
@@ -253,7 +271,7 @@ def energy(x):
     return ((1 - eye) / r2**3).sum() / 2
 
 
-@check
+@check()
 def numbers(gpu, values):
     """Values, gradients, Hessian-vector products and batches: both lanes on the GPU, the CPU and
     pure JAX agree."""
@@ -282,7 +300,7 @@ def numbers(gpu, values):
     expect(max(map(max, values.values())) < 1e-4, "relative differences above 1e-4")
 
 
-@check
+@check(card=True)
 def graph(gpu, values):
     """XLA replays a CUDA graph over a torch call that allocates nothing, registered with
     allow_cuda_graph.
@@ -337,7 +355,7 @@ def graph(gpu, values):
     )
 
 
-@check
+@check(card=True)
 def memory(gpu, values):
     """Both allocators, side by side, before and after 10^4 energies with forces."""
     f, suspected = jax.jit(jax.value_and_grad(bridge.to_jax(energy, lane="ffi"))), []
@@ -361,7 +379,7 @@ def memory(gpu, values):
         )
 
 
-@check
+@check()
 def timing(gpu, values):
     """An empty call in a fori_loop, on both lanes, beside the bare Python call and an empty loop;
     microseconds, best of 7."""
@@ -378,7 +396,7 @@ def timing(gpu, values):
     values |= {name: min(us) for name, us in measure(variants, max(1, CALLS // 20), 7).items()}
 
 
-@check
+@check(limit=150)
 def native(gpu, values):
     """A compiled model gives eager torch's energy and gradient in a loop, with what XLA computes
     before and after each call, and NaN for positions that are not finite."""

@@ -141,6 +141,7 @@ def test_process_and_program_stay_usable(lane):
 
 KEYBOARD = """
     import os, signal, sys, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has it ignored
     import jax, jax.numpy as jnp, bridge
     calls = [0]
     def slow(x):

@@ -26,6 +26,8 @@ from torch_side.calls import compiling
 ROOT = Path(__file__).resolve().parents[2]
 # Every process compiles this one function.
 PROGRAM = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has it ignored
 import jax, torch, bridge
 print(float(jax.jit(bridge.to_jax(lambda x: (x**2).sum(), lane="native"))(jax.numpy.arange(3.0))))
 """
@@ -134,7 +136,14 @@ def test_an_interrupted_compilation_leaves_nothing(tmp_path):
     assert all(n.endswith(".lock") or n == handler.file_name() for n in left), left
 
 
-def test_an_interrupt_that_python_loses_comes_again():
+@pytest.fixture
+def interruptible():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_that_python_loses_comes_again(interruptible):
     """Of a finalizer or a callback of the garbage collector, where Python prints and forgets it."""
 
     class Interrupted:

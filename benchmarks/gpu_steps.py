@@ -1,0 +1,129 @@
+"""Checks of benchmarks.gpu_check on steps: what the host waits for, and how long a step takes."""
+
+from __future__ import annotations
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import bridge
+from benchmarks import gpu_checks
+from benchmarks.gpu_checks import check, energy, expect, place
+from benchmarks.harness import bare, in_loop, measure
+
+
+class Waiting(RuntimeError):
+    """An operator for whose result a host waits, if it runs on a GPU."""
+
+
+class Refusing(TorchDispatchMode):
+    """Raises Waiting for operators that read values on the host, or whose shapes depend on them."""
+
+    READING = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "_unique2", "equal")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func._schema.name.removeprefix("aten::")
+        to_host = name == "_to_copy" and str(kwargs.get("device", "")).startswith("cpu")
+        masked = name.startswith("index") and any(
+            isinstance(i, torch.Tensor) and i.dtype == torch.bool
+            for i in (args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ())
+        )
+        if name in self.READING or to_host or masked:
+            raise Waiting(f"{name} waits for the device")
+        return func(*args, **kwargs)
+
+
+def watched(f, gpu):
+    """f, which refuses on a CPU to run what would wait on a GPU. There torch itself refuses."""
+
+    def run(*args):
+        with Refusing() if gpu.platform == "cpu" else contextlib.nullcontext():
+            return f(*args)
+
+    return run
+
+
+@contextlib.contextmanager
+def no_synchronisation(gpu):
+    """torch raises where the host waits for a stream, in all threads."""
+    if gpu.platform == "cpu":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@check()
+def no_wait(gpu, values):
+    """In a step of a bridged function, its gradient and a batch of it, the host waits for nothing,
+    and a planted .item() is seen."""
+    x = jax.device_put(jnp.linspace(0, 9, 48, dtype="float32").reshape(16, 3), gpu)
+    f = bridge.to_jax(watched(energy, gpu), lane="ffi")
+    step = lambda x, _: (x - 1e-3 * jax.grad(f)(x), jax.vmap(f)(jnp.stack([x, 2 * x])))
+    scan = jax.jit(lambda x: jax.lax.scan(step, x, None, length=5))
+    planted = jax.jit(
+        bridge.to_jax(watched(lambda x: x * float(x.sum()), gpu), outputs=lambda x: x)
+    )
+    want, _ = jax.block_until_ready(scan(x))  # what is looked up once may wait
+    with no_synchronisation(gpu):
+        got, _ = jax.block_until_ready(scan(x))
+        expect(bool((got == want).all()), "another result")
+        try:
+            jax.block_until_ready(planted(x))
+        except Exception as error:
+            values["planted"] = str(error).strip().splitlines()[0][:200]
+    expect("planted" in values, "a planted .item() was not seen")
+
+
+@check(limit=60)
+def speed(gpu, values):
+    """Ratios: a bridged sin in a loop to XLA's own, and a JAX function in torch, forward and
+    backward, to torch's own; best of 7."""
+    n, count = 10_000, max(1, gpu_checks.CALLS // 50)
+    x = jax.device_put(jnp.linspace(0, 1, n, dtype="float32"), gpu)
+    t = torch.linspace(0, 1, n, device=place(gpu))
+    leaf = t.clone().requires_grad_()
+    there = bridge.to_torch(lambda x: jnp.sin(x))
+    pairs = {
+        "sin in a loop": (in_loop(bridge.to_jax(torch.sin, lane="ffi"), x), in_loop(jnp.sin, x)),
+        "JAX's sin in torch": (bare(there, t), bare(torch.sin, t)),
+        "and its backward": (
+            bare(lambda: there(leaf).sum().backward()),
+            bare(lambda: torch.sin(leaf).sum().backward()),
+        ),
+    }
+    for name, (ours, own) in pairs.items():
+        times = measure({"ours": ours, "own": own}, count, 7)
+        values[name] = {"us": min(times["ours"]), "ratio": min(times["ours"]) / min(times["own"])}
+
+
+@check(limit=240, card=True)
+def sevennet(gpu, values):
+    """SevenNet-0 with 64 and 512 atoms: energy and gradients equal the CPU's, and a step in a
+    jitted loop on the ffi lane takes so many ms beside bare torch."""
+    from benchmarks.native import jitted, rattled, salt, structure, with_edges
+    from torch_side.models.sevennet import SevenNet
+
+    model, card = SevenNet("7net-0").eval(), SevenNet("7net-0").eval().to(place(gpu))
+    for repeats, n in ((2, 64), (4, 512)):
+        exact, padded = with_edges(structure(rattled(salt(repeats))), model.card.cutoff)
+        there = {k: v.to(place(gpu)) for k, v in exact.items()}
+        got = {k: v.cpu() for k, v in card(there).items()}
+        if n == 64:
+            want = model(exact)
+            for key in ("energy", "position_gradients", "cell_gradients"):
+                values[f"error of {key}"] = float((got[key] - want[key]).abs().max())
+        given = {k: jax.device_put(jnp.asarray(v), gpu) for k, v in padded.items()}
+        loop = jitted(bridge.jax_potential(card, lane="ffi"), given)
+        times = measure({"jitted": loop, "bare torch": bare(card, there)}, 10, 3)
+        values[f"ms, {n} atoms"] = {k: 1e-3 * min(us) for k, us in times.items()}
+    expect(values["error of position_gradients"] < 1e-3, "other gradients than on the CPU")
+    expect(np.isfinite(values["error of energy"]), "no energy")
