@@ -61,6 +61,12 @@ def potential_transforms(
     return [(label, what, [array(x) for x in xs]) for label, what, xs in found]
 
 
+def jitted(model: Model, inputs: Inputs) -> dict[str, Any]:
+    """Returns what a JAX potential gives in a jitted program, as NumPy arrays."""
+    found = jax.jit(model)({k: jnp.asarray(x) for k, x in inputs.items()})
+    return {k: array(x) for k, x in found.items()}
+
+
 def bound(model: Model, inputs: Inputs, gradients: str) -> Energies:
     """Returns a JAX potential as `energies(pos, cell)` at the other inputs.
 

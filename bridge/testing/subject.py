@@ -178,15 +178,11 @@ class Subject:
 
     def compiled(self, s: Structure) -> Outputs:
         """Returns what a torch model gives on the native lane, in a jitted program."""
-        import jax
-        import jax.numpy as jnp
-
         from bridge.join.potentials import jax_potential
 
-        with side("jax").wide(True) if self.dtype == "float64" else contextlib.nullcontext():
-            program = jax.jit(jax_potential(self.model, lane="native"))
-            found = program({k: jnp.asarray(x) for k, x in self.inputs(s).items()})
-            return {k: np.asarray(x) for k, x in found.items()}
+        jax = side("jax")
+        with jax.wide(True) if self.dtype == "float64" else contextlib.nullcontext():
+            return jax.jitted(jax_potential(self.model, lane="native"), self.inputs(s))
 
     def expected(
         self, s: Structure, other: np.ndarray, hessian: Callable[[Subject, Structure], np.ndarray]

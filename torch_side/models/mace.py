@@ -124,7 +124,7 @@ class MACE(Model):
         species = self.species[inputs["atomic_numbers"].long()]
         graph = {
             "positions": pos if pos.requires_grad else pos.detach(),
-            "node_attrs": nn.functional.one_hot(species, self.n_species).to(pos.dtype),
+            "node_attrs": padding.one_hot(species, self.n_species, pos.dtype),
             "edge_index": inputs["edge_index"].long(),
             "unit_shifts": inputs["cell_offsets"].to(cell.dtype),
             "shifts": edge_shifts(inputs),

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import nn
 
 from bridge.card import Card
 from bridge.contract import ENERGY_AND_GRADIENTS
 from bridge.errors import message, missing
+from torch_side.potentials import padding
 from torch_side.potentials.geometry import edge_vectors
 from torch_side.potentials.model import Model
 
@@ -111,7 +111,7 @@ class SevenNet(Model):
     ) -> dict[str, torch.Tensor]:
         """The dict that sevenn's layers pass on. The one-hot encodings are made here, since
         sevenn's are always float32."""
-        one_hot = nn.functional.one_hot(species, self.n_species).to(vectors.dtype)
+        one_hot = padding.one_hot(species, self.n_species, vectors.dtype)
         graph = {
             "x": one_hot,
             "node_attr": one_hot,
@@ -120,10 +120,10 @@ class SevenNet(Model):
             "edge_vec": vectors,
         }
         if self.modal is not None:
-            modal = torch.tensor(self.modal, device=vectors.device)
+            modal = torch.full((), self.modal, device=vectors.device)
             graph |= {
                 "modal_type": modal,
-                "modal_attr": nn.functional.one_hot(modal, self.n_modals).to(vectors.dtype),
+                "modal_attr": padding.one_hot(modal, self.n_modals, vectors.dtype),
             }
         return graph
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from bridge.contract import INPUTS, OUTPUTS
@@ -42,6 +42,15 @@ def counted(
     a whole; and compilers add int32 much faster than int64."""
     ones = owner.new_ones(len(owner), dtype=torch.int32) if which is None else which.int()
     return ones.new_zeros(size).index_add(0, owner, ones).to(owner.dtype)
+
+
+def one_hot(
+    index: Int[torch.Tensor, " K"], size: int, dtype: torch.dtype
+) -> Float[torch.Tensor, "K size"]:
+    """Returns rows with a 1 at the place that `index` names, and zeros elsewhere.
+
+    torch's own looks at the values, and gives int64."""
+    return (index[..., None] == torch.arange(size, device=index.device)).to(dtype)
 
 
 def taken(inputs: dict[str, torch.Tensor], index: Index) -> dict[str, torch.Tensor]:
