@@ -220,7 +220,7 @@ class Card:
             return
         kind = device.partition(":")[0]  # "cuda" on a card is any of cuda:0, cuda:1
         if self.device not in (None, device, kind):
-            do = f"move the inputs, or load the model with device={device!r}"
+            do = f"move the model, .to({device!r}), or the inputs"
             raise ValueError(message(f"pos on {self.device}, the model's device", device, do))
 
     def check_pbc(self, periodic: Iterable[Sequence[bool]], who: str) -> None:

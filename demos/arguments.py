@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 
+import jax
 import numpy as np
 
 
@@ -34,3 +35,41 @@ def refuse_unless(parser, chosen, rules):
         if not fine:
             got = ", ".join(map(str, np.atleast_1d(getattr(chosen, name))))
             parser.error(f"argument --{name}: expected {expected}, got {got}; change it")
+
+
+def add_device(parser):
+    """Adds --device to the options."""
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: a GPU, where JAX and torch both see one"
+    )
+
+
+def device(parser, chosen):
+    """The torch.device that the model goes to; JAX makes its arrays there, too, from now on. (On a
+    GPU the demos have not been seen.)"""
+    import torch  # not by the process of demos.export that does without
+
+    gpus = _gpus()
+    if chosen.device == "cuda" and not gpus:
+        seen = f"{jax.default_backend()} in JAX and torch.cuda {torch.cuda.is_available()}"
+        parser.error(
+            f"argument --device: expected a GPU that JAX and torch both see, got {seen}; "
+            "take --device cpu"
+        )
+    if not gpus:
+        return torch.device("cpu")
+    if chosen.device == "cpu":
+        jax.config.update("jax_default_device", jax.devices("cpu")[0])
+        return torch.device("cpu")
+    jax.config.update("jax_default_device", gpus[0])
+    return torch.device("cuda", gpus[0].local_hardware_id)
+
+
+def _gpus() -> list:
+    """JAX's GPUs, if torch sees any."""
+    import torch
+
+    try:
+        return jax.devices("cuda") if torch.cuda.is_available() else []
+    except RuntimeError:
+        return []

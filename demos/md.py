@@ -28,7 +28,7 @@ from jax_md import quantity, simulate, space
 from tqdm import tqdm
 
 import bridge
-from demos.arguments import at_least
+from demos.arguments import add_device, at_least, device
 from jax_side.engines import jax_md as engine
 from torch_side.models.sevennet import SevenNet
 
@@ -69,7 +69,9 @@ def options(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=at_least(int, 0), default=0)
     parser.add_argument("--out", type=Path, default=Path("demos/out"))
+    add_device(parser)
     chosen = parser.parse_args(argv)
+    chosen.device = device(parser, chosen)
     for name in ("nvt", "nve"):
         if getattr(chosen, name) % chosen.every:
             parser.error(
@@ -129,12 +131,12 @@ def run(chosen):
     )
     if threads := chosen.threads or (1 if chosen.lane == "native" else None):
         torch.set_num_threads(threads)
-    model = SevenNet("7net-0").eval()
+    model = SevenNet("7net-0").eval().to(chosen.device)
     calls = Calls(model)
     print(
         f"{chosen.crystal}, {len(atoms)} atoms, {chosen.temperature:g} K, {chosen.dt:g} fs a step; "
         f"jax {jax.__version__}, torch {torch.__version__}, lane {chosen.lane}, "
-        f"{torch.get_num_threads()} threads"
+        f"{torch.get_num_threads()} threads, {chosen.device}"
     )
 
     # The whole of the bridge: a torch potential as a jax-md energy function.
@@ -243,16 +245,16 @@ def baselines(atoms, model, chosen):
     from sevenn.calculator import SevenNetCalculator
 
     atoms = atoms.copy()
-    atoms.calc = SevenNetCalculator("7net-0", device="cpu")
+    atoms.calc = SevenNetCalculator("7net-0", device=str(chosen.device))
     dynamics = ase.md.verlet.VelocityVerlet(atoms, timestep=chosen.dt * ase.units.fs)
-    cell = torch.tensor(atoms.cell.array, dtype=torch.float32)[None]
+    there = lambda x: torch.tensor(x, device=chosen.device)
     fixed = {
-        "atomic_numbers": torch.tensor(atoms.numbers),
-        "cell": cell,
-        "pbc": torch.ones(1, 3, dtype=torch.bool),
-        "batch": torch.zeros(len(atoms), dtype=torch.int64),
+        "atomic_numbers": there(atoms.numbers),
+        "cell": there(atoms.cell.array.astype(np.float32))[None],
+        "pbc": there([[True, True, True]]),
+        "batch": there(np.zeros(len(atoms), np.int64)),
     }
-    bare = lambda: model({"pos": torch.tensor(atoms.positions, dtype=torch.float32), **fixed})
+    bare = lambda: model({"pos": there(atoms.positions.astype(np.float32)), **fixed})
     dynamics.run(1), bare()
     return [
         ("SevenNet in ASE, NVE", 2, lambda: dynamics.run(2)),

@@ -25,7 +25,7 @@ from jax_md import space
 
 import bridge
 from demos import observables, runs
-from demos.arguments import at_least, refuse_unless
+from demos.arguments import add_device, at_least, device, refuse_unless
 from jax_side.engines import jax_md as engine
 from torch_side.models.sevennet import SevenNet
 
@@ -77,7 +77,9 @@ def options(argv=None) -> argparse.Namespace:
         "--resume", action="store_true", help="go on from the checkpoint, to --steps"
     )
     parser.add_argument("--out", type=Path, default=Path("demos/out"))
+    add_device(parser)
     chosen = parser.parse_args(argv)
+    chosen.device = device(parser, chosen)
     rules = (
         ("steps", chosen.steps % chosen.chunk == 0, f"a multiple of --chunk {chosen.chunk}"),
         (
@@ -301,7 +303,7 @@ def main(argv=None) -> int:
     # jax-md sums momenta in float64 if it can
     warnings.filterwarnings("ignore", message="Explicitly requested dtype float64")
     warnings.filterwarnings("ignore", message="No tensor product accelerator")  # sevenn, on a CPU
-    model = SevenNet("7net-0").eval()
+    model = SevenNet("7net-0").eval().to(chosen.device)
     cell = relaxed(
         bridge.potential(
             model,

@@ -28,7 +28,7 @@ from jax_md import minimize
 from tqdm import tqdm
 
 import bridge
-from demos.arguments import at_least
+from demos.arguments import add_device, at_least, device
 from demos.md import CRYSTALS
 from torch_side.engines import ase as ase_engine
 from torch_side.models.sevennet import SevenNet
@@ -66,7 +66,9 @@ def options(argv=None) -> argparse.Namespace:
     parser.add_argument("--steps", type=at_least(int, 1), default=400, help="at most")
     parser.add_argument("--seed", type=at_least(int, 0), default=0)
     parser.add_argument("--out", type=Path, default=Path("demos/out"))
+    add_device(parser)
     chosen = parser.parse_args(argv)
+    chosen.device = device(parser, chosen)
     if chosen.out.exists() and not chosen.out.is_dir():
         parser.error(f"argument --out: expected a folder, got the file {chosen.out}; name another")
     return chosen
@@ -169,12 +171,13 @@ def in_ase(atoms, calculator, counted, chosen, name) -> Relaxation:
 def run(chosen) -> dict:
     from sevenn.calculator import SevenNetCalculator
 
-    atoms, model = start(chosen), SevenNet("7net-0")
+    atoms, model = start(chosen), SevenNet("7net-0").to(chosen.device)
     print(
         f"{chosen.crystal}, {len(atoms)} atoms, cell {np.round(atoms.cell.cellpar(), 3).tolist()}; "
         f"jax {jax.__version__}, torch {torch.__version__}"
     )
-    own, ours = SevenNetCalculator("7net-0", device="cpu"), ase_engine.calculator(model)
+    own = SevenNetCalculator("7net-0", device=str(chosen.device))
+    ours = ase_engine.calculator(model)
     own.model, ours.evaluate = Counted(own.model), Counted(ours.evaluate)
     # the first call of torch is slow
     (

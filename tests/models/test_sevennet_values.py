@@ -223,7 +223,7 @@ BAD = {
     r"expected finite positions, got \[.*nan.*\] for atom 1 of system 0": dict(pos=NAN),
     r"expected cell as float\[B,3,3\], got float32\[3,3\]": dict(cell=torch.zeros(3, 3)),
     r"expected batch as int\[3\], got int64\[2\]": dict(batch=torch.zeros(2, dtype=torch.long)),
-    r"expected pos on cpu, the model's device, got meta; .*device='meta'": dict(
+    r"expected pos on cpu, the model's device, got meta; move the model, .to\('meta'\)": dict(
         pos=torch.zeros(3, 3, device="meta")
     ),
 }
