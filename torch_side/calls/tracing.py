@@ -88,7 +88,8 @@ def trace(fn: Function, device: str) -> Traced:
         if n.op == "get_attr"
     }
     constants = {name: x for name, x in held.items() if isinstance(x, torch.Tensor)}
-    rewriting.write_out(graph)
+    if device == "cpu":  # nobody has seen yet what is quicker on a GPU
+        rewriting.write_out(graph)
     rewriting.sum_up(graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
