@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 # by worth: wrong numbers first, then what makes a process die, then how fast it is
 ORDER = """pointers stream order_jit order_eager order_arrays order_weights missing_event no_wait numbers
     jax_in_torch python_errors threads native memory leak out_of_memory kernel_errors imports torch_compile graph
-    timing speed sevennet""".split()
+    monte_carlo timing speed sevennet""".split()
 LEAST = 10  # seconds that must be left for a check to start
 
 

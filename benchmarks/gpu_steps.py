@@ -127,3 +127,40 @@ def sevennet(gpu, values):
         values[f"ms, {n} atoms"] = {k: 1e-3 * min(us) for k, us in times.items()}
     expect(values["error of position_gradients"] < 1e-3, "other gradients than on the CPU")
     expect(np.isfinite(values["error of energy"]), "no energy")
+
+
+@check(limit=90)
+def monte_carlo(gpu, values):
+    """Moves of a torch potential in a jitted scan: the energy after them is that of a full
+    evaluation, and on the CPU it is the same."""
+    from jax_side.montecarlo.local import LocalPotential
+    from jax_side.montecarlo.states import Change
+
+    parts = (
+        lambda Z: torch.ones(len(Z), 1, device=Z.device),
+        lambda a, b, r: (3 - torch.linalg.vector_norm(r, dim=-1, keepdim=True)) ** 3,
+        lambda a, s: s[:, 0] / 2,
+    )
+    local = LocalPotential(*(bridge.to_jax(part, lane="ffi") for part in parts), 3.0)
+    start = np.stack(np.meshgrid(*[range(4)] * 3), -1).reshape(-1, 3) * 1.8
+    moves = 0.05 * np.random.default_rng(0).normal(size=(50, 3))
+
+    def moved(cache, k_by):
+        k, by = k_by
+        at = k % 64
+        _, change, proposal = local.update(cache, Change(at[None], (cache.pos[at] + by)[None]))
+        return local.commit(cache, proposal, change < 0.1), change
+
+    def run(device):
+        put = lambda x, dtype: jax.device_put(jnp.asarray(x, dtype), device)
+        graph = {"pos": put(start, "float32"), "atomic_numbers": put(np.ones(64), "int32")}
+        scan = jax.jit(lambda cache, moves: jax.lax.scan(moved, cache, moves))
+        cache, _ = scan(local.full(graph), (put(np.arange(50), "int32"), put(moves, "float32")))
+        whole = local.full({**graph, "pos": cache.pos})
+        return float(cache.energy), float(whole.energy)
+
+    values["energy, whole"] = run(gpu)
+    values["on the CPU"] = run(jax.devices("cpu")[0])
+    energies = [*values["energy, whole"], *values["on the CPU"]]
+    apart = max(energies) - min(energies)
+    expect(apart < 1e-4 * abs(energies[0]), f"energies {apart:.3g} apart")
