@@ -74,7 +74,7 @@ class Status:
         return text
 
 
-def _row(entries: Sequence[Float[torch.Tensor, 1]]) -> Float[torch.Tensor, " width"]:
+def _row(entries: Sequence[Float[torch.Tensor, " one"]]) -> Float[torch.Tensor, " width"]:
     """A row that begins with these entries.
 
     Compilers give torch.cat of the same a place in memory for each entry, which takes longer than
