@@ -148,6 +148,28 @@ def test_what_is_added_into_one_entry_is_a_sum(name):
     torch.testing.assert_close(graph(x), f(x))
 
 
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("name", ["index_add", "index_put"])
+def test_what_is_added_into_an_expanded_tensor(name, size):
+    """It gets a place for each entry first, and whatever comes after knows what that gives."""
+    index = torch.zeros(4, dtype=torch.int64)
+
+    def f(x):
+        into, rows = x.sum().expand(size, 2), x[:, None].expand(4, 2)
+        if name == "index_add":
+            return into.index_add(0, index, rows)
+        return into.index_put((index,), rows, True)
+
+    graph = traced(f, (4,))
+    rewriting.unshare(graph)
+    assert any(n.target is torch.ops.aten.clone.default for n in graph.graph.nodes)
+    rewriting.sum_up(graph)
+    graph.recompile()
+    assert sum(n.target in ADDING for n in graph.graph.nodes) == (size == 2)
+    x = torch.randn(4, dtype=torch.float64)
+    torch.testing.assert_close(graph(x), f(x))
+
+
 def test_a_wrong_index_into_one_entry_gives_nan():
     """Eager torch raises an IndexError; what is compiled may not give a number."""
     graph = traced(lambda x, i: x.new_zeros(1).index_add(0, i.long(), x), (3,), (3,))

@@ -1,6 +1,7 @@
 """Graphs rewritten where the compiler (Inductor, torch 2.13) makes something wrong or slow of them.
 
-The graphs are those of make_fx. Each function here changes one in place.
+The graphs are those of make_fx, whose nodes have an example of what they give, without values. Each
+function here changes a graph in place; a node whose result another one may ask for has one, too.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ def unshare(graph: torch.fx.GraphModule) -> None:
         if schema is None or schema.name.removeprefix("aten::") not in _CHANGED:
             continue
         first = node.args[0]
-        known = first.meta.get("val")
-        if isinstance(known, torch.Tensor) and known.is_contiguous():
+        if _example(first).is_contiguous():
             continue
         with graph.graph.inserting_before(node):
             dense = graph.graph.call_function(
                 aten.clone.default, (first,), {"memory_format": torch.contiguous_format}
             )
+        dense.meta["val"] = _example(first).contiguous()
         node.replace_input_with(first, dense)
 
 
