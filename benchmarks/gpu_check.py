@@ -1,8 +1,8 @@
 """What only a machine with a CUDA GPU can tell: `python -m benchmarks.gpu_check`.
 
-Each check (benchmarks/gpu_checks.py, gpu_steps.py, gpu_faults.py) runs in a process of its own and has a time limit of its own,
-so that none, not even one that hangs or kills its process, stops or spoils another. The most
-important come first. Results go to benchmarks/gpu/<date>-<card>.json as they come; a second run on
+Each check (benchmarks/gpu_checks.py, gpu_steps.py, gpu_faults.py) has a process and a time limit of
+its own, so that none, not even one that hangs or kills its process, stops or spoils another. The
+most important come first. Results go to benchmarks/gpu/<date>-<card>.json as they come; a second run on
 the same day and card adds to that file. Nothing is installed: it runs from a checkout by
 PYTHONPATH. `--rehearse` runs the same code on a CPU, at small sizes, and writes nothing.
 

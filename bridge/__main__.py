@@ -73,6 +73,7 @@ def check(options: argparse.Namespace) -> int:
     Returns 0 if all properties hold, else 1.
     """
     from bridge.testing import ALL, run_checks
+    from bridge.testing.checks import PROPERTIES
     from bridge.testing.subject import kind_of
 
     given = {
@@ -88,7 +89,7 @@ def check(options: argparse.Namespace) -> int:
         raise TypeError(
             message("--kind torch or --kind jax", got, "say which framework its arrays are of")
         )
-    checks = (*ALL, "native lane agrees") if options.native else ALL
+    checks = tuple(PROPERTIES) if options.native else ALL
     for found in run_checks(model, checks=checks, max_examples=options.examples, **given):
         why = found.skipped or found.warning
         print(_state(found), found.name + (f" ({why})" if why else ""), flush=True)

@@ -1,5 +1,5 @@
-"""--device of the demos: a GPU where both frameworks see one. No GPU is needed here: two CPU devices
-of JAX stand for a CPU and a GPU."""
+"""--device of the demos: a GPU where both frameworks see one. No GPU is needed here: a CPU device of
+JAX stands for one."""
 
 from types import SimpleNamespace
 

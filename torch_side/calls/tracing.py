@@ -79,7 +79,6 @@ def trace(fn: Function, device: str) -> Traced:
     rewriting.unshare(graph)
     graph.graph.eliminate_dead_code()
     graph.delete_all_unused_submodules()
-    graph.recompile()
     _check_operators(graph, fn)
     _check_pure(graph, fn)
     held = {

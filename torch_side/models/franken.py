@@ -240,10 +240,8 @@ class Franken(Model):
         energies: one for each member if these are asked for, otherwise one for the mean."""
         M = len(self.weights)
         each = any(name in self.card.active_outputs for name in MEMBERS)
-        like = self.weights
-        cotangents = like.new_full((1, M), 1 / M)
-        if each:
-            cotangents = torch.eye(M, dtype=like.dtype, device=like.device)
+        like = {"dtype": self.weights.dtype, "device": self.weights.device}
+        cotangents = torch.eye(M, **like) if each else torch.full((1, M), 1 / M, **like)
         pull = _by_func if self.derivatives == "func" else _by_autograd
         with torch.enable_grad():
             out, g, G = pull(self.energies, inputs, cotangents, keep)

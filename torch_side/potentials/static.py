@@ -259,7 +259,7 @@ def _with_ghosts(
         "batch": _placed(system, torch.where(real.atoms, batch, n_systems), real),
         # unlike _longer, which compilers would evaluate again for each edge, this has a place
         "cell": torch.cat([cell, box[None]]),
-        "pbc": torch.where(last[:, None], card.needs_pbc, _longer(pbc, 1)),
+        "pbc": torch.where(last[:, None], card.needs_pbc, _longer(pbc)),
     }
     seen |= edges
     return {key: seen[key] if key in seen else _extended(key, x, real) for key, x in inputs.items()}
@@ -275,10 +275,10 @@ def _placed(ghosts: torch.Tensor, x: torch.Tensor, real: Real) -> torch.Tensor:
     return ghosts.to(x.dtype).index_copy(0, real.place, x)
 
 
-def _longer(x: torch.Tensor, more: int) -> torch.Tensor:
-    """x with rows of zeros at its end. Compilers give torch.cat of the same a place in memory for
+def _longer(x: torch.Tensor) -> torch.Tensor:
+    """x with one more row, of zeros. Compilers give torch.cat of the same a place in memory for
     each part."""
-    return nn.functional.pad(x, (0, 0) * (x.ndim - 1) + (0, more))
+    return nn.functional.pad(x, (0, 0) * (x.ndim - 1) + (0, 1))
 
 
 def _extended(key: str, x: torch.Tensor, real: Real) -> torch.Tensor:
@@ -292,9 +292,9 @@ def _extended(key: str, x: torch.Tensor, real: Real) -> torch.Tensor:
         return x
     axis = INPUTS[key][0][0]
     if axis == "N":
-        return _placed(_longer(torch.zeros_like(x), real.ghosts), x, real)
+        return _placed(x.new_zeros(len(x) + real.ghosts, *x.shape[1:]), x, real)
     if axis == "B":
-        return _longer(x, 1)
+        return _longer(x)
     return x
 
 
