@@ -21,21 +21,32 @@ class Waiting(RuntimeError):
 
 
 class Refusing(TorchDispatchMode):
-    """Raises Waiting for operators that read values on the host, or whose shapes depend on them."""
+    """Raises Waiting for operators that read values on the host, whose shapes depend on values, or
+    that copy from one kind of device to another."""
 
     READING = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "_unique2", "equal")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
-        to_host = name == "_to_copy" and str(kwargs.get("device", "")).startswith("cpu")
+        crosses = name in ("_to_copy", "copy_") and _crosses(name, args, kwargs)
         masked = name.startswith("index") and any(
             isinstance(i, torch.Tensor) and i.dtype == torch.bool
             for i in (args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ())
         )
-        if name in self.READING or to_host or masked:
+        if name in self.READING or crosses or masked:
             raise Waiting(f"{name} waits for the device")
         return func(*args, **kwargs)
+
+
+def _crosses(name: str, args: tuple, kwargs: dict) -> bool:
+    """Whether a copy goes to the host, or from one kind of device to another."""
+    if name == "copy_":
+        return isinstance(args[1], torch.Tensor) and args[0].device.type != args[1].device.type
+    if kwargs.get("device") is None:
+        return False
+    to = torch.device(kwargs["device"]).type
+    return to == "cpu" or to != args[0].device.type
 
 
 def watched(f, gpu):

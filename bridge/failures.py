@@ -15,12 +15,15 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 _numbers = itertools.count(1)
 _listeners: list[Listener] = []
+# Each gives an error that calls which have returned have found since, or None.
+late: list[Callable[[], BaseException | None]] = []
 _OURS = tuple(
     str(Path(__file__).resolve().parents[1] / d) for d in ("bridge", "jax_side", "torch_side")
 )

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bridge import failures
 from bridge.errors import message, missing
 from bridge.failures import Listener, carried
 from bridge.function import Function, Spec
@@ -262,6 +263,9 @@ def raising() -> Iterator[None]:
         original = None if error is None else listener.original(error)
         if original is not None:
             raise original from error
+        for found in failures.late:
+            if late := found():
+                raise late
 
 
 def _first(listener: Listener, errors: Iterable[BaseException]) -> BaseException | None:

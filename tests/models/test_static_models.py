@@ -3,6 +3,8 @@ outputs, derivatives, padding; a traced graph; what is noted instead of raised."
 
 import copy
 import functools
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -128,6 +130,18 @@ def test_outputs_x_several_systems_and_padding(name):
 
 # torchani's container puts values by a mask; sevenn's one_hot within franken looks, on a CPU alone
 WAITS = {"torchani, shared", "franken"}
+
+
+def test_a_step_on_another_device():
+    """In a process in which torch has a device without values: no tensor is left on the CPU, none
+    is copied from there, no value is read; the gradients and their derivatives as well."""
+    found = subprocess.run(
+        [sys.executable, "-m", "tests.models.elsewhere"], capture_output=True, text=True
+    )
+    assert not found.returncode, found.stderr
+    told = dict(line.split(": ", 1) for line in found.stdout.splitlines())
+    waits = {"torchani, shared": "Waiting: index_put_ waits for the device"}
+    assert told == {name: waits.get(name, "ok") for name in BUILD}
 
 
 @pytest.mark.parametrize("name", BUILD)

@@ -26,6 +26,7 @@ from tests.graph_cases import (
 from tests.matrices import a_few
 from torch_side.potentials.model import Wrapped
 from torch_side.potentials.neighbors import Padded
+from torch_side.potentials.strain import with_gradients
 
 GIVEN = Card(
     outputs=CARD.outputs, cutoff=CUTOFF, neighbor_list="given", elements=range(1, 90), batches=True
@@ -207,6 +208,19 @@ def mixing(x):
     """The energy of all systems, given to each of them."""
     total = embedded(x)["energy"].sum()
     return {"energy": total.repeat(len(x["cell"]))}
+
+
+def test_gradients_without_a_graph():
+    """Their derivative would be zero."""
+
+    def cut(x):
+        out = with_gradients(embedded)(x)
+        return out | {"position_gradients": out["position_gradients"].detach()}
+
+    bound = bridge.potential(Wrapped(cut, GIVEN, "model"), n_systems=3, lane="native", **BOUND)
+    total = lambda r: bound(r, CELLS, **EDGES).sum()
+    with pytest.raises(NotImplementedError, match="position_gradients of .* that can be differen"):
+        jax.jit(jax.hessian(total)).lower(POSITIONS)
 
 
 def test_a_graph_model_that_mixes_systems():

@@ -104,6 +104,12 @@ def on_stream(stream: int, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
     own.wait_stream(foreign)
 
 
+def runs_ahead(tensors: Sequence[torch.Tensor]) -> bool:
+    """Returns True where the host runs ahead of the device of the tensors, a GPU, and a value that
+    it reads holds it up."""
+    return any(t.is_cuda for t in tensors)
+
+
 @functools.lru_cache(maxsize=64)
 def external(stream: int, device: int) -> torch.cuda.ExternalStream:
     """Returns a foreign CUDA stream as one of torch's."""

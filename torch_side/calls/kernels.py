@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 
-# private in torch 2.13: a tensor of torch.func.grad, vmap and so on
-from torch._C._functorch import is_functorch_wrapped_tensor
+# private in torch 2.13: a tensor of torch.func.grad, vmap and so on, and what lies beneath
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.autograd.function import BackwardCFunction
 
 from bridge.errors import message
@@ -84,17 +84,23 @@ def check_pushed(ys: Sequence[torch.Tensor]) -> None:
 
 def check_given(
     gradients: Float[torch.Tensor, "N 3"],
+    pos: Float[torch.Tensor, "N 3"],
     again: Callable[[], Float[torch.Tensor, "N 3"]],
     who: str,
 ) -> None:
     """Raises where the position gradients that a model gives can't be differentiated.
 
     They carry no graph then, and yet `again()`, which gives them where the positions have moved a
-    little, gives other ones. Under a tracer, where nobody can tell, they count as such. `who` names
-    the model in the error text.
+    little, gives other ones. Under a tracer, where there are no values, those that were computed
+    from `pos` count as such. `who` names the model in the error text.
 
     Raises: NotImplementedError."""
-    if gradients.requires_grad or (have_values([gradients]) and not _differ(again(), gradients)):
+    if gradients.requires_grad:
+        return
+    if have_values([gradients]):
+        if not _differ(again(), gradients):
+            return
+    elif traced() and not depends(gradients, pos):
         return
     got = "some that change with the positions and carry no graph (detached, or from NumPy)"
     do = "compute them with create_graph=True, or pass card=bridge.Card(derivative_order=1)"
@@ -130,6 +136,13 @@ def check_unreached(
     raise NotImplementedError(message(f"an energy that torch can differentiate in {name}", got, do))
 
 
+def traced() -> bool:
+    """Returns True where a tracer (make_fx) sees what is computed."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return get_proxy_mode() is not None
+
+
 def depends(y: torch.Tensor, x: torch.Tensor) -> bool:
     """Returns True where `y` was computed from `x` in any way, as a tracer (make_fx) saw it.
 
@@ -139,7 +152,12 @@ def depends(y: torch.Tensor, x: torch.Tensor) -> bool:
     mode = get_proxy_mode()
     if mode is None:
         return False
-    node = lambda t: getattr(get_proxy_slot(t, mode.tracer, None), "proxy", None)
+
+    def node(t: torch.Tensor) -> Any:
+        while is_functorch_wrapped_tensor(t):
+            t = get_unwrapped(t)
+        return getattr(get_proxy_slot(t, mode.tracer, None), "proxy", None)
+
     below, wanted = node(y), node(x)
     if below is None or wanted is None:
         return False

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from operator import attrgetter, gt
 from sys import getrefcount
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 from bridge.errors import message
 from bridge.function import Function
-from torch_side.calls import buffers, inference
+from torch_side.calls import buffers, inference, late, status
 from torch_side.calls.arrays import DTYPES
 from torch_side.calls.batching import TorchBase
 from torch_side.calls.inference import TorchEngine
@@ -28,8 +29,11 @@ def run(
     With `into` the outputs are written to these buffers, and the result is None. Without it the
     result is a list of fresh tensors, which nobody else holds.
 
+    On a GPU, checks of values go into a status (torch_side.calls.status). With `into` nobody waits
+    for it (torch_side.calls.late).
+
     Raises: ValueError if the user's code changed an input in place or kept a view of one after the
-    call.
+    call; on a GPU also what the status says, or that of an earlier call.
     """
     if torch.is_inference_mode_enabled():
         # Its tensors have no gradients, and no versions, by which changes are seen.
@@ -37,9 +41,15 @@ def run(
             return run(fn, buffers.normal(given), into and buffers.normal(into))
     tensors, outside = buffers.views(given, fn.inputs), torch.is_grad_enabled()
     before = _traces(tensors)
+    found = status.Status(may_read=True) if buffers.runs_ahead(tensors) else None
+    if found:
+        late.check()
     buffers.set_grad_enabled(_engine(fn).differentiates_inside)
     try:
-        results = fn(*tensors)
+        with status.collecting(found) if found else nullcontext():
+            results = fn(*tensors)
+        if found:
+            late.keep(found, str(fn.base))
         if into is None:
             results = [buffers.fresh(r) for r in results]
             buffers.finish(tensors)
@@ -54,6 +64,8 @@ def run(
         buffers.set_grad_enabled(outside)
     if _traces(tensors) != before:
         _accuse(fn, tensors, before)
+    if found and into is None:
+        late.check()  # the call has been waited for
     return results
 
 

@@ -25,11 +25,13 @@ WIDTH = 6  # of a row: a code and five numbers
 class Status:
     """The checks of one evaluation, the most urgent first.
 
-    texts   the text of each code, from 1 on
-    rows    what each check found (WIDTH,)"""
+    texts      the text of each code, from 1 on
+    rows       what each check found (WIDTH,)
+    may_read   whether what needs values may read them, for nothing is compiled"""
 
     texts: list[str] = field(default_factory=list)
     rows: list[Float[torch.Tensor, " width"]] = field(default_factory=list)
+    may_read: bool = False
 
     def note(
         self,
@@ -103,6 +105,16 @@ def collecting(status: Status | None = None) -> Iterator[Status]:
     token = _CURRENT.set(status)
     try:
         yield status
+    finally:
+        _CURRENT.reset(token)
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """Within the `with`, values are read, whether or not a Status is being collected outside."""
+    token = _CURRENT.set(None)
+    try:
+        yield
     finally:
         _CURRENT.reset(token)
 

@@ -167,8 +167,9 @@ class CHGNet(Model):
         NotImplementedError for a readout by attention while a status is collected."""
         active = self.card.active_outputs
         fixed = status.current() is not None
-        graph = self._graph(inputs, self.prepare(inputs), fixed)
-        with self._counted(graph, inputs) if fixed else contextlib.nullcontext():
+        inputs = inputs | {"batch": inputs["batch"].long()}
+        with self._counted(inputs) if fixed else contextlib.nullcontext():
+            graph = self._graph(inputs, self.prepare(inputs), fixed)
             found = self.network._compute(
                 graph,
                 compute_magmom="magmoms" in active,
@@ -204,7 +205,7 @@ class CHGNet(Model):
         basis = network.bond_basis_expansion
         return BatchedGraph(
             atomic_numbers=inputs["atomic_numbers"].long(),
-            atom_owners=inputs["batch"].long(),
+            atom_owners=inputs["batch"],
             bond_bases_ag=basis.rbf_expansion_ag(length_of_bond),
             bond_bases_bg=basis.rbf_expansion_bg(length_of_bond),
             angle_bases=network.angle_basis_expansion(direction[first], direction[second]),
@@ -216,7 +217,7 @@ class CHGNet(Model):
             volumes=(),
         )
 
-    def _counted(self, graph: Any, inputs: dict[str, torch.Tensor]) -> Counted:
+    def _counted(self, inputs: dict[str, torch.Tensor]) -> Counted:
         """What keeps chgnet from counting on the host.
 
         Raises: NotImplementedError for a readout by attention, which takes one system after the
@@ -227,9 +228,9 @@ class CHGNet(Model):
             expected = "a CHGNet that adds up over atoms, in a program that is compiled as a whole"
             got = "a readout by attention"
             raise NotImplementedError(message(expected, got, 'take lane="ffi"'))
-        sizes = padding.counted(graph.atom_owners, len(inputs["cell"]))
+        sizes = padding.counted(inputs["batch"], len(inputs["cell"]))
         # no energy is divided by zero
-        return Counted(graph.atom_owners, sizes.clamp(min=1))
+        return Counted(inputs["batch"], sizes.clamp(min=1))
 
     def _feels_angles(self) -> bool:
         """Whether a bond without angles changes where others have some: by a bias or a norm."""
@@ -300,16 +301,18 @@ def _load(model: Any) -> Any:
 
 
 class Counted(TorchFunctionMode):
-    """Within this context, chgnet gets the numbers of atoms of its systems without counting them.
+    """Within this context, chgnet neither reads values nor copies any to a GPU.
 
     `owners` (N,) are the systems of the atoms, and `sizes` (B,) says how many atoms each has.
     chgnet's `aggregate` counts the owners of its rows too, but where it is told how many there are
     it has no use for the counts, and completes what it gets here, which is empty. Outputs of atoms
-    are split by system nowhere, and stay as one."""
+    are split by system nowhere, and stay as one. A constant that chgnet makes on the CPU at each
+    call is made on the device."""
 
     def __init__(self, owners: Int[torch.Tensor, " N"], sizes: Int[torch.Tensor, " B"]) -> None:
         super().__init__()
         self.owners, self.sizes = owners, sizes
+        sizes.tolist = lambda: [len(owners)]  # fake tensors have a method of their own
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -318,8 +321,8 @@ class Counted(TorchFunctionMode):
         if func is torch.bincount:
             (owners,) = args
             return self.sizes if owners is self.owners else owners.new_zeros(0)
-        if func is torch.Tensor.tolist and args[0] is self.sizes:
-            return [len(self.owners)]
+        if func is torch.tensor and args == ([2],):
+            return torch.full((1,), 2, device=self.owners.device)
         return func(*args, **(kwargs or {}))
 
 

@@ -4,6 +4,7 @@ descriptors, many weight vectors at once."""
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -11,14 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import nn
 from torch._subclasses import FakeTensor
 
 from bridge.card import Card
 from bridge.contract import ENERGY_AND_GRADIENTS, dtype_name
 from bridge.errors import message, missing, spec
-from torch_side.calls import kernels, status
+from torch_side.calls import status
 from torch_side.potentials import geometry, graph, padding
 from torch_side.potentials.hessian import hessian
 from torch_side.potentials.model import Model
@@ -137,7 +138,7 @@ class Franken(Model):
         model does."""
 
         def compute(x: dict[str, torch.Tensor]) -> torch.Tensor:
-            return self._features(x, self._descriptors(x)).mT
+            return self._features(x, self._descriptors(x), len(x["cell"])).mT
 
         shape = (self.n_features, len(inputs["cell"]))
         return self._part("member_energies", shape, inputs, compute).mT
@@ -157,14 +158,15 @@ class Franken(Model):
         batch, numbers = inputs["batch"], inputs["atomic_numbers"]
         count = padding.counted(batch, len(inputs["cell"])).to(h.dtype)
         reference = self.potential.energy_shift(numbers, batch_ids=batch, num_systems=len(count))
-        members = count * (self._features(inputs, h) @ self.weights.mT).mT + reference
+        members = count * (self._features(inputs, h, len(count)) @ self.weights.mT).mT + reference
         out = {"energy": members.mean(0), "member_energies": members, "embeddings": h}
         if "energy_std" in self.card.active_outputs:
             out["energy_std"] = members.std(0, correction=0)
         if "node_energies" in self.card.active_outputs:
             each = torch.arange(len(h), device=h.device)
             reference = self.potential.energy_shift(numbers, batch_ids=each, num_systems=len(h))
-            features = self._features(inputs | {"batch": each}, h)  # each atom as a system
+            # each atom as a system
+            features = self._features(inputs | {"batch": each}, h, len(h))
             out["node_energies"] = features @ self.weights.mean(0) + reference
         return out
 
@@ -176,7 +178,7 @@ class Franken(Model):
         structure = self.configuration(
             atom_pos=r.new_zeros(len(numbers), 3),
             atomic_numbers=numbers,
-            natoms=torch.tensor([len(numbers)], device=r.device),
+            natoms=torch.full((1,), len(numbers), device=r.device),
             edge_index=inputs["edge_index"].long().mT,
             shifts=r,
             cell=torch.eye(3, dtype=r.dtype, device=r.device),
@@ -184,18 +186,26 @@ class Franken(Model):
         return self.potential.gnn.descriptors(structure)
 
     def _features(
-        self, inputs: dict[str, torch.Tensor], descriptors: Float[torch.Tensor, "N D"]
+        self,
+        inputs: dict[str, torch.Tensor],
+        descriptors: Float[torch.Tensor, "N D"],
+        n_systems: int,
     ) -> Float[torch.Tensor, "B F"]:
-        """phi of each system."""
+        """phi of each of the systems that inputs["batch"] numbers."""
         numbers = inputs["atomic_numbers"].long()
-        # Franken scales in place, and inside torch.func it replaces buffers of its head.
-        scaled = self.potential.input_scaler(descriptors.clone(), atomic_numbers=numbers)
+        scaler = self.potential.input_scaler
+        if status.current() is not None and scaler.scale_by_Z:
+            scaled = _scaled(scaler, descriptors, numbers)
+        else:
+            # Franken scales in place
+            scaled = scaler(descriptors.clone(), atomic_numbers=numbers)
+        # inside torch.func it replaces buffers of its head
         head = copy.copy(self.potential.rf)
         head._buffers = {**head._buffers}
-        if status.current() is not None and not kernels.have_values([descriptors]):
+        if status.current() is not None:
             self._check_static()
             # its own looks up the number of systems in the values
-            head.species_scatter_sum = partial(_mean, n_systems=len(inputs["cell"]))
+            head.species_scatter_sum = partial(_mean, n_systems=n_systems)
         return head.feature_map(scaled, atomic_numbers=numbers, batch_ids=inputs["batch"].long())
 
     def _check_static(self) -> None:
@@ -250,6 +260,19 @@ class Franken(Model):
                 out["member_position_gradients"] = g
                 out["position_gradients_std"] = g.std(0, correction=0)
         return out if keep else {name: x.detach() for name, x in out.items()}
+
+
+def _scaled(
+    scaler: Any, descriptors: Float[torch.Tensor, "N D"], numbers: Int[torch.Tensor, " N"]
+) -> Float[torch.Tensor, "N D"]:
+    """What franken's scaler gives for descriptors that it scales element by element.
+
+    Its own takes the rows of each element out by a mask, whose values the host reads."""
+    found = descriptors
+    for number, mean, std in zip(scaler.z_keys, scaler.mean, scaler.std, strict=True):
+        scaled = (descriptors - mean) / (std * math.sqrt(scaler.input_dim))
+        found = torch.where((numbers == number)[:, None], scaled, found)
+    return found
 
 
 def _mean(

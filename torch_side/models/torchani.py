@@ -325,7 +325,7 @@ def _within(neighbors: Any, cutoff: float, n_atoms: int) -> Any:
 
     indices, distances, vectors = neighbors
     inside = distances <= cutoff
-    ghosts = torch.tensor([[n_atoms - 2], [n_atoms - 1]], device=indices.device)
+    ghosts = torch.arange(n_atoms - 2, n_atoms, device=indices.device)[:, None]
     aside = _aside(cutoff / 2, distances)[:1]
     return Neighbors(
         torch.where(inside, indices, ghosts),
@@ -352,7 +352,7 @@ def _aevs(computer: Any, graph: Graph, neighbors: Any) -> Float[torch.Tensor, "1
     vectors = torch.cat([vectors, _aside(length, vectors)])
     angles: Any = graph.angles
     used = angles < 2 * n_pairs
-    added = torch.tensor([[n_pairs], [n_pairs + 1]], device=used.device)
+    added = torch.arange(n_pairs, n_pairs + 2, device=used.device)[:, None]
     sides = torch.where(used, angles % max(n_pairs, 1), added)
     signs = torch.where(angles < n_pairs, 1, -1)
     centres = torch.where(signs[0] == 1, indices[0, sides[0]], indices[1, sides[0]])

@@ -4,6 +4,7 @@ it, results put back."""
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from bridge.card import Card
 from bridge.contract import called, check_inputs, check_outputs, dtype_name
 from bridge.errors import message
-from torch_side.calls import kernels, modes, status
+from torch_side.calls import modes, status
 from torch_side.potentials import batches, geometry, padding, static
 from torch_side.potentials import layout as layouts
 from torch_side.potentials.neighbors import check_positions, neighbor_list, system_of, values
@@ -47,13 +48,21 @@ def evaluate(
     the caller differentiates gradients whose graph the model has cut off.
 
     While a status is collected (see torch_side.calls.status), static.evaluate does this without
-    reading a value."""
+    reading a value. Where that status says that values may be read, they are read for what it can't
+    do: for models that don't vouch for keeping systems apart (card.batches), edges that are not
+    given, and models that refuse."""
     inputs = {key: x for key, x in inputs.items() if x is not None}
     if torch.is_inference_mode_enabled():
         with modes.recording(inputs) as inputs:
             return evaluate(model, inputs, card, name, owner)
     if collected := status.current():
-        return static.evaluate(model, inputs, card, name, owner, collected)
+        if not collected.may_read:
+            return static.evaluate(model, inputs, card, name, owner, collected)
+        found = _unread(model, inputs, card, name, owner, collected)
+        if found is not None:
+            return found
+        with status.reading():
+            return evaluate(model, inputs, card, name, owner)
     check_inputs(inputs)
     card.check_bound(inputs, name)
     for key in card.unused(inputs):
@@ -73,10 +82,35 @@ def evaluate(
     check_outputs(active, len(inner["pos"]), n_systems, (), dtype_name(inner["pos"]))
     if n_systems > 1 and not card.batches and "energy" in found:
         batches.check(owner, model, inner, found, name, layout.shown)
-    if inner["pos"].requires_grad and torch.is_grad_enabled() and card.derivative_order is None:
-        _check_own_gradients(model, inner, found, name)
+    static.check_own_gradients(model, inner, found, card, name)
     _check_finite(found, layout, name)
     return layout.put_back(found)
+
+
+# the models that can't do without values, as long as they live
+_reads: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def _unread(
+    model: static.Model,
+    inputs: dict[str, torch.Tensor],
+    card: Card,
+    name: str,
+    owner: nn.Module | None,
+    collected: status.Status,
+) -> dict[str, torch.Tensor] | None:
+    """What static.evaluate gives, None where it can't do without values."""
+    no_edges = card.cutoff is not None and "edge_index" not in inputs
+    if not card.batches or no_edges or not len(inputs["pos"]) or owner in _reads:
+        return None
+    notes = len(collected.rows)
+    try:
+        return static.evaluate(model, inputs, card, name, owner, collected)
+    except NotImplementedError:
+        del collected.rows[notes:]  # the texts of later notes keep their numbers
+        if owner is not None:
+            _reads.add(owner)
+        return None
 
 
 def _with_edges(
@@ -121,23 +155,6 @@ def _refuse_touching(inputs: dict[str, torch.Tensor], length: torch.Tensor) -> N
             "atoms apart from one another", got, "take one of them out, or look at the step before"
         )
     )
-
-
-def _check_own_gradients(
-    model: Callable,
-    inputs: dict[str, torch.Tensor],
-    found: dict[str, torch.Tensor],
-    name: str,
-) -> None:
-    """NotImplementedError where someone differentiates gradients that are cut off from the
-    positions."""
-
-    def again() -> torch.Tensor:
-        (pos,) = kernels.moved([inputs["pos"]])
-        return model(inputs | {"pos": pos.requires_grad_()})["position_gradients"]
-
-    if "position_gradients" in found:
-        kernels.check_given(found["position_gradients"], again, name)
 
 
 def _check_finite(found: dict[str, torch.Tensor], layout: layouts.Layout, name: str) -> None:

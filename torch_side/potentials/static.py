@@ -12,7 +12,8 @@ is wrong, all results are NaN.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from torch import nn
 from bridge.card import Card
 from bridge.contract import INPUTS, OUTPUTS, called, check_inputs, check_outputs, dtype_name
 from bridge.errors import message
+from torch_side.calls import kernels
 from torch_side.calls.status import Status
 from torch_side.potentials import batches, padding
 
@@ -78,6 +80,7 @@ def evaluate(
     inner = _with_ghosts(inputs, real, edges, card)
     found = called(model, inner, name)
     extra = 1 if real.ghosts else 0
+    check_own_gradients(model, inner, found, card, name)
     active = {key: found[key] for key in card.active_outputs if key in found}
     check_outputs(active, n_atoms + real.ghosts, n_systems + extra, (), dtype_name(inputs["pos"]))
     found = {key: _cut(key, x, real, n_systems) for key, x in found.items()}
@@ -87,6 +90,30 @@ def evaluate(
     if row is None:
         return found
     return {key: _or_nan(x, row[0] == 0) for key, x in found.items()}
+
+
+def check_own_gradients(
+    model: Model,
+    inputs: dict[str, torch.Tensor],
+    found: dict[str, torch.Tensor],
+    card: Card,
+    name: str,
+) -> None:
+    """Raises where someone differentiates gradients that are cut off from the positions.
+
+    `found` is `model(inputs)`, and `name` that of the model in the error text.
+
+    Raises: NotImplementedError."""
+    pos, gradients = inputs["pos"], found.get("position_gradients")
+    differentiated = pos.requires_grad and torch.is_grad_enabled()
+    if gradients is None or not differentiated or card.derivative_order is not None:
+        return
+
+    def again() -> torch.Tensor:
+        (moved,) = kernels.moved([pos])
+        return model(inputs | {"pos": moved.requires_grad_()})["position_gradients"]
+
+    kernels.check_given(gradients, pos, again, name)
 
 
 def _no_edges(name: str, cutoff: float) -> str:
@@ -141,10 +168,7 @@ def _atoms(
     batch = batch.clamp(0, n_systems - 1)
     known = numbers >= 0
     if card.elements is not None:
-        elements = {0, *card.elements}
-        table = [z in elements for z in range(max(elements) + 2)]
-        table = torch.tensor(table, device=numbers.device)
-        known = known & table[numbers.clamp(0, len(table) - 1)]
+        known = _among(numbers, {0, *card.elements})
     expected, do = "atomic numbers of at least 0", "0 marks a padding atom"
     if card.elements:
         expected, do = f"one of the {len(card.elements)} elements of {name}", "take another model"
@@ -166,6 +190,16 @@ def _atoms(
     place = torch.where(atoms, before - 1, before[-1:] + _numbers(atoms) - before)
     sound = inputs | {"atomic_numbers": numbers, "batch": batch}
     return sound, Real(atoms, systems, place, ghosts)
+
+
+def _among(x: Int[torch.Tensor, " K"], allowed: Iterable[int]) -> Bool[torch.Tensor, " K"]:
+    """Which entries are among the numbers that are allowed. Runs of these are compared, since a
+    table would be copied to a GPU at each call."""
+    found = torch.zeros_like(x, dtype=torch.bool)
+    for _, pairs in itertools.groupby(enumerate(sorted(allowed)), lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in pairs]
+        found = found | (x >= run[0]) & (x <= run[-1])
+    return found
 
 
 def _check_geometry(inputs: dict[str, torch.Tensor], status: Status) -> None:

@@ -196,7 +196,7 @@ def _check_reached(
         offsets = inputs.get("cell_offsets")
         if "cell" in unreached and (offsets is None or not offsets.any()):
             unreached.remove("cell")
-    elif status.current() is None:
+    elif status.current() is None or not kernels.traced():
         return
     for name in unreached:
 
