@@ -25,9 +25,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 # by worth: wrong numbers first, then what makes a process die, then how fast it is
-ORDER = """pointers stream order_jit order_eager order_arrays order_weights missing_event no_wait numbers
-    jax_in_torch python_errors threads native memory leak out_of_memory kernel_errors imports torch_compile graph
-    monte_carlo timing speed sevennet""".split()
+ORDER = """pointers stream order_jit order_eager order_arrays order_weights missing_event no_wait potential_no_wait
+    numbers jax_potential jax_in_torch side_stream python_errors threads native memory leak out_of_memory kernel_errors imports torch_compile graph
+    monte_carlo timing speed sevennet sevennet_native""".split()
 LEAST = 10  # seconds that must be left for a check to start
 
 
@@ -141,7 +141,7 @@ def report(names, limits, start, minutes: float, keep) -> bool:
         else:
             results[name] = start(name, min(left, limits[name]))
         found = results[name]
-        print(f"{name:16}{found['status']:8} {found['error'] or ''}".rstrip(), flush=True)
+        print(f"{name:18}{found['status']:8} {found['error'] or ''}".rstrip(), flush=True)
         keep(results)
     return all(r["status"] in ("ok", "skipped") for r in results.values())
 
@@ -168,7 +168,7 @@ def listing(checks: dict) -> str:
     lines = []
     for name, check in checks.items():
         what = " ".join(check.run.__doc__.split()).split(". ")[0].rstrip(".")
-        lines.append(f"{name:16}{check.limit:4} s  {'card' if check.card else '':6}{what}")
+        lines.append(f"{name:18}{check.limit:4} s  {'card' if check.card else '':6}{what}")
     return "\n".join(lines)
 
 

@@ -431,9 +431,16 @@ def native(gpu, values):
         values[f"first {lane} s"] = time.perf_counter() - start
         run = one_by_one(loop, x)
         values[f"us a step, {lane}"] = min(measure({lane: run}, 5, 5)[lane]) / 20
+        calls: list = []
+        jax.clear_caches()  # programs know how they call
+        with spied(run=lambda *args, calls=calls: calls.append(1)):
+            jax.block_until_ready(jax.jit(lambda x: jax.lax.fori_loop(0, 20, step, x))(x))
+        values[f"Python calls in 20 steps, {lane}"] = len(calls)
         broken = x.at[3, 1].set(jnp.nan)
         if lane == "native" and gpu.platform != "cpu":
             values["energy of nan"] = float(jax.jit(energy)(broken))
             expect(np.isnan(values["energy of nan"]), "a wrong input gave a plausible energy")
     values["difference"] = float(np.abs(found["ffi"] - found["native"]).max())
+    counts = [values[f"Python calls in 20 steps, {lane}"] for lane in found]
+    expect(counts == [20, 0], f"{counts} calls of Python on the ffi lane and on the native one")
     expect(values["difference"] < 1e-4, "the native lane gave other positions than the ffi lane")

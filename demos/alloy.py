@@ -53,13 +53,14 @@ class Cohesion(torch.nn.Module):
         return sums[..., 0] - sums[..., 1].sqrt()
 
 
-def potential() -> LocalPotential:
+def potential(device="cpu") -> LocalPotential:
     """E = sum_i [sum_j A exp(-p x) - sqrt(sum_j xi^2 exp(-2 q x))] in eV; an element is (1,0) for
-    Cu, (0,1) for Au. Batch axes go straight into torch."""
+    Cu, (0,1) for Au. Batch axes go straight into torch. `device` is that of the tables."""
     kinds = torch.zeros(120, 2, dtype=torch.float64)
     kinds[CU, 0] = kinds[AU, 1] = 1
     parts = (torch.nn.Embedding.from_pretrained(kinds), Bonds(), Cohesion())
-    return LocalPotential(*(bridge.to_jax(part.eval(), batched=0) for part in parts), CUTOFF)
+    there = [part.eval().to(device) for part in parts]
+    return LocalPotential(*(bridge.to_jax(part, batched=0) for part in there), CUTOFF)
 
 
 def crystal(repeat, start="ordered", seed=0, a=LATTICE) -> ase.Atoms:

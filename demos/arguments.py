@@ -59,10 +59,15 @@ def device(parser, chosen):
     if not gpus:
         return torch.device("cpu")
     if chosen.device == "cpu":
-        jax.config.update("jax_default_device", jax.devices("cpu")[0])
+        in_jax(jax.devices("cpu")[0])
         return torch.device("cpu")
-    jax.config.update("jax_default_device", gpus[0])
+    in_jax(gpus[0])
     return torch.device("cuda", gpus[0].local_hardware_id)
+
+
+def in_jax(there):
+    """JAX makes its arrays on this device of its own from now on."""
+    jax.config.update("jax_default_device", there)
 
 
 def _gpus() -> list:

@@ -33,10 +33,10 @@ def strained(metal, repeat, count, seed) -> list[ase.Atoms]:
     return crystals
 
 
-def inputs_of(crystals) -> dict:
+def inputs_of(crystals, device="cpu") -> dict:
     """The dict of the contract for several crystals at once."""
     floats = lambda arrays: torch.tensor(np.concatenate(arrays), dtype=torch.float32)
-    return {
+    found = {
         "pos": floats([a.positions for a in crystals]),
         "cell": floats([a.cell.array[None] for a in crystals]),
         "pbc": torch.tensor(np.array([a.pbc for a in crystals])),
@@ -45,27 +45,24 @@ def inputs_of(crystals) -> dict:
         ),
         "atomic_numbers": torch.tensor(np.concatenate([a.numbers for a in crystals])),
     }
+    return {key: x.to(device) for key, x in found.items()}
 
 
 class Batch:
     """Inputs of some crystals, edges included, and what EMT says about them."""
 
-    def __init__(self, crystals, cutoff):
-        self.inputs, self.n_atoms = inputs_of(crystals), torch.tensor([len(a) for a in crystals])
+    def __init__(self, crystals, cutoff, device="cpu"):
+        self.inputs = inputs_of(crystals, device)
+        self.n_atoms = torch.tensor([len(a) for a in crystals], device=device)
         edges = neighbor_list(
             *(self.inputs[k] for k in ("pos", "cell", "pbc")), cutoff, self.inputs["batch"]
         )
         # they stay: training moves no atom
         self.inputs |= dict(zip(("edge_index", "cell_offsets"), edges))
-        self.energy = torch.tensor(
-            [a.get_potential_energy() for a in crystals], dtype=torch.float32
-        )
-        self.forces = torch.tensor(
-            np.concatenate([a.get_forces() for a in crystals]), dtype=torch.float32
-        )
-        self.stress = torch.tensor(
-            np.array([a.get_stress(voigt=False) for a in crystals]), dtype=torch.float32
-        )
+        floats = lambda x: torch.tensor(np.array(x), dtype=torch.float32, device=device)
+        self.energy = floats([a.get_potential_energy() for a in crystals])
+        self.forces = floats(np.concatenate([a.get_forces() for a in crystals]))
+        self.stress = floats([a.get_stress(voigt=False) for a in crystals])
 
     def errors(self, out):
         """Energy per atom, forces, and stress, which the loss leaves out."""

@@ -24,7 +24,7 @@ import numpy as np
 from ase.neighborlist import neighbor_list
 
 import bridge.native
-from demos.arguments import at_least
+from demos.arguments import add_device, at_least, device, in_jax
 
 A = 5.640  # Angstrom, NaCl
 CUTOFF, SKIN = 5.0, 0.5  # Angstrom: of SevenNet-0; one list serves all steps of a call
@@ -40,7 +40,13 @@ def options(argv=None) -> argparse.Namespace:
     parser.add_argument("--repeat", type=at_least(int, 1), default=2, help="cells along each axis")
     parser.add_argument("--out", type=Path, default=Path("demos/out"))
     parser.add_argument("--run", type=Path, help="run the program in this folder, and nothing else")
-    return parser.parse_args(argv)
+    add_device(parser)
+    chosen = parser.parse_args(argv)
+    if chosen.run:
+        in_jax(jax.devices(chosen.device)[0])
+    else:
+        chosen.device = device(parser, chosen)
+    return chosen
 
 
 def crystal(repeat):
@@ -70,7 +76,7 @@ def neighbours(positions, cell, capacity=None):
     return index, offsets
 
 
-def written(atoms, folder) -> None:
+def written(atoms, folder, device) -> None:
     """Exports STEPS steps of velocity Verlet, and saves them."""
     import torch
 
@@ -78,7 +84,7 @@ def written(atoms, folder) -> None:
 
     torch.set_num_threads(1)  # what the package is compiled for: best for a small system
     energy = bridge.potential(
-        SevenNet("7net-0"), atomic_numbers=atoms.numbers, pbc=True, lane="native"
+        SevenNet("7net-0").to(device), atomic_numbers=atoms.numbers, pbc=True, lane="native"
     )
     cell = jnp.asarray(atoms.cell.array, jnp.float32)
     mass = jnp.asarray(atoms.get_masses(), jnp.float32)[:, None]
@@ -145,11 +151,12 @@ def main(argv=None) -> None:
     folder.mkdir(parents=True)
     atoms = crystal(chosen.repeat)
     began = time.perf_counter()
-    written(atoms, folder / "program")
+    written(atoms, folder / "program", chosen.device)
     seconds = time.perf_counter() - began
     positions, totals, ms = trajectory(bridge.native.load(folder / "program"), atoms, chosen.calls)
-    arguments = ["--run", str(folder), "--calls", str(chosen.calls), "--repeat", str(chosen.repeat)]
-    command = [sys.executable, "-m", "demos.export", *arguments]
+    arguments = {"calls": chosen.calls, "repeat": chosen.repeat, "device": chosen.device.type}
+    command = [sys.executable, "-m", "demos.export", "--run", str(folder)]
+    command += [f"--{name}={value}" for name, value in arguments.items()]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     second = json.loads(output.splitlines()[-1])
     saved = np.load(folder / "second.npz")

@@ -26,7 +26,7 @@ from ase.calculators.emt import EMT
 from tqdm import tqdm
 
 import bridge
-from demos.arguments import at_least
+from demos.arguments import add_device, at_least, device
 from demos.crystals import METALS, Batch, inputs_of, strained
 from jax_side.calls import programs
 from jax_side.models.nequip import NequIP
@@ -62,7 +62,9 @@ def options(argv=None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=at_least(float, 1.0), default=300.0, help="K")
     parser.add_argument("--seed", type=at_least(int, 0), default=0)
     parser.add_argument("--out", type=Path, default=Path("demos/out"))
+    add_device(parser)
     chosen = parser.parse_args(argv)
+    chosen.device = device(parser, chosen)
     if chosen.batch > chosen.train:
         parser.error(
             f"argument --batch: expected at most --train {chosen.train}, got {chosen.batch}; "
@@ -101,7 +103,7 @@ def rmse(model, batches) -> dict:
         name: 1e3 * float(e.square().mean().sqrt())
         for name, e in dict(energy=energy, forces=forces, stress=stress).items()
     }
-    return found | {"pairs": (expected.flatten(), (expected + forces).flatten())}
+    return found | {"pairs": (expected.flatten().cpu(), (expected + forces).flatten().cpu())}
 
 
 def fit(model, chosen, crystals) -> list[float]:
@@ -116,7 +118,10 @@ def fit(model, chosen, crystals) -> list[float]:
                 groups = rng.permutation(len(crystals))[: per_epoch * chosen.batch].reshape(
                     per_epoch, chosen.batch
                 )
-                batches = [Batch([crystals[i] for i in group], chosen.cutoff) for group in groups]
+                batches = [
+                    Batch([crystals[i] for i in group], chosen.cutoff, chosen.device)
+                    for group in groups
+                ]
             batch = batches.pop()
             energy, forces, _ = batch.errors(model(batch.inputs))
             loss = 100 * energy.square().mean() + forces.square().mean()
@@ -142,10 +147,10 @@ class InTorch(Calculator):
     def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
         super().calculate(atoms, properties, system_changes)
         with torch.no_grad():
-            out = self.model(inputs_of([atoms]))
+            out = self.model(inputs_of([atoms], next(self.model.parameters()).device))
         self.results = {
             "energy": float(out["energy"]),
-            "forces": -out["position_gradients"].double().numpy(),
+            "forces": -out["position_gradients"].double().cpu().numpy(),
         }
 
 
@@ -190,7 +195,7 @@ def run(chosen) -> dict:
         chosen.batch,
     )
     train, test = (
-        [Batch(part[i : i + n], chosen.cutoff) for i in range(0, len(part), n)]
+        [Batch(part[i : i + n], chosen.cutoff, chosen.device) for i in range(0, len(part), n)]
         for part in (crystals[: chosen.train], crystals[chosen.train :])
     )
     shift = float(torch.cat([b.energy / b.n_atoms for b in train]).mean())
@@ -212,6 +217,7 @@ def run(chosen) -> dict:
     )
     apply, params = NequIP(crystals[0].numbers[:1], chosen.cutoff, **network)
     model = bridge.torch_potential(apply, params, gradients="autodiff", cutoff=chosen.cutoff)
+    model.to(chosen.device)
 
     def measured(steps, work, *args):
         evaluated, compiled, began = len(runs), model.compilations, time.perf_counter()

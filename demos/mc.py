@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from demos import runs
 from demos.alloy import apart, crystal, graph, layout_of, neighbors_of, order, potential
-from demos.arguments import at_least, refuse_unless
+from demos.arguments import add_device, at_least, device, refuse_unless
 from jax_side.montecarlo.local import Change
 
 KINDS = ("displacement", "exchange", "volume")
@@ -82,7 +82,9 @@ def options(argv=None) -> argparse.Namespace:
         "--resume", action="store_true", help="go on from the checkpoint, to --sweeps"
     )
     parser.add_argument("--out", type=Path, default=Path("demos/out"))
+    add_device(parser)
     chosen = parser.parse_args(argv)
+    chosen.device = device(parser, chosen)
     rules = (
         ("sweeps", chosen.sweeps % chosen.chunk == 0, f"a multiple of --chunk {chosen.chunk}"),
         (
@@ -317,7 +319,7 @@ def judged(worst) -> int:
 
 
 def run(chosen) -> int:
-    began, local, path = time.perf_counter(), potential(), chosen.out / "mc"
+    began, local, path = time.perf_counter(), potential(chosen.device), chosen.out / "mc"
     state, step, observe, frames = simulation(local, chosen)
     n = len(chosen.temperatures) * len(STARTS)
     print(

@@ -27,7 +27,7 @@ from torch_sim.integrators import MDState
 from tqdm import tqdm
 
 import bridge
-from demos.arguments import at_least
+from demos.arguments import add_device, at_least, device
 from jax_side.engines import jax_md as jax_engine
 from torch_side.engines import torch_sim as torch_engine
 
@@ -66,7 +66,9 @@ def options(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=at_least(int, 0), default=0)
     parser.add_argument("--out", type=Path, default=Path("demos/out"))
+    add_device(parser)
     chosen = parser.parse_args(argv)
+    chosen.device = device(parser, chosen)
     if chosen.steps % chosen.every or chosen.steps == chosen.every:
         parser.error(
             f"argument --steps: expected a multiple of --every {chosen.every}, twice it or more, "
@@ -107,24 +109,23 @@ def start(chosen) -> ase.Atoms:
 class InTorchSim:
     """The potential through the bridge, in torch-sim's nve."""
 
-    def __init__(self, atoms, energy_fn, dt):
+    def __init__(self, atoms, energy_fn, dt, device):
         # The whole of the bridge: a jax-md energy as a torch-sim model.
         potential = bridge.torch_potential(
             jax_engine.model(energy_fn, cutoff=CUTOFF), gradients="autodiff"
         )
-        self.model = torch_engine.model(potential, dtype=torch.float64, compute_stress=False)
-        init, self.step = torch_engine.integrator(
-            "nve", self.model, dt=torch.tensor(dt, dtype=torch.float64), kT=torch.tensor(0.0)
+        self.model = torch_engine.model(
+            potential, dtype=torch.float64, compute_stress=False, device=device
         )
+        there = lambda x: torch.tensor(x, dtype=torch.float64, device=device)
+        init, self.step = torch_engine.integrator("nve", self.model, dt=there(dt), kT=there(0.0))
         state = ts.io.atoms_to_state([atoms], self.model.device, self.model.dtype)
-        state.masses = torch.tensor(atoms.get_masses())
+        state.masses = there(atoms.get_masses())
         blank = {
-            "energy": torch.zeros(1, dtype=torch.float64),
+            "energy": there([0.0]),
             "forces": torch.zeros_like(state.positions),
         }
-        self.state = init(
-            MDState(**vars(state), momenta=torch.tensor(atoms.get_momenta()), **blank)
-        )
+        self.state = init(MDState(**vars(state), momenta=there(atoms.get_momenta()), **blank))
 
     def run(self, steps):
         for _ in range(steps):
@@ -134,7 +135,7 @@ class InTorchSim:
         """Positions in Angstrom, potential and kinetic energy in eV."""
         s = self.state
         return (
-            s.positions.numpy().copy(),
+            s.positions.cpu().numpy().copy(),
             float(s.energy),
             float(ts.calc_kinetic_energy(momenta=s.momenta, masses=s.masses)),
         )
@@ -176,7 +177,7 @@ def run(chosen):
     )
     energy_fn, dt = copper_energy(displacement), float(np.float32(chosen.dt * ase.units.fs))
     engines = {
-        "torch-sim, JAX by bridge": InTorchSim(atoms, energy_fn, dt),
+        "torch-sim, JAX by bridge": InTorchSim(atoms, energy_fn, dt, chosen.device),
         "jax-md, jitted": InJaxMD(atoms, energy_fn, dt, chosen.every),
     }
     rows = {name: dict(positions=[], potential=[], kinetic=[], ms=[]) for name in engines}

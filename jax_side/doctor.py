@@ -38,6 +38,7 @@ def facts() -> list[Row]:
         ("64-bit dtypes", True, wide),
         ("lending arrays", *_lending()),
         ("asynchronous dispatch", True, dispatch),
+        ("memory of a GPU", True, _preallocation()),
         ("compilation cache", True, _cache()),
         ("small reductions on the CPU", True, _reductions()),
         ("XLA_FLAGS", True, os.environ.get("XLA_FLAGS", "none")),
@@ -85,6 +86,19 @@ def _cache() -> str:
         return f"off, each process compiles anew: {do} (those without a call into torch)"
     least = config.jax_persistent_cache_min_compile_time_secs
     return f"on, in {folder}, for what takes {least:g} s or more to compile (jax_persistent_cache_min_compile_time_secs)"
+
+
+def _preallocation() -> str:
+    """How much of a GPU's memory XLA takes beforehand, and how to leave some to torch."""
+    told = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true")
+    if told.lower() in ("false", "0"):
+        return "XLA takes it as it needs it, beside torch (XLA_PYTHON_CLIENT_PREALLOCATE)"
+    names = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    share = next(filter(None, map(os.environ.get, names)), "0.75")
+    return (
+        f"XLA takes {share} of it with its first array, and torch has the rest: set "
+        f"XLA_PYTHON_CLIENT_PREALLOCATE=false, or another {names[0]}, before jax is imported"
+    )
 
 
 # jaxlib hands sums over short axes, of which e3nn-like models are full, to YNNPACK. With no fusion

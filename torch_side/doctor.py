@@ -18,7 +18,7 @@ def facts() -> list[Finding]:
     cuda = (
         torch.cuda.get_device_name()
         if torch.cuda.is_available()
-        else "none; the GPU part of the bridge was never seen to run: make gpu-check"
+        else "none; what was seen on one is in docs/gpu.md"
     )
     advice = "" if fits else ": they fight XLA's, call torch.set_num_threads"
     return [

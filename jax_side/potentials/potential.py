@@ -168,9 +168,10 @@ class Potential:
     def check(self, positions: Positions, cell: Cell | None = None, **changing: Any) -> None:
         """Evaluates the model once, outside of every compiled program, with all that it checks.
 
-        On a GPU a program of lane="native" does not wait for the host to look at what is wrong: its
-        results are NaN then. Call this with the same arguments, and the error that names system and
-        atom is raised. All is well where nothing is raised.
+        On a GPU a program does not wait for the host to look at what is wrong: its results are NaN
+        then (lane="ffi" raises the error with one of the next calls). Call this with the same
+        arguments, and the error that names system and atom is raised. All is well where nothing is
+        raised.
 
         Raises: TypeError inside of jit, where there are no values; and what the model raises.
         """

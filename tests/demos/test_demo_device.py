@@ -7,7 +7,9 @@ import jax
 import pytest
 import torch
 
-from demos import arguments, md, npt, relax
+from demos import arguments, export, fit, mc, md, npt, relax, torch_sim
+
+DEMOS = [md, npt, relax, mc, fit, torch_sim, export]
 
 
 @pytest.fixture
@@ -25,7 +27,7 @@ def gpus(monkeypatch, default):
     return found
 
 
-@pytest.mark.parametrize("demo", [md, npt, relax])
+@pytest.mark.parametrize("demo", DEMOS)
 def test_a_gpu_that_is_not_there_is_refused(demo, gpus, capsys):
     with pytest.raises(SystemExit):
         demo.options(["--device", "cuda"])
@@ -33,7 +35,7 @@ def test_a_gpu_that_is_not_there_is_refused(demo, gpus, capsys):
     assert text in capsys.readouterr().err.replace("\n", " ")
 
 
-@pytest.mark.parametrize("demo", [md, npt, relax])
+@pytest.mark.parametrize("demo", DEMOS)
 def test_without_a_gpu_it_is_the_cpu(demo, gpus, tmp_path):
     for given in ([], ["--device", "cpu"]):
         chosen = demo.options([*given, "--out", str(tmp_path)])

@@ -57,9 +57,9 @@ def by_the_formula(atoms):
 
 
 @functools.cache
-def local():
+def local(device="cpu"):
     """One for this file: its programs for 32 atoms are compiled once."""
-    return alloy.potential()
+    return alloy.potential(device)
 
 
 def evaluated(atoms):

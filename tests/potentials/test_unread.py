@@ -1,15 +1,13 @@
 """Potentials as they run on a GPU, where a step reads no value: here on the CPU, under a mode that
 refuses to read; errors that are raised later; what has to read all the same."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import pytest
 import torch
 
 import bridge
-from benchmarks.gpu_steps import Refusing
+from benchmarks.gpu_steps import as_on_a_gpu
 from bridge.card import Card
 from tests.graph_cases import CUTOFF, NUMBERS, H, R, brute, close, embedded
 from tests.potentials.test_native_potentials import (
@@ -24,7 +22,7 @@ from tests.potentials.test_native_potentials import (
     energy,
     pure,
 )
-from torch_side.calls import buffers, export, late, running
+from torch_side.calls import late
 from torch_side.potentials import graph
 from torch_side.potentials.model import Wrapped
 
@@ -34,24 +32,17 @@ TOUCHING = R.at[1].set(R[0])
 
 
 @pytest.fixture
-def ahead(monkeypatch):
-    """Calls as on a GPU. `ahead.refusing` says whether reading a value is an error."""
-    ahead.refusing = True
+def ahead():
+    """Calls run as on a GPU, where reading a value is an error."""
+    with as_on_a_gpu():
+        yield
 
-    def run(fn, *buffers):
-        if not ahead.refusing:
-            return running.run(fn, *buffers)
-        with Refusing():
-            return running.run(fn, *buffers)
 
-    monkeypatch.setattr(buffers, "runs_ahead", lambda tensors: True)
-    monkeypatch.setattr(
-        export.TorchFunction, "runner", staticmethod(lambda fn, ready: functools.partial(run, fn))
-    )
-    jax.clear_caches()
-    yield ahead
-    jax.clear_caches()
-    late.known(wait=True)
+@pytest.fixture
+def reading():
+    """Calls run as on a GPU, and may read."""
+    with as_on_a_gpu(refusing=False):
+        yield
 
 
 @pytest.mark.parametrize("name", DERIVED)
@@ -99,9 +90,8 @@ def test_an_eager_call_raises_at_once(ahead):
     ONE.check(R, H, **FEW)
 
 
-def test_calls_that_read(ahead):
+def test_calls_that_read(reading):
     """Edges that are not given, no atoms, a model that vouches for nothing."""
-    ahead.refusing = False
     want = brute(R, H, NUMBERS)
     own = Wrapped(embedded, Card(cutoff=CUTOFF, neighbor_list="own", batches=True), "autograd")
     found = bridge.potential(own, atomic_numbers=NUMBERS, pbc=True, lane="ffi")
@@ -120,9 +110,8 @@ def test_calls_that_read(ahead):
     late.check()
 
 
-def test_a_model_that_refuses_reads(ahead):
+def test_a_model_that_refuses_reads(reading):
     """It is asked once, and what it had noted is gone."""
-    ahead.refusing = False
     calls = []
 
     def model(inputs):
@@ -141,7 +130,7 @@ def test_a_model_that_refuses_reads(ahead):
         jax.block_until_ready(step(TOUCHING, H, **FEW))
 
 
-def test_gradients_without_a_graph(ahead):
+def test_gradients_without_a_graph(reading):
     """Their derivative would be zero."""
 
     def model(inputs):
@@ -156,7 +145,6 @@ def test_gradients_without_a_graph(ahead):
             "cell_gradients": torch.zeros_like(inputs["cell"]),
         }
 
-    ahead.refusing = False
     bound = bridge.potential(
         model, atomic_numbers=NUMBERS, card=Card(batches=True), gradients="model", lane="ffi"
     )
