@@ -95,13 +95,17 @@ def on_stream(stream: int, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
 
     The device is that of the tensors. XLA's streams are non-blocking, so that they are ordered
     here, on the device, with torch's own stream: weights that torch wrote before the call are
-    there, and what torch writes after the call waits for its end. The host waits for nothing."""
+    there, and what torch writes after the call waits for its end. The host waits for nothing.
+    Memory that torch takes in the call is of XLA's stream, and is used again in that order."""
     device = tensors[0].device.index if tensors else torch.cuda.current_device()
     foreign, own = external(stream, device), torch.cuda.current_stream(device)
-    foreign.wait_stream(own)
+    before, after = _events(stream, device)
+    before.record(own)
+    foreign.wait_event(before)
     with torch.cuda.stream(foreign):
         yield
-    own.wait_stream(foreign)
+    after.record(foreign)
+    own.wait_event(after)
 
 
 def runs_ahead(tensors: Sequence[torch.Tensor]) -> bool:
@@ -114,6 +118,13 @@ def runs_ahead(tensors: Sequence[torch.Tensor]) -> bool:
 def external(stream: int, device: int) -> torch.cuda.ExternalStream:
     """Returns a foreign CUDA stream as one of torch's."""
     return torch.cuda.ExternalStream(stream, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _events(stream: int, device: int) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    """The events before and after calls on a foreign stream, recorded anew for each: to make one
+    takes longer. A wait is for what was recorded last, which is later than what it needs at most."""
+    return torch.cuda.Event(), torch.cuda.Event()
 
 
 def finish(tensors: Sequence[torch.Tensor]) -> None:
