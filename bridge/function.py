@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -53,6 +53,19 @@ class Spec(NamedTuple):
     def stacked(self, size: int, axis: int = 0) -> Spec:
         """Returns the Spec of `size` such arrays, stacked along a new axis."""
         return Spec((*self.shape[:axis], size, *self.shape[axis:]), self.dtype)
+
+
+class Batch(NamedTuple):
+    """How a Function takes a batch of examples, none of which depends on another: along the first
+    axis of some inputs and outputs.
+
+    size     the number of examples
+    inputs   for each input, whether it carries the axis; all examples share the others
+    outputs  for each output, whether it carries the axis; the others are sums over the examples"""
+
+    size: int
+    inputs: Mapped
+    outputs: Mapped
 
 
 class Engine(Protocol):
@@ -118,6 +131,19 @@ class Function:
     on_stream: Callable[..., AbstractContextManager[Any]]
     compiled: Callable[[Function, str], Any]
     program_of: Callable[[Function], Any]
+
+    @property
+    def batch(self) -> Batch | None:
+        """How this Function takes a batch, so that devices can share it out; None where it takes
+        none."""
+        return None
+
+    def resized(self, size: int) -> Function:
+        """Returns the same call for a batch of another size.
+
+        Raises: TypeError for a Function that takes no batch.
+        """
+        raise TypeError(f"{self} takes no batch")
 
     @cached_property
     def plain(self) -> bool:
@@ -238,6 +264,10 @@ class Linearised(Derived):
     wrt: Positions
     outs: Positions
 
+    def resized(self, size: int) -> Function:
+        """As Function.resized."""
+        return type(self)(self.of.resized(size), self.wrt, self.outs)
+
     def _split(self, arrays: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """(what belongs to the inputs of `of`, what belongs to the linear inputs)."""
         n = len(self.of.inputs)
@@ -277,6 +307,14 @@ class Jvp(Linearised):
         """The tangents of outputs."""
         return _pick(self.of.outputs, self.outs)
 
+    @property
+    def batch(self) -> Batch | None:
+        """As the other Function has it."""
+        if (of := self.of.batch) is None:
+            return None
+        inputs = of.inputs + _pick(of.inputs, self.wrt)
+        return Batch(of.size, inputs, _pick(of.outputs, self.outs))
+
     @cached_property
     def linear(self) -> int:
         """How many tangents go in."""
@@ -308,6 +346,14 @@ class Vjp(Linearised):
     def outputs(self) -> tuple[Spec, ...]:
         """The cotangents of inputs."""
         return _pick(self.of.inputs, self.wrt)
+
+    @property
+    def batch(self) -> Batch | None:
+        """As the other Function has it. Cotangents of what examples share are sums over them."""
+        if (of := self.of.batch) is None:
+            return None
+        inputs = of.inputs + _pick(of.outputs, self.outs)
+        return Batch(of.size, inputs, _pick(of.inputs, self.wrt))
 
     @cached_property
     def linear(self) -> int:
@@ -343,6 +389,17 @@ class Gradient(Derived):
     def outputs(self) -> tuple[Spec, ...]:
         """The outputs of the other Function, and the gradients."""
         return self.of.outputs + _pick(self.of.inputs, self.wrt)
+
+    @property
+    def batch(self) -> Batch | None:
+        """As the other Function has it. Gradients in what examples share are sums over them."""
+        if (of := self.of.batch) is None:
+            return None
+        return Batch(of.size, of.inputs, of.outputs + _pick(of.inputs, self.wrt))
+
+    def resized(self, size: int) -> Function:
+        """As Function.resized."""
+        return Gradient(self.of.resized(size), self.wrt, self.out)
 
     def __call__(self, *arrays: Any) -> Sequence[Any]:
         return self.engine.gradient(self.of, arrays, self.wrt, self.out)
@@ -386,6 +443,19 @@ class Vmap(Derived):
     def outputs(self) -> tuple[Spec, ...]:
         """The outputs of the other Function, with the axis."""
         return tuple(s.stacked(self.size, self.axis) for s in self.of.outputs)
+
+    @property
+    def batch(self) -> Batch | None:
+        """The examples, or those of the other Function where their axis is before this one."""
+        if self.axis:
+            return self.of.batch
+        return Batch(self.size, self.mapped, (True,) * len(self.of.outputs))
+
+    def resized(self, size: int) -> Function:
+        """As Function.resized."""
+        if self.axis:
+            return replace(self, of=self.of.resized(size))
+        return replace(self, size=size)
 
     @cached_property
     def linear(self) -> int:

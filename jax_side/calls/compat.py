@@ -11,9 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax._src import core
+from jax._src import core, dispatch
 from jax._src.ad_util import Zero as Zero
+from jax._src.custom_partitioning_sharding_rule import ArrayMapping, SdyShardingRule
 from jax._src.interpreters import ad, batching, mlir
+from jax._src.sharding_impls import ShardingContext
+from jax.experimental.custom_partitioning import custom_partitioning as custom_partitioning
+from jax.sharding import PartitionSpec as P
 from jaxlib import xla_client
 
 Primitive = core.Primitive
@@ -37,6 +41,7 @@ def register(
     `lower` maps a platform to its lowering rule; the rule of None is for all other platforms.
     """
     p.multiple_results = True
+    dispatch.prim_requires_devices_during_lowering.add(p)
     p.def_impl(impl)
     p.def_abstract_eval(abstract_eval)
     ad.primitive_jvps[p] = jvp
@@ -61,16 +66,46 @@ def align(args: Sequence[Any]) -> Sequence[Any]:
     return core.auto_insert_reshard(*args)
 
 
-def result_aval(shape: tuple[int, ...], dtype: Any, avals: Sequence[Any]) -> core.ShapedArray:
-    """Returns an output type that carries the manual axes of the inputs."""
+def result_aval(
+    shape: tuple[int, ...], dtype: Any, avals: Sequence[Any], like: Any = None
+) -> core.ShapedArray:
+    """Returns an output type that carries the manual axes of the inputs.
+
+    Its first axis lies over the devices as that of the type `like`, where JAX has that in its types
+    (AxisType.Explicit)."""
     if not avals:
         return core.ShapedArray(shape, dtype)
+    sharding = core.get_cur_mesh_sharding()
+    if like is not None:
+        spec = P(like.sharding.spec[0], *[None] * (len(shape) - 1))
+        sharding = like.sharding.update(spec=spec)
     return core.ShapedArray(
         shape,
         dtype,
-        sharding=core.get_cur_mesh_sharding(),
+        sharding=sharding,
         manual_axis_type=avals[0].manual_axis_type,
     )
+
+
+def lies_over_devices(aval: Any) -> bool:
+    """True for a type whose first axis lies over several devices; False also where JAX leaves that
+    to XLA (AxisType.Auto)."""
+    spec = aval.sharding.spec
+    return bool(len(spec)) and spec[0] is not None
+
+
+def laid_like(x: jax.Array, aval: Any) -> jax.Array:
+    """Returns x, laid over the devices as the type says."""
+    there = core.typeof(x).sharding
+    return x if there == aval.sharding else jax.sharding.reshard(x, aval.sharding)
+
+
+def laid_as_typed(ctx: Any, results: Sequence[Any]) -> list[Any]:
+    """Returns lowered results, which XLA lays over the devices as their types say."""
+    return [
+        mlir.lower_with_sharding_in_types(ctx, y, aval)
+        for y, aval in zip(results, ctx.avals_out, strict=True)
+    ]
 
 
 def for_export(ctx: Any) -> bool:
@@ -79,9 +114,37 @@ def for_export(ctx: Any) -> bool:
     return ctx.module_context.lowering_parameters.for_export
 
 
+def add_host_callback(ctx: Any, callback: Callable[..., Any]) -> int:
+    """Gives the program that is being lowered one more callback; returns its number."""
+    ctx.module_context.add_host_callback(callback)
+    return len(ctx.module_context.host_callbacks) - 1
+
+
 def keep_alive(ctx: Any, owner: object) -> None:
     """Keeps `owner` alive as long as the executable that is being lowered."""
     ctx.module_context.add_keepalive(owner)
+
+
+def over_devices(ctx: Any) -> bool:
+    """True in a program for several devices that XLA partitions: in shard_map JAX has done so."""
+    context = ctx.module_context.axis_context
+    return isinstance(context, ShardingContext) and context.num_devices > 1
+
+
+def sharding_rule(
+    operands: Sequence[tuple[str, ...]], results: Sequence[tuple[str, ...]], whole: Sequence[str]
+) -> SdyShardingRule:
+    """Returns what Shardy is told of a call, from the names of the axes of its operands and
+    results. Axes of one name are divided alike, and those of `whole` not at all."""
+    mapped = lambda arrays: tuple(ArrayMapping(*names) for names in arrays)
+    return SdyShardingRule(
+        mapped(operands), mapped(results), need_replication_factors=tuple(whole)
+    )
+
+
+def devices_of(sharding: Any) -> Sequence[Any]:
+    """Returns the devices of a sharding, in its order."""
+    return sharding._device_assignment
 
 
 def vjp_with_aux(

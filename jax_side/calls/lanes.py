@@ -232,6 +232,38 @@ def host(fn: Function, *args: jax.Array) -> Sequence[jax.Array]:
     return jax.pure_callback(HostCall(fn), results, *args)
 
 
+class HostPart:
+    """What XLA calls on each of several devices, with its part of the batch: the same Function for
+    as many examples as come."""
+
+    def __init__(self, fn: Function) -> None:
+        self.fn = fn
+        self.depth = here.depth
+        self._sized = functools.lru_cache(maxsize=64)(self._sized)
+
+    def __call__(self, *given: np.ndarray) -> tuple[np.ndarray, ...]:
+        carried = self.fn.batch.inputs.index(True) if self.fn.batch else None
+        call = self._sized(None if carried is None else given[carried].shape[0])
+        cpu = jax.local_devices(backend="cpu")[0]
+        with jax.default_device(cpu):
+            return tuple(call(*jax.device_put(given, cpu)))
+
+    def _sized(self, size: int | None) -> HostCall:
+        outside, here.depth = here.depth, self.depth
+        try:
+            return HostCall(self.fn if size is None else self.fn.resized(size))
+        finally:
+            here.depth = outside
+
+
+def host_part(fn: Function, index: int, platform: str, *args: jax.Array) -> Sequence[jax.Array]:
+    """Calls a HostPart, the program's callback number `index`, by one custom call: what
+    jax.pure_callback comes to, which has no parts."""
+    results = [jax.ShapeDtypeStruct(s.shape, jnp.dtype(s.dtype)) for s in fn.outputs]
+    target = f"xla_ffi_python_{'cpu' if platform == 'cpu' else 'gpu'}_callback"
+    return jax.ffi.ffi_call(target, results)(*args, index=np.uint64(index))
+
+
 # The original exception.
 
 

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from bridge.errors import message
 from bridge.function import Function
-from jax_side.calls import compat, lanes, native, registry
+from jax_side.calls import compat, lanes, native, partitioning, registry
 from jax_side.calls.compat import Zero
+from jax_side.calls.nesting import here
 
 bridge_p = compat.Primitive("bridge")
 
@@ -36,7 +37,12 @@ def _impl(*args, fn, lane):
 
 
 def _abstract_eval(*avals, fn, lane):
-    return [compat.result_aval(s.shape, jnp.dtype(s.dtype), avals) for s in fn.outputs]
+    example = partitioning.example(fn, avals)
+    carried = fn.batch.outputs if fn.batch else (False,) * len(fn.outputs)
+    return [
+        compat.result_aval(s.shape, jnp.dtype(s.dtype), avals, example if c else None)
+        for s, c in zip(fn.outputs, carried, strict=True)
+    ]
 
 
 def _zero(t) -> bool:
@@ -82,7 +88,7 @@ def _transpose(cts, *args, fn, lane):
             fn.transpose(unknown, live), *args[:fixed], *(cts[o] for o in live), lane=lane
         )
         for k, v in zip(unknown, values, strict=True):
-            result[fixed + k] = v
+            result[fixed + k] = compat.laid_like(v, args[fixed + k].aval)
     return result
 
 
@@ -128,9 +134,11 @@ def _lower_native(ctx, *args, fn, platform):
 
 
 def _lower_ffi(ctx, *args, fn, lane, platform):
+    if compat.over_devices(ctx) and not compat.for_export(ctx):
+        return _lower_partitioned(ctx, *args, fn=fn, lane=lane, platform=platform)
     if lane == "native":
         return _lower_native(ctx, *args, fn=fn, platform=platform)
-    if lane == "host" or (lane == "auto" and not lanes.has_ffi()):
+    if _by_host(lane):
         return _lower_host(ctx, *args, fn=fn, lane=lane)
     lanes.register_ffi(fn.base.tensor_type)
     if compat.for_export(ctx):
@@ -140,6 +148,35 @@ def _lower_ffi(ctx, *args, fn, lane, platform):
     return compat.lower_fun(lambda *xs: lanes.ffi(fn, owner.number, *xs), multiple_results=True)(
         ctx, *args
     )
+
+
+def _lower_partitioned(ctx, *args, fn, lane, platform):
+    """In a program for several devices."""
+    depth, owners = here.depth, []
+
+    def owned(fn):
+        outside, here.depth = here.depth, depth
+        try:
+            if lane == "native":
+                owner, f = native.own(fn, platform, False), native.call
+            else:
+                lanes.register_ffi(fn.base.tensor_type)
+                owner, f = registry.own(fn), lanes.ffi
+        finally:
+            here.depth = outside
+        owners.append((owner, fn))  # which the program keeps, with this function
+        return functools.partial(f, fn, owner.number)
+
+    part = owned
+    if _by_host(lane):
+        index = compat.add_host_callback(ctx, lanes.HostPart(fn))
+        part = lambda fn: functools.partial(lanes.host_part, fn, index, platform)
+    whole = functools.partial(call, fn, lane=lane)
+    return partitioning.lower(ctx, *args, fn=fn, whole=whole, part=part)
+
+
+def _by_host(lane) -> bool:
+    return lane == "host" or (lane == "auto" and not lanes.has_ffi())
 
 
 compat.register(

@@ -4,7 +4,7 @@ graph of the contract."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from bridge.call import Call
 from bridge.contract import INPUTS, OUTPUTS
 from bridge.errors import message
-from bridge.function import Derived, Function, Gradient, Spec
+from bridge.function import Batch, Derived, Function, Gradient, Spec
 from torch_side.calls import buffers, inference, status
 
 Kinds = tuple[tuple[torch.Size, torch.dtype], ...]  # shapes and dtypes, as buffers.kinds gives them
@@ -228,6 +228,15 @@ class NativeBatch(Derived):
     def outputs(self) -> tuple[Spec, ...]:
         """The outputs, all of them with the leading axes."""
         return tuple(Spec((*self.sizes, *s.shape), s.dtype) for s in self.of.outputs)
+
+    @property
+    def batch(self) -> Batch:
+        """The examples along the first of the leading axes."""
+        return Batch(self.sizes[0], self.mapped, (True,) * len(self.of.outputs))
+
+    def resized(self, size: int) -> NativeBatch:
+        """Returns the same call for another number of examples along that axis."""
+        return replace(self, sizes=(size, *self.sizes[1:]))
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         batching = self.batching
