@@ -56,8 +56,8 @@ class Spec(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """How a Function takes a batch of examples, none of which depends on another: along the first
-    axis of some inputs and outputs.
+    """How a Function takes a batch of examples, none of which depends on another: along an axis of
+    some inputs and outputs, which comes before all that are no such axis.
 
     size     the number of examples
     inputs   for each input, whether it carries the axis; all examples share the others
@@ -133,17 +133,14 @@ class Function:
     program_of: Callable[[Function], Any]
 
     @property
-    def batch(self) -> Batch | None:
-        """How this Function takes a batch, so that devices can share it out; None where it takes
-        none."""
-        return None
+    def batches(self) -> tuple[Batch, ...]:
+        """How this Function takes batches, so that devices can share them out; the outermost first,
+        whose axis is the first of the inputs and outputs that carry it."""
+        return ()
 
-    def resized(self, size: int) -> Function:
-        """Returns the same call for a batch of another size.
-
-        Raises: TypeError for a Function that takes no batch.
-        """
-        raise TypeError(f"{self} takes no batch")
+    def resized(self, sizes: Sequence[int]) -> Function:
+        """Returns the same call for batches of other sizes, one for each of `batches`."""
+        return self
 
     @cached_property
     def plain(self) -> bool:
@@ -264,9 +261,9 @@ class Linearised(Derived):
     wrt: Positions
     outs: Positions
 
-    def resized(self, size: int) -> Function:
+    def resized(self, sizes: Sequence[int]) -> Function:
         """As Function.resized."""
-        return type(self)(self.of.resized(size), self.wrt, self.outs)
+        return type(self)(self.of.resized(sizes), self.wrt, self.outs)
 
     def _split(self, arrays: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """(what belongs to the inputs of `of`, what belongs to the linear inputs)."""
@@ -308,12 +305,11 @@ class Jvp(Linearised):
         return _pick(self.of.outputs, self.outs)
 
     @property
-    def batch(self) -> Batch | None:
-        """As the other Function has it."""
-        if (of := self.of.batch) is None:
-            return None
-        inputs = of.inputs + _pick(of.inputs, self.wrt)
-        return Batch(of.size, inputs, _pick(of.outputs, self.outs))
+    def batches(self) -> tuple[Batch, ...]:
+        """As the other Function has them."""
+        inputs = lambda of: of.inputs + _pick(of.inputs, self.wrt)
+        outputs = lambda of: _pick(of.outputs, self.outs)
+        return tuple(Batch(of.size, inputs(of), outputs(of)) for of in self.of.batches)
 
     @cached_property
     def linear(self) -> int:
@@ -348,12 +344,11 @@ class Vjp(Linearised):
         return _pick(self.of.inputs, self.wrt)
 
     @property
-    def batch(self) -> Batch | None:
-        """As the other Function has it. Cotangents of what examples share are sums over them."""
-        if (of := self.of.batch) is None:
-            return None
-        inputs = of.inputs + _pick(of.outputs, self.outs)
-        return Batch(of.size, inputs, _pick(of.inputs, self.wrt))
+    def batches(self) -> tuple[Batch, ...]:
+        """As the other Function has them. Cotangents of what examples share are sums over them."""
+        inputs = lambda of: of.inputs + _pick(of.outputs, self.outs)
+        outputs = lambda of: _pick(of.inputs, self.wrt)
+        return tuple(Batch(of.size, inputs(of), outputs(of)) for of in self.of.batches)
 
     @cached_property
     def linear(self) -> int:
@@ -391,15 +386,14 @@ class Gradient(Derived):
         return self.of.outputs + _pick(self.of.inputs, self.wrt)
 
     @property
-    def batch(self) -> Batch | None:
-        """As the other Function has it. Gradients in what examples share are sums over them."""
-        if (of := self.of.batch) is None:
-            return None
-        return Batch(of.size, of.inputs, of.outputs + _pick(of.inputs, self.wrt))
+    def batches(self) -> tuple[Batch, ...]:
+        """As the other Function has them. Gradients in what examples share are sums over them."""
+        outputs = lambda of: of.outputs + _pick(of.inputs, self.wrt)
+        return tuple(Batch(of.size, of.inputs, outputs(of)) for of in self.of.batches)
 
-    def resized(self, size: int) -> Function:
+    def resized(self, sizes: Sequence[int]) -> Function:
         """As Function.resized."""
-        return Gradient(self.of.resized(size), self.wrt, self.out)
+        return Gradient(self.of.resized(sizes), self.wrt, self.out)
 
     def __call__(self, *arrays: Any) -> Sequence[Any]:
         return self.engine.gradient(self.of, arrays, self.wrt, self.out)
@@ -445,17 +439,16 @@ class Vmap(Derived):
         return tuple(s.stacked(self.size, self.axis) for s in self.of.outputs)
 
     @property
-    def batch(self) -> Batch | None:
-        """The examples, or those of the other Function where their axis is before this one."""
-        if self.axis:
-            return self.of.batch
-        return Batch(self.size, self.mapped, (True,) * len(self.of.outputs))
+    def batches(self) -> tuple[Batch, ...]:
+        """The examples, among the batches of the other Function at the place of the axis."""
+        own = Batch(self.size, self.mapped, (True,) * len(self.of.outputs))
+        of = self.of.batches
+        return (*of[: self.axis], own, *of[self.axis :])
 
-    def resized(self, size: int) -> Function:
+    def resized(self, sizes: Sequence[int]) -> Function:
         """As Function.resized."""
-        if self.axis:
-            return replace(self, of=self.of.resized(size))
-        return replace(self, size=size)
+        inner = (*sizes[: self.axis], *sizes[self.axis + 1 :])
+        return replace(self, of=self.of.resized(inner), size=sizes[self.axis])
 
     @cached_property
     def linear(self) -> int:

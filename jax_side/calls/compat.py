@@ -17,7 +17,6 @@ from jax._src.custom_partitioning_sharding_rule import ArrayMapping, SdySharding
 from jax._src.interpreters import ad, batching, mlir
 from jax._src.sharding_impls import ShardingContext
 from jax.experimental.custom_partitioning import custom_partitioning as custom_partitioning
-from jax.sharding import PartitionSpec as P
 from jaxlib import xla_client
 
 Primitive = core.Primitive
@@ -67,31 +66,19 @@ def align(args: Sequence[Any]) -> Sequence[Any]:
 
 
 def result_aval(
-    shape: tuple[int, ...], dtype: Any, avals: Sequence[Any], like: Any = None
+    shape: tuple[int, ...], dtype: Any, avals: Sequence[Any], sharding: Any = None
 ) -> core.ShapedArray:
-    """Returns an output type that carries the manual axes of the inputs.
-
-    Its first axis lies over the devices as that of the type `like`, where JAX has that in its types
-    (AxisType.Explicit)."""
+    """Returns an output type that carries the manual axes of the inputs, and lies over the devices
+    as `sharding` says (None: each has all of it)."""
     if not avals:
         return core.ShapedArray(shape, dtype)
-    sharding = core.get_cur_mesh_sharding()
-    if like is not None:
-        spec = P(like.sharding.spec[0], *[None] * (len(shape) - 1))
-        sharding = like.sharding.update(spec=spec)
+    sharding = core.get_cur_mesh_sharding() if sharding is None else sharding
     return core.ShapedArray(
         shape,
         dtype,
         sharding=sharding,
         manual_axis_type=avals[0].manual_axis_type,
     )
-
-
-def lies_over_devices(aval: Any) -> bool:
-    """True for a type whose first axis lies over several devices; False also where JAX leaves that
-    to XLA (AxisType.Auto)."""
-    spec = aval.sharding.spec
-    return bool(len(spec)) and spec[0] is not None
 
 
 def laid_like(x: jax.Array, aval: Any) -> jax.Array:
@@ -137,9 +124,7 @@ def sharding_rule(
     """Returns what Shardy is told of a call, from the names of the axes of its operands and
     results. Axes of one name are divided alike, and those of `whole` not at all."""
     mapped = lambda arrays: tuple(ArrayMapping(*names) for names in arrays)
-    return SdyShardingRule(
-        mapped(operands), mapped(results), need_replication_factors=tuple(whole)
-    )
+    return SdyShardingRule(mapped(operands), mapped(results), need_replication_factors=tuple(whole))
 
 
 def devices_of(sharding: Any) -> Sequence[Any]:

@@ -242,18 +242,27 @@ class HostPart:
         self._sized = functools.lru_cache(maxsize=64)(self._sized)
 
     def __call__(self, *given: np.ndarray) -> tuple[np.ndarray, ...]:
-        carried = self.fn.batch.inputs.index(True) if self.fn.batch else None
-        call = self._sized(None if carried is None else given[carried].shape[0])
+        call = self._sized(tuple(map(np.shape, given)))
         cpu = jax.local_devices(backend="cpu")[0]
         with jax.default_device(cpu):
             return tuple(call(*jax.device_put(given, cpu)))
 
-    def _sized(self, size: int | None) -> HostCall:
+    def _sized(self, shapes: tuple[tuple[int, ...], ...]) -> HostCall:
         outside, here.depth = here.depth, self.depth
         try:
-            return HostCall(self.fn if size is None else self.fn.resized(size))
+            return HostCall(self.fn.resized(_sizes(self.fn, shapes)))
         finally:
             here.depth = outside
+
+
+def _sizes(fn: Function, shapes: Sequence[tuple[int, ...]]) -> list[int]:
+    """How many examples of each batch there are, from the shapes of the inputs."""
+    sizes = []
+    for k, batch in enumerate(fn.batches):
+        carrying = batch.inputs.index(True)
+        place = sum(outer.inputs[carrying] for outer in fn.batches[:k])
+        sizes.append(shapes[carrying][place])
+    return sizes
 
 
 def host_part(fn: Function, index: int, platform: str, *args: jax.Array) -> Sequence[jax.Array]:

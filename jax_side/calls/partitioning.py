@@ -2,8 +2,8 @@
 gathered.
 
 XLA knows nothing of what is inside a custom call, and would give the whole batch to each device. It
-is told here along which axis a Function takes a batch, and what runs on a device that has a part of
-it: the same Function for fewer examples. Cotangents of what the examples share are summed up over
+is told here along which axes a Function takes batches, and what runs on a device that has a part of
+them: the same Function for fewer examples. Cotangents of what the examples share are summed up over
 the devices.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,10 +20,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bridge.errors import message
-from bridge.function import Batch, Function, Mapped
+from bridge.failures import carried
+from bridge.function import Function, Mapped
 from jax_side.calls import compat
 
 Call = Callable[..., Sequence[jax.Array]]
+Axes = tuple[str, ...]  # of a mesh
 
 
 def lower(ctx: Any, *args: Any, fn: Function, whole: Call, part: Callable[[Function], Call]) -> Any:
@@ -33,103 +35,119 @@ def lower(ctx: Any, *args: Any, fn: Function, whole: Call, part: Callable[[Funct
     `f` on a device; f is `fn`, or `fn` for fewer examples."""
 
     def partition(mesh: Mesh, given: Any, found: Any) -> tuple:
-        return _partition(fn, part, mesh, given, found)
+        try:
+            return _partition(fn, part, mesh, given, found)
+        except Exception as e:
+            error = carried(e)
+        raise error
+
+    def results(mesh: Mesh, given: Any, found: Any) -> tuple:
+        shares = _shares(fn, mesh, given, ())
+        return tuple(NamedSharding(mesh, spec) for spec in _specs(fn, shares)[1])
 
     call = compat.custom_partitioning(lambda *xs: tuple(whole(*xs)))
-    call.def_partition(
-        partition,
-        infer_sharding_from_operands=lambda mesh, given, found: _results(fn, mesh, given, found),
-        sharding_rule=compat.sharding_rule(*_factors(fn)),
-    )
-    results = compat.lower_fun(call, multiple_results=True)(ctx, *args)
-    return compat.laid_as_typed(ctx, results)
+    rule = compat.sharding_rule(*_names(fn))
+    call.def_partition(partition, infer_sharding_from_operands=results, sharding_rule=rule)
+    return compat.laid_as_typed(ctx, compat.lower_fun(call, multiple_results=True)(ctx, *args))
 
 
-def example(fn: Function, avals: Sequence[Any]) -> Any:
-    """Returns the type of an input whose examples lie over several devices, where JAX has that in
-    its types; else None."""
-    carried = fn.batch.inputs if fn.batch else ()
-    return next((a for a, c in zip(avals, carried) if c and compat.lies_over_devices(a)), None)
+def result_shardings(fn: Function, avals: Sequence[Any]) -> Sequence[Any]:
+    """Returns how each result lies over the devices, where JAX has that in the types of the inputs
+    (AxisType.Explicit); None where it has not."""
+    there = next((a.sharding for a in avals if any(a.sharding.spec)), None)
+    shares = [] if there is None else _shares(fn, there.mesh, avals, ())
+    if there is None or not any(shares):
+        return [None] * len(fn.outputs)
+    specs = zip(_specs(fn, shares)[1], fn.outputs)
+    return [there.update(spec=P(*spec, *[None] * (len(s.shape) - len(spec)))) for spec, s in specs]
 
 
-def _factors(fn: Function) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]], list[str]]:
+def _carried(fn: Function) -> tuple[list[Mapped], list[Mapped]]:
+    """For each input and for each output, which of the batches it carries, in order."""
+    of_inputs = [tuple(b.inputs[i] for b in fn.batches) for i in range(len(fn.inputs))]
+    of_outputs = [tuple(b.outputs[i] for b in fn.batches) for i in range(len(fn.outputs))]
+    return of_inputs, of_outputs
+
+
+def _names(fn: Function) -> tuple[list[Axes], list[Axes], list[str]]:
     """The names of the axes of inputs and of outputs, and those of axes that no device has a part
     of."""
     whole: list[str] = []
 
-    def named(rank: int, carries: bool) -> tuple[str, ...]:
-        own = [f"whole{len(whole) + k}" for k in range(rank - carries)]
+    def named(rank: int, carried: Mapped) -> tuple[str, ...]:
+        batches = tuple(f"batch{k}" for k, c in enumerate(carried) if c)
+        own = [f"whole{len(whole) + k}" for k in range(rank - len(batches))]
         whole.extend(own)
-        return ("batch",) * carries + tuple(own)
+        return (*batches, *own)
 
-    batch = fn.batch or Batch(1, (False,) * len(fn.inputs), (False,) * len(fn.outputs))
-    named_all = lambda specs, carried: [
-        named(len(s.shape), c) for s, c in zip(specs, carried, strict=True)
-    ]
-    return named_all(fn.inputs, batch.inputs), named_all(fn.outputs, batch.outputs), whole
-
-
-def _axes_of(sharding: Any) -> tuple[str, ...]:
-    """The axes of the mesh over which the first axis of an array lies."""
-    if not isinstance(sharding, NamedSharding) or not len(sharding.spec):
-        return ()
-    first = sharding.spec[0]
-    return () if first is None else first if isinstance(first, tuple) else (first,)
+    of_inputs, of_outputs = _carried(fn)
+    inputs = [named(len(s.shape), c) for s, c in zip(fn.inputs, of_inputs)]
+    outputs = [named(len(s.shape), c) for s, c in zip(fn.outputs, of_outputs)]
+    return inputs, outputs, whole
 
 
-def _shared_out(fn: Function, mesh: Mesh, given: Any, found: Any) -> tuple[str, ...]:
-    """The axes of the mesh over which the examples are shared out: () where all devices have to
-    have all of them."""
-    if fn.batch is None or mesh.empty:
-        return ()
-    carrying = [x for x, c in zip((*found, *given), fn.batch.outputs + fn.batch.inputs) if c]
-    axes = next(filter(None, (_axes_of(getattr(x, "sharding", None)) for x in carrying)), ())
-    devices = math.prod(mesh.shape[axis] for axis in axes)
-    # rows that XLA adds to a part to make all parts equal are no examples
-    return axes if fn.batch.size % devices == 0 else ()
+def _shares(fn: Function, mesh: Any, given: Any, found: Any) -> list[Axes]:
+    """For each batch, the axes of the mesh over which its examples are shared out: () where each
+    device has to have all of them."""
+    of_inputs, of_outputs = _carried(fn)
+    shares: list[Axes] = []
+    for k, batch in enumerate(fn.batches):
+        lies = [*_lies(found, of_outputs, k), *_lies(given, of_inputs, k)]
+        axes = next((axes for axes in lies if axes and not {*axes} & {*sum(shares, ())}), ())
+        # rows that XLA adds to a part to make all parts equal are no examples
+        shares.append(axes if batch.size % _devices(mesh, axes) == 0 else ())
+    return shares
+
+
+def _lies(arrays: Any, carried: list[Mapped], k: int) -> Iterator[Axes]:
+    """The axes of the mesh over which the axis of batch k lies, for each array that carries it."""
+    for x, carries in zip(arrays, carried):
+        spec = getattr(x.sharding, "spec", ())
+        place = sum(carries[:k])
+        if carries[k] and place < len(spec) and spec[place] is not None:
+            yield spec[place] if isinstance(spec[place], tuple) else (spec[place],)
+
+
+def _devices(mesh: Any, axes: Axes) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def _specs(fn: Function, shares: list[Axes]) -> tuple[list[P], list[P]]:
+    """How inputs and outputs lie over the mesh."""
+    spec = lambda carried: P(*(axes or None for axes, c in zip(shares, carried) if c))
+    of_inputs, of_outputs = _carried(fn)
+    return [*map(spec, of_inputs)], [*map(spec, of_outputs)]
 
 
 def _partition(fn: Function, part: Callable, mesh: Mesh, given: Any, found: Any) -> tuple:
     """What custom_partitioning asks for: the mesh, what runs on a device, and how results and
     operands lie."""
-    axes = _shared_out(fn, mesh, given, found)
+    shares = [()] * len(fn.batches) if mesh.empty else _shares(fn, mesh, given, found)
     if mesh.empty:
         mesh = Mesh(np.array(compat.devices_of(given[0].sharding)), ("devices",))
-    if not axes and not all(x.sharding.is_fully_replicated for x in given):
+    if not any(shares) and not all(x.sharding.is_fully_replicated for x in given):
         warnings.warn(_gathered(fn), stacklevel=2)
-    lie = lambda carried: tuple(NamedSharding(mesh, P(axes) if axes and c else P()) for c in carried)
-    if not axes:
-        nothing = lambda arrays: (False,) * len(arrays)
-        return mesh, _tuple(part(fn)), lie(nothing(fn.outputs)), lie(nothing(fn.inputs))
-    batch: Any = fn.batch
-    size = batch.size // math.prod(mesh.shape[axis] for axis in axes)
-    call = _summing(part(fn.resized(size)), batch.outputs, axes)
-    return mesh, call, lie(batch.outputs), lie(batch.inputs)
+    sizes = [b.size // _devices(mesh, axes) for b, axes in zip(fn.batches, shares)]
+    call = _summing(part(fn.resized(sizes)), _carried(fn)[1], shares)
+    lie = lambda specs: tuple(NamedSharding(mesh, spec) for spec in specs)
+    inputs, outputs = _specs(fn, shares)
+    return mesh, call, lie(outputs), lie(inputs)
 
 
-def _tuple(call: Call) -> Callable:
-    return lambda *xs: tuple(call(*xs))
-
-
-def _summing(call: Call, carried: Mapped, axes: tuple[str, ...]) -> Callable:
+def _summing(call: Call, carried: list[Mapped], shares: list[Axes]) -> Callable:
     """A call whose results that are sums over examples are summed up over devices."""
+    over = [sum((axes for axes, c in zip(shares, one) if not c), ()) for one in carried]
 
     def summed(*xs: jax.Array) -> tuple:
-        return tuple(y if c else jax.lax.psum(y, axes) for y, c in zip(call(*xs), carried))
+        found = zip(call(*xs), over, strict=True)
+        return tuple(jax.lax.psum(y, axes) if axes else y for y, axes in found)
 
     return summed
 
 
-def _results(fn: Function, mesh: Mesh, given: Any, found: Any) -> tuple:
-    """How results lie where operands lie as they do."""
-    axes = _shared_out(fn, mesh, given, found)
-    carried = fn.batch.outputs if fn.batch else (False,) * len(fn.outputs)
-    return tuple(NamedSharding(mesh, P(axes) if axes and c else P()) for c in carried)
-
-
 def _gathered(fn: Function) -> str:
     """The text for arrays that are gathered, since nobody knows how to take a part of the call."""
-    expected = f"a batch along the first axis that devices can share out, in a call of {fn.base}"
-    got = "arrays that lie on several devices in another way: each device has them all, and makes the whole call"
-    do = "call it inside of jax.shard_map, or map it over examples by jax.vmap, as many as the devices divide"
+    expected = f"a batch that devices can share out, in a call of {fn.base}"
+    got = "arrays that lie over several devices in another way, so that each has them all and makes the whole call"
+    do = "map it over examples by jax.vmap, as many as the devices divide, or call it in jax.shard_map"
     return message(expected, got, do)

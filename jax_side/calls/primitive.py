@@ -37,11 +37,10 @@ def _impl(*args, fn, lane):
 
 
 def _abstract_eval(*avals, fn, lane):
-    example = partitioning.example(fn, avals)
-    carried = fn.batch.outputs if fn.batch else (False,) * len(fn.outputs)
+    lies = partitioning.result_shardings(fn, avals)
     return [
-        compat.result_aval(s.shape, jnp.dtype(s.dtype), avals, example if c else None)
-        for s, c in zip(fn.outputs, carried, strict=True)
+        compat.result_aval(s.shape, jnp.dtype(s.dtype), avals, sharding)
+        for s, sharding in zip(fn.outputs, lies, strict=True)
     ]
 
 

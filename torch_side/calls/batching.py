@@ -230,13 +230,14 @@ class NativeBatch(Derived):
         return tuple(Spec((*self.sizes, *s.shape), s.dtype) for s in self.of.outputs)
 
     @property
-    def batch(self) -> Batch:
-        """The examples along the first of the leading axes."""
-        return Batch(self.sizes[0], self.mapped, (True,) * len(self.of.outputs))
+    def batches(self) -> tuple[Batch, ...]:
+        """The examples along each of the leading axes."""
+        outputs = (True,) * len(self.of.outputs)
+        return tuple(Batch(size, self.mapped, outputs) for size in self.sizes)
 
-    def resized(self, size: int) -> NativeBatch:
-        """Returns the same call for another number of examples along that axis."""
-        return replace(self, sizes=(size, *self.sizes[1:]))
+    def resized(self, sizes: Sequence[int]) -> NativeBatch:
+        """Returns the same call for other numbers of examples along these axes."""
+        return replace(self, sizes=tuple(sizes))
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         batching = self.batching
@@ -258,8 +259,10 @@ class NativeBatch(Derived):
     def gradient(self, wrt: tuple[int, ...]) -> Gradient | None:
         """Returns a Function of the outputs and gradients by one backward of the sum, or None.
 
-        That is right since row b of a native batch depends on example b alone, by the user's
-        word."""
+        That is right since row b of a native batch depends on example b alone, by the user's word.
+        The gradient in an input that examples share would be the sum of theirs: None."""
+        if not all(self.mapped[i] for i in wrt):
+            return None
         single = self.of.gradient(wrt)
         return Gradient(self, wrt, single.out) if isinstance(single, Gradient) else None
 
