@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax._src import core, dispatch
+from jax._src import core, dispatch, distributed, xla_bridge
 from jax._src.ad_util import Zero as Zero
 from jax._src.custom_partitioning_sharding_rule import ArrayMapping, SdyShardingRule
 from jax._src.interpreters import ad, batching, mlir
@@ -116,6 +116,24 @@ def over_devices(ctx: Any) -> bool:
     """True in a program for several devices that XLA partitions: in shard_map JAX has done so."""
     context = ctx.module_context.axis_context
     return isinstance(context, ShardingContext) and context.num_devices > 1
+
+
+def over_processes(ctx: Any) -> bool:
+    """True in a program that several processes run."""
+    context = ctx.module_context.axis_context
+    mesh = getattr(context, "mesh", None)
+    devices = mesh.devices.flat if mesh is not None else getattr(context, "device_assignment", None)
+    return any(d.process_index != jax.process_index() for d in devices or ())
+
+
+def job() -> tuple[int, Any]:
+    """Returns the number of this process, and the client of jax.distributed (None without it)."""
+    return jax.process_index(), distributed.global_state.client
+
+
+def has_started() -> bool:
+    """True where JAX has made a client, which has threads."""
+    return xla_bridge.backends_are_initialized()
 
 
 def sharding_rule(

@@ -21,7 +21,7 @@ from bridge.errors import message
 from bridge.failures import carried
 from bridge.function import Function, Spec
 from bridge.native import handler
-from jax_side.calls import registry
+from jax_side.calls import processes, registry
 from jax_side.calls.lanes import host_carrier
 from jax_side.calls.nesting import here
 from jax_side.calls.registry import Owner
@@ -29,17 +29,20 @@ from jax_side.calls.registry import Owner
 TARGET = "bridge_native"
 # what is loaded here, by key: packages of the other bank, with record and path
 packages: dict[str, Any] = {}
+# the keys of those that programs of several processes call
+_telling: set[str] = set()
 # dtypes that the handler knows
 _INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 _FLOATS = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 KNOWN = ("bool", *_INTEGERS, *_FLOATS)
 
 
-def own(fn: Function, platform: str, forever: bool) -> Owner:
+def own(fn: Function, platform: str, forever: bool, telling: bool = False) -> Owner:
     """Returns the owner of a package of `fn`, which is compiled here unless it lies in the folder
     of packages, and loaded.
 
-    `forever` keeps it until the process ends, for programs that jax.export writes.
+    `forever` keeps it until the process ends, for programs that jax.export writes. `telling` says
+    that several processes run the program.
 
     Raises: NotImplementedError for a Function that can't be compiled, and for float8."""
     for s in (*fn.inputs, *fn.outputs):
@@ -60,12 +63,16 @@ def own(fn: Function, platform: str, forever: bool) -> Owner:
             packages[key] = package
     if forever:
         registry.keep_forever(owner)
+    if telling:
+        processes.watch()
+        _telling.add(key)
     return owner
 
 
 def _release(library: handler.Library, key: str) -> None:
     """Lets a package go that no program needs any more."""
     packages.pop(key, None)
+    _telling.discard(key)
     library.drop(key)
 
 
@@ -125,6 +132,8 @@ def _explain(key: bytes, what: bytes, inputs: Any, text: int, size: int) -> int:
         fn.base.run(fn, [x.__dlpack__() for x in given])
         raise RuntimeError(what.decode(errors="replace"))
     except BaseException as error:
+        if key.decode() in _telling:
+            processes.tell(error)
         found = str(carried(error)).encode()[:size]
         ctypes.memmove(text, found, len(found))
         return len(found)

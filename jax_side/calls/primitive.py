@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from bridge.errors import message
 from bridge.function import Function
-from jax_side.calls import compat, lanes, native, partitioning, registry
+from jax_side.calls import compat, lanes, native, partitioning, processes, registry
 from jax_side.calls.compat import Zero
 from jax_side.calls.nesting import here
 
@@ -30,6 +30,7 @@ def _impl(*args, fn, lane):
     """An eager call, which no lane serves: an exception arrives as it is, since there is no runtime
     in between. Arrays that lie on several devices need XLA."""
     # Constants of a jaxpr that is run eagerly need not be JAX arrays.
+    processes.check_own()
     args = [a if isinstance(a, jax.Array) else jnp.asarray(a) for a in args]
     if any(a.sharding.num_devices > 1 for a in args):
         return jax.jit(functools.partial(call, fn, lane=lane))(*args)
@@ -123,7 +124,7 @@ def _lower_host(ctx, *args, fn, lane):
 
 def _lower_native(ctx, *args, fn, platform):
     forever = compat.for_export(ctx)
-    owner = native.own(fn, platform, forever)
+    owner = native.own(fn, platform, forever, compat.over_processes(ctx))
     if not forever:
         # the user's module too: a weight that it lets go has been replaced
         compat.keep_alive(ctx, (owner, fn))
@@ -143,7 +144,8 @@ def _lower_ffi(ctx, *args, fn, lane, platform):
     if compat.for_export(ctx):
         owner = registry.own_forever(fn)
     else:
-        compat.keep_alive(ctx, owner := registry.own(fn))
+        owner = registry.own(fn, telling=compat.over_processes(ctx))
+        compat.keep_alive(ctx, owner)
     return compat.lower_fun(lambda *xs: lanes.ffi(fn, owner.number, *xs), multiple_results=True)(
         ctx, *args
     )
@@ -152,15 +154,16 @@ def _lower_ffi(ctx, *args, fn, lane, platform):
 def _lower_partitioned(ctx, *args, fn, lane, platform):
     """In a program for several devices."""
     depth, owners = here.depth, []
+    telling = compat.over_processes(ctx)
 
     def owned(fn):
         outside, here.depth = here.depth, depth
         try:
             if lane == "native":
-                owner, f = native.own(fn, platform, False), native.call
+                owner, f = native.own(fn, platform, False, telling), native.call
             else:
                 lanes.register_ffi(fn.base.tensor_type)
-                owner, f = registry.own(fn), lanes.ffi
+                owner, f = registry.own(fn, telling=telling), lanes.ffi
         finally:
             here.depth = outside
         owners.append((owner, fn))  # which the program keeps, with this function
@@ -168,7 +171,8 @@ def _lower_partitioned(ctx, *args, fn, lane, platform):
 
     part = owned
     if _by_host(lane):
-        index = compat.add_host_callback(ctx, lanes.HostPart(fn))
+        each = lanes.HostPart(fn)
+        index = compat.add_host_callback(ctx, processes.telling(each) if telling else each)
         part = lambda fn: functools.partial(lanes.host_part, fn, index, platform)
     whole = functools.partial(call, fn, lane=lane)
     return partitioning.lower(ctx, *args, fn=fn, whole=whole, part=part)

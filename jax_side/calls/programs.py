@@ -19,7 +19,7 @@ import jax.core
 import jax.numpy as jnp
 
 from bridge.function import Function
-from jax_side.calls import compat
+from jax_side.calls import compat, processes
 from jax_side.calls.arrays import KNOWN, borrow, lend
 
 tree = jax.tree_util
@@ -55,6 +55,8 @@ class Program:
         It runs under the x64 setting under which its types were found: a backward may come after
         the `with` block of its forward, and a callback in another thread.
         """
+        if processes.forked:
+            processes.check_own()
         if compat.config.jax_enable_x64 is not self._x64:
             with jax.enable_x64(self._x64):
                 return self._run(groups)

@@ -16,6 +16,7 @@ import jax
 
 from bridge.errors import message
 from bridge.function import Function
+from jax_side.calls import processes
 from jax_side.calls.nesting import here
 
 
@@ -39,7 +40,7 @@ class Called(NamedTuple):
 
 lock = threading.RLock()
 functions: dict[str, Called] = {}
-_numbers: dict[tuple[Function, int], str] = {}
+_numbers: dict[tuple[Function, int, bool], str] = {}
 _owners: weakref.WeakValueDictionary[str, Owner] = weakref.WeakValueDictionary()
 _retired: set[str] = set()
 _pinned: set[Owner] = set()
@@ -53,20 +54,26 @@ def _entry(fn: Function) -> Callable[..., Any]:
     return fn.base.runner(fn, ready=True) if fn.plain else functools.partial(fn.base.run, fn)
 
 
-def own(fn: Function, key: str | None = None, release: Callable[[], Any] | None = None) -> Owner:
+def own(
+    fn: Function,
+    key: str | None = None,
+    release: Callable[[], Any] | None = None,
+    telling: bool = False,
+) -> Owner:
     """Returns the owner of a Function's number, for a program that is being lowered. Equal
-    Functions share it.
+    Functions share it. `telling` says that several processes run the program.
 
     The number may be given, as the `key` of a package; `release` is then called when no program
     needs it any more."""
     release_retired()
     with lock:
-        called = fn, here.depth
+        called = fn, here.depth, telling
         number = key or _numbers.setdefault(called, next(_next))
         if (owner := _owners.get(number)) is None:
             owner = _owners[number] = Owner(number)
             release = release or functools.partial(_numbers.pop, called)
-            functions[number] = Called(*called, len(fn.inputs), _entry(fn), release)
+            enter = processes.telling(_entry(fn)) if telling else _entry(fn)
+            functions[number] = Called(fn, here.depth, len(fn.inputs), enter, release)
             _retired.discard(number)
             weakref.finalize(owner, _retire, number).atexit = False
         return owner

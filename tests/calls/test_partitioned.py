@@ -197,7 +197,10 @@ def test_what_the_native_lane_refuses():
     f = bridge.to_jax(lambda x: torch.unique(x), lane="native", batched=0, outputs=lambda x: x)
     program = jax.jit(jax.vmap(f))
     x = placed(mesh_of("auto"), X, "d")
-    with pytest.raises(NotImplementedError, match="shapes don't depend on values"), bridge.raising():
+    with (
+        pytest.raises(NotImplementedError, match="shapes don't depend on values"),
+        bridge.raising(),
+    ):
         program(x)
     with pytest.raises(jax.errors.JaxRuntimeError, match="shapes don't depend on values"):
         program(x)
