@@ -57,13 +57,22 @@ def telling(enter: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def tell(error: BaseException) -> None:
-    """Tells all processes of this job of an error. The first one is kept."""
+    """Tells all processes of this job of an error. The first one is kept.
+
+    It is said here, too: this process may wait in a collective for its other devices, and be ended
+    before it can raise."""
     process, client = compat.job()
-    if client is not None:
-        # another process was first, or the job is ending
-        with contextlib.suppress(Exception):
-            text = str(error) if isinstance(error, Carried) else describe(error)
-            client.key_value_set(KEY, f"{process} {text}")
+    if client is None:
+        return
+    text = str(error) if isinstance(error, Carried) else describe(error)
+    _say(f"process {process} of this job failed: {text}")
+    # another process was first, or the job is ending
+    with contextlib.suppress(Exception):
+        client.key_value_set(KEY, f"{process} {text}")
+
+
+def _say(text: str) -> None:
+    print(f"bridge: {text}", file=sys.stderr, flush=True)
 
 
 @functools.cache
@@ -90,7 +99,6 @@ def _watch(process: int, client: Any, ending: threading.Event) -> None:
     other, _, text = found.partition(" ")
     if int(other) == process:
         return
-    say = functools.partial(print, file=sys.stderr, flush=True)
-    say(f"bridge: process {other} of this job failed, and so process {process} ends: {text}")
+    _say(f"process {other} of this job failed, and so process {process} ends: {text}")
     if not ending.wait(GRACE):
         os._exit(1)
