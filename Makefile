@@ -23,7 +23,7 @@ VERSIONS ?= torch jax
 PYTHON312 ?= $(or $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12)),python3.12)
 WORKERS ?= 2
 
-.PHONY: help setup lint docs demo demo-jax-in-torch demo-npt demo-torch-sim demo-relax demo-mc demo-export test test-all test-latest test-older check-mc bench bench-engines bench-mc bench-native gpu-check clean
+.PHONY: help setup lint docs demo demo-jax-in-torch demo-npt demo-torch-sim demo-relax demo-mc demo-distributed demo-export test test-all test-latest test-older check-mc bench bench-engines bench-mc bench-native gpu-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -66,6 +66,9 @@ demo-torch-sim: setup  ## one JAX potential of copper in torch-sim and in jax-md
 
 demo-relax: setup  ## SevenNet-0 relaxes a crystal and its cell in one jitted jax-md program, beside ASE: table and picture in demos/out (ARGS="--help")
 	$(RUN) -m demos.relax $(ARGS)
+
+demo-distributed: setup  ## some hundred alloys relaxed as one batch over 1, 2 and 4 devices, or over processes: table and picture in demos/out (ARGS="--help")
+	$(RUN) -m demos.distributed $(ARGS)
 
 demo-mc: setup  ## order and disorder in Cu3Au: a torch potential in jitted Monte Carlo, all chains in one torch call (ARGS="--help")
 	$(RUN) -m demos.mc $(ARGS)

@@ -275,7 +275,7 @@ def sevennet(gpu, values):
     expect(np.isfinite(values["error of energy"]), "no energy")
 
 
-@check(limit=420, card=True)
+@check(limit=240, card=True)
 def sevennet_native(gpu, values):
     """SevenNet-0 with 64 atoms on the native lane: a step in a jitted loop beside the ffi lane, and
     no call of Python in it."""

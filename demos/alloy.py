@@ -11,7 +11,10 @@ import torch
 from ase.neighborlist import neighbor_list
 
 import bridge
+from bridge.card import Card
 from jax_side.montecarlo.local import Layout, LocalPotential
+from torch_side.potentials.geometry import edge_vectors
+from torch_side.potentials.model import Model
 
 CU, AU = 29, 79
 # A (eV), xi (eV), p, q, r0 (Angstrom); r0 of the unlike pair is our choice, copper's: Cu3Au is then
@@ -46,6 +49,26 @@ class Bonds(torch.nn.Module):
         d = r.square().sum(-1, keepdim=True).sqrt()
         x = ((d - ONSET) / (CUTOFF - ONSET)).clamp(0, 1)
         return size * torch.exp(-decay * (d / r0 - 1)) * (1 - x**3 * (10 - 15 * x + 6 * x**2))
+
+
+class Alloy(Model):
+    """The same potential as a graph model of the contract, float64."""
+
+    def __init__(self):
+        super().__init__()
+        self.bonds = Bonds()
+        self.card = Card(
+            cutoff=CUTOFF, neighbor_list="own", elements=[CU, AU], dtype="float64", batches=True
+        )
+
+    def energies(self, inputs):
+        r = edge_vectors(inputs)
+        kinds = torch.stack([inputs["atomic_numbers"] == z for z in (CU, AU)], -1).to(r.dtype)
+        i, j = inputs["edge_index"].long()
+        sums = r.new_zeros(len(kinds), 2).index_add(0, i, self.bonds(kinds[i], kinds[j], r))
+        nodes = sums[:, 0] - torch.sqrt(sums[:, 1].clamp(min=1e-12))
+        energy = r.new_zeros(len(inputs["cell"])).index_add(0, inputs["batch"], nodes)
+        return {"energy": energy, "node_energies": nodes}
 
 
 class Cohesion(torch.nn.Module):

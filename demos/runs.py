@@ -17,6 +17,7 @@ from pathlib import Path
 import ase.io
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 import bridge
@@ -121,7 +122,7 @@ def run(
                     raise
                 interrupts.asked = 2
                 break
-            state, done, seen = after, done + chunk, jax.tree.map(np.asarray, seen)
+            state, done, seen = after, done + chunk, jax.tree.map(_host, seen)
             last = {name: x[-1] for name, x in seen.items()}
             files.append(seen, frames(state, last) if frames else {})
             files.save(done, [_host(leaf) for leaf in jax.tree.leaves(state)])
@@ -296,21 +297,25 @@ def _scanned(step, observe, chunk):
 
 
 def _host(leaf):
-    """A leaf of the state as numpy has it; of a typed key its data."""
+    """A leaf of the state as numpy has it, whole; of a typed key its data."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
     typed = isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return np.asarray(jax.random.key_data(leaf) if typed else jax.numpy.asarray(leaf))
 
 
 def _device(leaves, like):
-    """The state of these leaves, typed as in `like`, weakly where that is: a new run and a
-    checkpoint get the same program."""
+    """The state of these leaves, typed as in `like`, weakly where that is, and over as many devices
+    as there: a new run and a checkpoint get the same program."""
 
     def back(leaf, old):
         typed = isinstance(old, jax.Array) and jax.dtypes.issubdtype(old.dtype, jax.dtypes.prng_key)
         # jax-md's tau, a number of Python
         weak = leaf.ndim == 0 and getattr(old, "weak_type", not hasattr(old, "dtype"))
         array = jax.numpy.asarray(leaf.item()) if weak else jax.numpy.array(leaf)
-        return jax.random.wrap_key_data(array, impl=jax.random.key_impl(old)) if typed else array
+        array = jax.random.wrap_key_data(array, impl=jax.random.key_impl(old)) if typed else array
+        over = isinstance(old, jax.Array) and old.sharding.num_devices > 1
+        return jax.device_put(array, old.sharding) if over else array
 
     old, structure = jax.tree.flatten(like)
     return jax.tree.unflatten(structure, [back(*pair) for pair in zip(leaves, old)])
