@@ -23,7 +23,7 @@ VERSIONS ?= torch jax
 PYTHON312 ?= $(or $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12)),python3.12)
 WORKERS ?= 2
 
-.PHONY: help setup lint docs demo demo-jax-in-torch demo-npt demo-torch-sim demo-relax demo-mc demo-distributed demo-export test test-all test-latest test-older check-mc bench bench-engines bench-mc bench-native gpu-check clean
+.PHONY: help setup lint docs demo demo-jax-in-torch demo-npt demo-torch-sim demo-relax demo-mc demo-distributed demo-export test test-all test-latest test-older check-mc bench bench-engines bench-mc bench-native bench-scale soak-scale gpu-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -113,6 +113,12 @@ bench-mc: setup  ## time of a Monte Carlo move at 1,000 to 100,000 atoms, increm
 
 bench-native: setup  ## the native lane beside eager torch and the ffi lane: time of a step, of an empty call, on two devices (a quiet machine, please; compiles for 15 minutes the first time)
 	OMP_NUM_THREADS=1 XLA_FLAGS="--xla_force_host_platform_device_count=2 $$XLA_FLAGS" $(RUN) -m benchmarks.native $(ARGS)
+
+bench-scale: setup  ## a batch on two devices beside one, under plain jit (ARGS="--help")
+	$(RUN) -m benchmarks.scale $(ARGS)
+
+soak-scale: setup  ## 10,000 structures through a sharded loop on each lane: memory stays flat (20 minutes)
+	$(RUN) -m benchmarks.scale --soak $(ARGS)
 
 gpu-check: setup  ## checks on a CUDA GPU, report in benchmarks/gpu/<date>.json; says plainly when there is none
 	$(RUN) -m benchmarks.gpu_check $(ARGS)

@@ -143,6 +143,20 @@ class Function:
         return self
 
     @cached_property
+    def symbolic(self) -> bool:
+        """True where the size of a batch is a symbol (jax.export), not a number."""
+        return not all(isinstance(b.size, int) for b in self.batches)
+
+    def of_shapes(self, shapes: Sequence[Sequence[int]]) -> Function:
+        """Returns the same call for batches as large as in inputs of these shapes."""
+        sizes = []
+        for k, batch in enumerate(self.batches):
+            carrying = batch.inputs.index(True)
+            place = sum(outer.inputs[carrying] for outer in self.batches[:k])
+            sizes.append(shapes[carrying][place])
+        return self.resized(sizes)
+
+    @cached_property
     def plain(self) -> bool:
         """True where every dtype travels as itself, without the carriers of a lane."""
         specs = (*self.inputs, *self.outputs)

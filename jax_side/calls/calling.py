@@ -11,7 +11,7 @@ import jax
 from bridge.call import Call, one_of
 from bridge.function import Spec
 from jax_side.calls import lanes, primitive, registry
-from jax_side.calls.signature import Signature, check_width, output_names, sign
+from jax_side.calls.signature import Signature, check_numbers, check_width, output_names, sign
 
 tree = jax.tree_util
 
@@ -100,6 +100,7 @@ class JaxCallable:
         call = Call(self.__wrapped__, signature.tree, signature.static, tree.tree_flatten)
         given = signature.names()
         self._exporter.check_types(signature.inputs, given)
+        check_numbers(signature.inputs, given, call.name)
         if self._outputs is None:
             outputs, out_tree = self._exporter.infer(call, signature.inputs, given)
         else:

@@ -7,6 +7,7 @@ sources of 0.11.2, which has not been run.
 from __future__ import annotations
 
 import importlib
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from jax._src import core, dispatch, distributed, xla_bridge
 from jax._src.ad_util import Zero as Zero
 from jax._src.custom_partitioning_sharding_rule import ArrayMapping, SdyShardingRule
 from jax._src.interpreters import ad, batching, mlir
+from jax._src.lib.mlir import ir
 from jax._src.sharding_impls import ShardingContext
 from jax.experimental.custom_partitioning import custom_partitioning as custom_partitioning
 from jaxlib import xla_client
@@ -85,6 +87,18 @@ def laid_like(x: jax.Array, aval: Any) -> jax.Array:
     """Returns x, laid over the devices as the type says."""
     there = core.typeof(x).sharding
     return x if there == aval.sharding else jax.sharding.reshard(x, aval.sharding)
+
+
+def of_this_process(results: Sequence[Any]) -> Sequence[Any]:
+    """Returns lowered results of a call that means nothing in another process: no compilation
+    cache finds its program again."""
+    mark = ir.DictAttr.get({"bridge_process": ir.StringAttr.get(_PROCESS)})
+    for y in results:
+        y.owner.attributes["mhlo.frontend_attributes"] = mark
+    return results
+
+
+_PROCESS = secrets.token_hex(8)
 
 
 def laid_as_typed(ctx: Any, results: Sequence[Any]) -> list[Any]:

@@ -250,19 +250,9 @@ class HostPart:
     def _sized(self, shapes: tuple[tuple[int, ...], ...]) -> HostCall:
         outside, here.depth = here.depth, self.depth
         try:
-            return HostCall(self.fn.resized(_sizes(self.fn, shapes)))
+            return HostCall(self.fn.of_shapes(shapes))
         finally:
             here.depth = outside
-
-
-def _sizes(fn: Function, shapes: Sequence[tuple[int, ...]]) -> list[int]:
-    """How many examples of each batch there are, from the shapes of the inputs."""
-    sizes = []
-    for k, batch in enumerate(fn.batches):
-        carrying = batch.inputs.index(True)
-        place = sum(outer.inputs[carrying] for outer in fn.batches[:k])
-        sizes.append(shapes[carrying][place])
-    return sizes
 
 
 def host_part(fn: Function, index: int, platform: str, *args: jax.Array) -> Sequence[jax.Array]:

@@ -48,7 +48,8 @@ def lower(ctx: Any, *args: Any, fn: Function, whole: Call, part: Callable[[Funct
     call = compat.custom_partitioning(lambda *xs: tuple(whole(*xs)))
     rule = compat.sharding_rule(*_names(fn))
     call.def_partition(partition, infer_sharding_from_operands=results, sharding_rule=rule)
-    return compat.laid_as_typed(ctx, compat.lower_fun(call, multiple_results=True)(ctx, *args))
+    results = compat.lower_fun(call, multiple_results=True)(ctx, *args)
+    return compat.laid_as_typed(ctx, compat.of_this_process(results))
 
 
 def result_shardings(fn: Function, avals: Sequence[Any]) -> Sequence[Any]:

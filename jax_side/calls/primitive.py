@@ -109,7 +109,18 @@ def _lead(x, dim, mapped, needed, size):
     return jnp.broadcast_to(x, (size, *x.shape)) if needed else x
 
 
+def _check_sizes(fn, lane):
+    """NotImplementedError where a batch has a symbol for its size, which only the ffi lane
+    serves."""
+    if fn.symbolic:
+        do = 'take lane="ffi", or export it for each size'
+        expected = f"a number of examples in a call of {fn.base} on lane={lane!r}"
+        sizes = ", ".join(str(b.size) for b in fn.batches)
+        raise NotImplementedError(message(expected, f"the symbol {sizes}", do))
+
+
 def _lower_host(ctx, *args, fn, lane):
+    _check_sizes(fn, "host")
     if lane in ("ffi", "native"):
         platform = ctx.module_context.platforms
         raise NotImplementedError(
@@ -123,6 +134,7 @@ def _lower_host(ctx, *args, fn, lane):
 
 
 def _lower_native(ctx, *args, fn, platform):
+    _check_sizes(fn, "native")
     forever = compat.for_export(ctx)
     owner = native.own(fn, platform, forever, compat.over_processes(ctx))
     if not forever:

@@ -51,7 +51,19 @@ _next = map("{:x}".format, itertools.count(1))
 
 def _entry(fn: Function) -> Callable[..., Any]:
     """What a lane calls."""
+    if fn.symbolic:
+        return _sized(fn)
     return fn.base.runner(fn, ready=True) if fn.plain else functools.partial(fn.base.run, fn)
+
+
+def _sized(fn: Function) -> Callable[..., Any]:
+    """What a lane calls where the sizes of batches are known in the call alone."""
+    entry = functools.lru_cache(maxsize=64)(lambda shapes: _entry(fn.of_shapes(shapes)))
+
+    def enter(given: Any, into: Any) -> Any:
+        return entry(tuple(tuple(x.shape) for x in given))(given, into)
+
+    return enter
 
 
 def own(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,19 @@ class Signature:
                     )
                 )
         return tuple(Spec(tuple(x.shape), jnp.dtype(x.dtype).name) for x in leaves), out_tree
+
+
+def check_numbers(inputs: Sequence[Spec], names: Sequence[str], who: str) -> None:
+    """Raises NotImplementedError naming the first input with a size that is a symbol of jax.export,
+    in a call of `who`."""
+    for s, name in zip(inputs, names, strict=True):
+        if not all(isinstance(n, int) for n in s.shape):
+            expected = f"sizes that are numbers in a call of {who}"
+            do = (
+                "export it for each size, or map it over examples by jax.vmap: how many there are "
+                'may be a symbol on lane="ffi"'
+            )
+            raise NotImplementedError(message(expected, f"{s} as {name}", do))
 
 
 def sign(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Signature, list[jax.Array]]:

@@ -192,6 +192,28 @@ def test_persistent_cache_x_two_processes(tmp_path):
         np.testing.assert_allclose(y, k * np.cos(X))
 
 
+SHARED_OUT = """
+import json, sys, jax, torch, bridge
+jax.config.update("jax_enable_x64", True)
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
+f, k = bridge.to_jax(lambda x: k * x.sin()), float(sys.argv[2])
+mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
+x = jax.device_put(jax.numpy.arange(4.0), NamedSharding(mesh, P("d")))
+print(json.dumps(jax.jit(jax.vmap(f))(x).tolist()))
+"""
+
+
+def test_persistent_cache_x_programs_over_devices(tmp_path):
+    """What a device calls is known in one process alone, and no other one finds the program."""
+    for k in (2, 3):
+        np.testing.assert_allclose(python(SHARED_OUT, tmp_path, k), k * np.sin(X))
+
+
 EXPORTED = """
 f = jax.jit(bridge.to_jax(lambda x: {k} * x.sin(), lane="ffi"))
 safe = [jax.export.DisabledSafetyCheck.custom_call("bridge_call")]
@@ -232,3 +254,45 @@ def test_export_x_other_process(own, exported):
     whatever their numbers."""
     kind, text = python(START + IMPORTED.format(own=own), exported)
     assert kind == "JaxRuntimeError" and "which this process does not know" in text, text
+
+
+# Symbolic shapes.
+
+SYMBOLIC = {
+    "value": (lambda f: jax.vmap(f), lambda x: (x**3).sum(-1)),
+    "gradients": (lambda f: jax.vmap(jax.grad(f)), lambda x: 3 * x**2),
+    "of a sum": (lambda f: jax.grad(lambda x: jax.vmap(f)(x).sum()), lambda x: 3 * x**2),
+    "hvp": (lambda f: lambda x: jax.jvp(jax.vmap(jax.grad(f)), (x,), (x,))[1], lambda x: 6 * x * x),
+}
+
+
+@pytest.mark.parametrize("batched", ["vmap", "sequential", 0])
+@pytest.mark.parametrize("name", SYMBOLIC)
+def test_export_x_a_symbol_of_examples(name, batched):
+    """One exported program for any number of examples."""
+    of, twin = SYMBOLIC[name]
+    f = bridge.to_jax(lambda x: (x**3).sum(-1), lane="ffi", batched=batched)
+    (b, _) = jax.export.symbolic_shape("b, 3")
+    safe = [jax.export.DisabledSafetyCheck.custom_call("bridge_call")]
+    like = jax.ShapeDtypeStruct((b, 3), X.dtype)
+    exported = jax.export.export(jax.jit(of(f)), disabled_checks=safe)(like)
+    for n in (1, 2, 5):
+        x = jnp.arange(3.0 * n).reshape(n, 3)
+        np.testing.assert_allclose(jax.jit(exported.call)(x), twin(x), rtol=1e-12)
+
+
+def test_export_x_symbols_that_are_refused():
+    safe = [jax.export.DisabledSafetyCheck.custom_call("bridge_call")]
+    (n,) = jax.export.symbolic_shape("n")
+    export = lambda f, shape: jax.export.export(jax.jit(f), disabled_checks=safe)(
+        jax.ShapeDtypeStruct(shape, X.dtype)
+    )
+    f = bridge.to_jax(lambda x: x.sum(), lane="ffi")
+    with pytest.raises(
+        NotImplementedError, match=r"sizes that are numbers .* float64\[n,3\] as argument 0"
+    ):
+        export(f, (n, 3))
+    for lane in ("host", "native"):
+        f = bridge.to_jax(lambda x: x.sum(), lane=lane)
+        with pytest.raises(NotImplementedError, match="the symbol n; take lane=.ffi."):
+            export(jax.vmap(f), (n, 3))
