@@ -115,10 +115,10 @@ bench-native: setup  ## the native lane beside eager torch and the ffi lane: tim
 	OMP_NUM_THREADS=1 XLA_FLAGS="--xla_force_host_platform_device_count=2 $$XLA_FLAGS" $(RUN) -m benchmarks.native $(ARGS)
 
 bench-scale: setup  ## a batch on two devices beside one, under plain jit (ARGS="--help")
-	$(RUN) -m benchmarks.scale $(ARGS)
+	OMP_NUM_THREADS=1 XLA_FLAGS="--xla_force_host_platform_device_count=2 $$XLA_FLAGS" $(RUN) -m benchmarks.scale $(ARGS)
 
 soak-scale: setup  ## 10,000 structures through a sharded loop on each lane: memory stays flat (20 minutes)
-	$(RUN) -m benchmarks.scale --soak $(ARGS)
+	OMP_NUM_THREADS=1 XLA_FLAGS="--xla_force_host_platform_device_count=2 $$XLA_FLAGS" $(RUN) -m benchmarks.scale --soak $(ARGS)
 
 gpu-check: setup  ## checks on a CUDA GPU, report in benchmarks/gpu/<date>.json; says plainly when there is none
 	$(RUN) -m benchmarks.gpu_check $(ARGS)

@@ -134,7 +134,8 @@ def main(argv=None) -> int:
         "--batches", type=int, default=157, help="of the soak; 157: 10,048 structures"
     )
     chosen = parser.parse_args(argv)
-    jax.config.update("jax_num_cpu_devices", 2)
+    if len(jax.devices("cpu")) < 2:
+        parser.error("expected two CPU devices, got one; run make bench-scale or soak-scale")
     torch.set_num_threads(1)
     if chosen.soak:
         for row in soak(chosen.batches):

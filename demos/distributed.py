@@ -78,9 +78,12 @@ def options(argv=None) -> argparse.Namespace:
 
 
 def started(chosen) -> None:
-    """JAX, with as many CPU devices as are asked for, where there are no others."""
+    """JAX, with as many CPU devices as are asked for, where there are no others.
+
+    Devices that jax_num_cpu_devices makes take turns (jax 0.10.2); these run at once."""
     jax.config.update("jax_enable_x64", True)
-    jax.config.update("jax_num_cpu_devices", max(chosen.devices))
+    count = f"--xla_force_host_platform_device_count={max(chosen.devices)}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"
     if chosen.rank is not None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"127.0.0.1:{chosen.port}", chosen.processes, chosen.rank)

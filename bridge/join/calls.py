@@ -46,6 +46,7 @@ def to_jax(
     batched: Batched = "vmap",
     derivatives: Literal["func", "autograd"] = "func",
     lane: Lane = "auto",
+    name: str | None = None,
 ) -> JaxCallable:
     """A callable becomes a JAX function."""
 
@@ -63,6 +64,7 @@ def to_jax(
     batched: Batched = "vmap",
     derivatives: Literal["func", "autograd"] = "func",
     lane: Lane = "auto",
+    name: str | None = None,
 ) -> Any:
     """Returns the JAX counterpart of a torch tensor, of a pytree of tensors, or of a torch
     callable.
@@ -100,6 +102,8 @@ def to_jax(
                  that is asked for are compiled by AOTInductor when JAX lowers a program, and called
                  without Python (CPU, CUDA; see bridge.native). "auto": ffi where it exists, else
                  host; native for a bridge.native.Package. An eager call uses none
+    name         what programs of lane="ffi" that bridge.native.save writes find this callable by, in
+                 a process that has made it anew under this name
 
     Units and signs are the callable's own. Inputs are lent to torch without a copy, but for complex
     and float8, which the ffi lane can't carry and XLA repacks. Each output is written once.
@@ -120,7 +124,7 @@ def to_jax(
         outputs = package_outputs(x) if outputs is None else outputs
         lane = "native" if lane == "auto" else lane
     if callable(x):
-        return JaxCallable(torch_export.Exporter(x, batched, derivatives), outputs, lane)
+        return JaxCallable(torch_export.Exporter(x, batched, derivatives), outputs, lane, name)
     return tree.tree_map_with_path(functools.partial(_tensor_to_jax, copy), x)
 
 

@@ -57,13 +57,14 @@ def potential(
     card: Card | None = None,
     batched: Literal["graph", "sequential"] = "graph",
     lane: Lane = "auto",
+    name: str | None = None,
     **extras: Any,
 ) -> jax_side_potential.Potential:
     """Returns a torch potential as a differentiable JAX energy: `energy(positions, cell)`, in eV
     and Angstrom.
 
     `model` is a torch callable of the potential contract. `jax_potential` says what makes it a JAX
-    model: gradients=, outputs=, cutoff=, card=, batched=, lane=.
+    model: gradients=, outputs=, cutoff=, card=, batched=, lane=, name=.
     jax_side.potentials.potential.potential says what the returned object can do, and what its other
     arguments are: the atoms, their boundaries, systems, and `extras` such as charge or edge_index.
 
@@ -86,6 +87,7 @@ def potential(
         card=card,
         batched=batched,
         lane=lane,
+        name=name,
     )
     return jax_side_potential.potential(
         bridged, atomic_numbers=atomic_numbers, pbc=pbc, batch=batch, n_systems=n_systems, **extras
@@ -101,6 +103,7 @@ def jax_potential(
     card: Card | None = None,
     batched: Literal["graph", "sequential"] = "graph",
     lane: Lane = "auto",
+    name: str | None = None,
 ) -> JaxModel:
     """Returns a torch potential as a JAX model of the contract, for jax_side.potentials.direct and
     engines. It takes a dict of arrays and returns one.
@@ -123,7 +126,7 @@ def jax_potential(
     `card` (bridge.Card) says what a model of your own has and needs; the models of this package
     carry theirs. `batched` is how vmap is served. "graph" makes all structures the systems of one
     batched call, so that the model must keep systems apart; "sequential" makes one call after
-    another. `lane` is that of `to_jax`. On lane="native" a graph model is given its edges, and keeps
+    another. `lane` and `name` are those of `to_jax`. On lane="native" a graph model is given its edges, and keeps
     systems apart, for unused slots of edges lie in a system of their own
     (torch_side.potentials.static).
 
@@ -151,6 +154,7 @@ def jax_potential(
         batched=batched,
         derivatives="autograd",
         lane=lane,
+        name=name,
     )
     bridged.card = carded.card
     return bridged

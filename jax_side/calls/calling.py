@@ -10,7 +10,7 @@ import jax
 
 from bridge.call import Call, one_of
 from bridge.function import Spec
-from jax_side.calls import lanes, primitive, registry
+from jax_side.calls import lanes, named, primitive, registry
 from jax_side.calls.signature import Signature, check_numbers, check_width, output_names, sign
 
 tree = jax.tree_util
@@ -24,6 +24,10 @@ class Exporter(Protocol):
 
     def weights(self) -> Any:
         """Returns something hashable that changes when a weight of the callable does."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Returns a hash of the callable with its weights, and of the options."""
         ...
 
     def check(self) -> None:
@@ -62,7 +66,9 @@ class JaxCallable:
     Raises: ValueError for a lane that does not exist, and for a callable that is no function.
     """
 
-    def __init__(self, exporter: Exporter, outputs: Any, lane: str) -> None:
+    def __init__(
+        self, exporter: Exporter, outputs: Any, lane: str, name: str | None = None
+    ) -> None:
         registry.release_retired()
         exporter.check()
         self._exporter = exporter
@@ -71,7 +77,10 @@ class JaxCallable:
         declared = outputs if callable(outputs) else tuple(map(tuple, _flat(outputs)))
         # What was compiled with other weights is another function.
         weights = exporter.weights() if lane == "native" else None
-        self._key = (exporter, declared, lane, weights)
+        self._key = (exporter, declared, lane, weights, name)
+        self.name = name
+        if name is not None:
+            named.callables[name] = self
         # a base Function of the other bank, which has the tree of its outputs
         self._known: dict[Signature, Any] = {}
         self.__wrapped__ = exporter.target
@@ -89,10 +98,21 @@ class JaxCallable:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         registry.release_retired()
         signature, arrays = sign(args, kwargs)
+        fn = self._known.get(signature) or self.base(signature)
+        return fn.out_tree.unflatten(primitive.call(fn, *arrays, lane=self._lane))
+
+    def base(self, signature: Signature) -> Any:
+        """Returns the Function for one signature, made once."""
         fn = self._known.get(signature)
         if fn is None:
             fn = self._known[signature] = self._function(signature)
-        return fn.out_tree.unflatten(primitive.call(fn, *arrays, lane=self._lane))
+            if self.name is not None:
+                fn.memo["named"] = self
+        return fn
+
+    def fingerprint(self) -> str:
+        """Returns what changes with the code, the weights and the options behind this function."""
+        return self._exporter.fingerprint()
 
     def _function(self, signature: Signature) -> Any:
         """The base Function for one signature. Its output types are inferred here, or taken as

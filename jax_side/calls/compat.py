@@ -16,7 +16,7 @@ from jax._src import core, dispatch, distributed, xla_bridge
 from jax._src.ad_util import Zero as Zero
 from jax._src.custom_partitioning_sharding_rule import ArrayMapping, SdyShardingRule
 from jax._src.interpreters import ad, batching, mlir
-from jax._src.lib.mlir import ir
+from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
 from jax._src.sharding_impls import ShardingContext
 from jax.experimental.custom_partitioning import custom_partitioning as custom_partitioning
 from jaxlib import xla_client

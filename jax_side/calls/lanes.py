@@ -166,10 +166,14 @@ class HostCall:
         return hash(self.fn)
 
     def __call__(self, *given: Any) -> list[np.ndarray]:
+        return self.called(given, _wait)
+
+    def called(self, given: Sequence[Any], wait: Callable[..., Any]) -> list[np.ndarray]:
+        """Returns the results, having waited for what is given."""
         outs = [np.empty(shape, carrier) for shape, carrier, _ in self._outputs]
         outside, here.depth = here.depth, self.depth + 1
         try:
-            _wait(given)
+            wait(given)
             self._run(given, outs)
             return [
                 o if o.dtype is dtype else o.view(dtype)
@@ -234,7 +238,10 @@ def host(fn: Function, *args: jax.Array) -> Sequence[jax.Array]:
 
 class HostPart:
     """What XLA calls on each of several devices, with its part of the batch: the same Function for
-    as many examples as come."""
+    as many examples as come.
+
+    JAX has no part in it. A thread of XLA may wait for this call in a collective, and with another
+    one in this call there may be none left to copy an array."""
 
     def __init__(self, fn: Function) -> None:
         self.fn = fn
@@ -243,16 +250,28 @@ class HostPart:
 
     def __call__(self, *given: np.ndarray) -> tuple[np.ndarray, ...]:
         call = self._sized(tuple(map(np.shape, given)))
-        cpu = jax.local_devices(backend="cpu")[0]
-        with jax.default_device(cpu):
-            return tuple(call(*jax.device_put(given, cpu)))
+        return tuple(call.called(given, wait=lambda given: None))
 
     def _sized(self, shapes: tuple[tuple[int, ...], ...]) -> HostCall:
         outside, here.depth = here.depth, self.depth
         try:
-            return HostCall(self.fn.of_shapes(shapes))
+            fn = self.fn.of_shapes(shapes)
+            return HostCall(fn, _copying(fn))
         finally:
             here.depth = outside
+
+
+def _copying(fn: Function) -> Callable[..., Any]:
+    """What runs a Function on copies of NumPy arrays: what XLA gives can't be lent, for it is
+    read-only."""
+    run = fn.base.runner(fn, ready=False)
+    carriers = [host_carrier(s)[1] for s in fn.inputs]
+
+    def copying(given: Sequence[np.ndarray], outs: Sequence[np.ndarray]) -> None:
+        copies = [np.array(x).view(carrier) for x, carrier in zip(given, carriers)]
+        run([x.__dlpack__() for x in copies], [o.__dlpack__() for o in outs])
+
+    return copying
 
 
 def host_part(fn: Function, index: int, platform: str, *args: jax.Array) -> Sequence[jax.Array]:

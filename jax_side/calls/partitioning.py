@@ -38,8 +38,8 @@ def lower(ctx: Any, *args: Any, fn: Function, whole: Call, part: Callable[[Funct
         try:
             return _partition(fn, part, mesh, given, found)
         except Exception as e:
-            error = carried(e)
-        raise error
+            told = carried(e)
+        raise told
 
     def results(mesh: Mesh, given: Any, found: Any) -> tuple:
         shares = _shares(fn, mesh, given, ())
@@ -48,8 +48,8 @@ def lower(ctx: Any, *args: Any, fn: Function, whole: Call, part: Callable[[Funct
     call = compat.custom_partitioning(lambda *xs: tuple(whole(*xs)))
     rule = compat.sharding_rule(*_names(fn))
     call.def_partition(partition, infer_sharding_from_operands=results, sharding_rule=rule)
-    results = compat.lower_fun(call, multiple_results=True)(ctx, *args)
-    return compat.laid_as_typed(ctx, compat.of_this_process(results))
+    found = compat.lower_fun(call, multiple_results=True)(ctx, *args)
+    return compat.laid_as_typed(ctx, compat.of_this_process(found))
 
 
 def result_shardings(fn: Function, avals: Sequence[Any]) -> Sequence[Any]:

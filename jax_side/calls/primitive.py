@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from bridge.errors import message
 from bridge.function import Function
-from jax_side.calls import compat, lanes, native, partitioning, processes, registry
+from jax_side.calls import compat, lanes, named, native, partitioning, processes, registry
 from jax_side.calls.compat import Zero
 from jax_side.calls.nesting import here
 
@@ -154,7 +154,7 @@ def _lower_ffi(ctx, *args, fn, lane, platform):
         return _lower_host(ctx, *args, fn=fn, lane=lane)
     lanes.register_ffi(fn.base.tensor_type)
     if compat.for_export(ctx):
-        owner = registry.own_forever(fn)
+        owner = named.own(fn) if "named" in fn.base.memo else registry.own_forever(fn)
     else:
         owner = registry.own(fn, telling=compat.over_processes(ctx))
         compat.keep_alive(ctx, owner)

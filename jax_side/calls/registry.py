@@ -105,6 +105,15 @@ def own_forever(fn: Function) -> Owner:
     return owner
 
 
+def own_named(fn: Function, number: str) -> Owner:
+    """Returns the owner of a number that another process knows, too (jax_side.calls.named). It
+    lives until the process ends."""
+    owner = _owners[number] = Owner(number)
+    functions[number] = Called(fn, here.depth, len(fn.inputs), _entry(fn), _nothing)
+    keep_forever(owner)
+    return owner
+
+
 def keep_forever(owner: Owner) -> None:
     """Keeps an owner until the process ends."""
     _pinned.add(owner)

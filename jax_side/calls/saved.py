@@ -18,7 +18,7 @@ import jax.export
 from bridge.errors import message
 from bridge.native import folder as folders
 from bridge.native import handler
-from jax_side.calls import native
+from jax_side.calls import named, native
 from jax_side.calls.lanes import TARGET as PYTHON
 
 PROGRAM, MANIFEST, PACKAGES = "program.bin", "manifest.json", "packages"
@@ -34,15 +34,19 @@ def export(
     platforms: tuple[str, ...] | None = None,
     **kwargs: Any,
 ) -> jax.export.Exported:
-    """Returns a jitted function, with bridged models on lane="native" in it, as a program that
-    other processes can run.
+    """Returns a jitted function, with bridged models in it that are on lane="native" or have a
+    name, as a program that other processes can run.
 
     `function` is what jax.jit returned, and `args` and `kwargs` are what it will be called with:
     arrays, or jax.ShapeDtypeStruct for their types. `platforms` is that of jax.export.export; None
     is this machine's. The weights are those of this moment. `save` writes the program.
 
-    Raises: ValueError where a bridged function is on another lane, which needs Python and this
-    process; and what the lowering raises.
+    A model with a name (`to_jax(model, name="my-model")`, and so potentials) is called by Python on
+    the ffi lane, and must be there under that name in the process that loads the program.
+
+    Raises: ValueError where a bridged function has no name and is on another lane, which needs
+    Python and this process; NotImplementedError for arguments of a named one that JSON can't hold;
+    and what the lowering raises.
 
     >>> import bridge, jax, torch
     >>> energy = bridge.to_jax(lambda x: (x**2).sum(), lane="native")
@@ -59,15 +63,28 @@ def export(
         if "callbacks" not in str(error):
             raise
         raise _calls_python() from error
-    if PYTHON in exported.mlir_module():
-        raise _calls_python()
+    _functions(exported)
     return exported
+
+
+def _functions(exported: jax.export.Exported) -> dict[str, named.Recipe]:
+    """The recipes of what a program calls by Python. Raises ValueError for what has no name."""
+    program = exported.mlir_module()
+    if PYTHON not in program:
+        return {}
+    try:
+        return named.recipes_in(program)
+    except KeyError as error:
+        raise _calls_python() from error
 
 
 def _calls_python() -> ValueError:
     """The error for a program that needs this process."""
-    expected = 'bridged functions on lane="native" in a program that is exported'
-    do = 'pass lane="native" to bridge.potential, to_jax and the others, and keep callbacks out'
+    expected = 'bridged functions on lane="native", or with a name, in a program that is exported'
+    do = (
+        'pass lane="native", or lane="ffi" and name=, to bridge.potential, to_jax and the others, '
+        "and keep callbacks out"
+    )
     return ValueError(message(expected, "a call into Python", do))
 
 
@@ -96,15 +113,18 @@ def save(exported: jax.export.Exported, folder: str | os.PathLike[str]) -> Path:
             (whole / PACKAGES / key).mkdir()
             shutil.copy(package.path, whole / PACKAGES / key / folders.MODEL)
             (whole / PACKAGES / key / folders.RECORD).write_text(package.record.written())
-        shutil.copy(handler.built(), whole / handler.file_name())
+        files = [PROGRAM, handler.file_name()] if keys else [PROGRAM]
+        if keys:
+            shutil.copy(handler.built(), whole / handler.file_name())
         (whole / PROGRAM).write_bytes(exported.serialize())
         manifest = {
             "format": FORMAT,
             "versions": {name: version(name) for name in SAME},
             "processor": folders.processor(),
             "packages": keys,
+            "functions": _functions(exported),
             "handler": handler.file_name(),
-            "sha256": {n: folders.sha256(whole / n) for n in (PROGRAM, handler.file_name())},
+            "sha256": {n: folders.sha256(whole / n) for n in files},
         }
         (whole / MANIFEST).write_text(json.dumps(manifest, indent=1))
         os.rename(whole, place)
@@ -114,12 +134,14 @@ def save(exported: jax.export.Exported, folder: str | os.PathLike[str]) -> Path:
 def load(folder: str | os.PathLike[str]) -> Loaded:
     """Returns the program of a folder that `save` wrote, as a function of JAX arrays.
 
-    It runs without Python's torch: only torch's libraries are loaded. jit, scan and so on compose
-    with the function; it has no derivatives, unless it was exported with its own.
+    It runs without Python's torch: only torch's libraries are loaded, unless it calls functions by
+    their names. jit, scan and so on compose with the function; it has no derivatives, unless it was
+    exported with its own.
 
     Raises: ValueError, naming what is wrong, where a file is missing or altered, for versions of
     jaxlib or torch other than those that it was written with, and for a processor that lacks
-    something that the code may use; ImportError without torch."""
+    something that the code may use; also where a bridged function that it calls by name is not
+    there, or has other weights, other code or other options; ImportError without torch."""
     place = Path(folder)
     manifest = _manifest(place)
     _check_home(place, manifest)
@@ -131,11 +153,16 @@ def load(folder: str | os.PathLike[str]) -> Loaded:
             records[key] = folders.check(place / PACKAGES / key)
         except OSError as error:
             raise _altered(place, f"none of {key}: {error}") from error
-    library = native.register("cpu", place / manifest["handler"])
+    for number, recipe in manifest["functions"].items():
+        named.answer(number, recipe)
+    library = None
+    if records:
+        library = native.register("cpu", place / manifest["handler"])
     if any(r.device == "cuda" for r in records.values()):
         native.register("cuda")
     for key, r in records.items():
         path = place / PACKAGES / key / folders.MODEL
+        assert library is not None
         library.load(key, path, r.inputs, r.outputs, r.has_status)
     exported = jax.export.deserialize(bytearray((place / PROGRAM).read_bytes()))
     return Loaded(exported, library, tuple(records))
@@ -147,13 +174,13 @@ class Loaded:
     `exported` is the jax.export.Exported, which tells the types of inputs and outputs."""
 
     def __init__(
-        self, exported: jax.export.Exported, library: handler.Library, keys: tuple[str, ...]
+        self, exported: jax.export.Exported, library: handler.Library | None, keys: tuple[str, ...]
     ) -> None:
         self.exported = exported
         self._call = jax.jit(exported.call)
         self.__name__ = exported.fun_name
         for key in keys:
-            if key not in native.packages:
+            if library is not None and key not in native.packages:
                 weakref.finalize(self, library.drop, key).atexit = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -206,6 +206,30 @@ def test_what_the_native_lane_refuses():
         program(x)
 
 
+WAITING = """
+import jax, jax.numpy as jnp, numpy as np, bridge
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
+f = bridge.to_jax(lambda x: (x**2).sum(-1), lane="{lane}", batched=0)
+total = jax.jit(lambda x: jax.vmap(f)(x).sum())
+for k in range(200):
+    x = np.full((64, 2000), k, "float32")
+    found = total(jax.device_put(x, NamedSharding(mesh, P("d"))))
+    np.testing.assert_allclose(found, 128000.0 * k**2, rtol=1e-5)
+print("passed")
+"""
+
+
+def test_a_thread_that_waits_in_a_collective(lane):
+    """With as many devices as threads, none is left to copy anything for the other call."""
+    flags = "--xla_force_host_platform_device_count=2"
+    ended = subprocess.run(
+        [sys.executable, "-c", WAITING.format(lane=lane)],
+        capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": flags}, timeout=100,
+    )  # fmt: skip
+    assert ended.stdout.strip() == "passed", ended.stderr[-3000:]
+
+
 FOUR = """
 import itertools, jax, jax.numpy as jnp, numpy as np, bridge
 from jax.sharding import NamedSharding, PartitionSpec as P

@@ -17,6 +17,7 @@ from torch_side.calls import buffers, compiling, inference, running, transforms
 from torch_side.calls.adapted import Applied
 from torch_side.calls.arrays import DTYPES
 from torch_side.calls.batching import Axes, Graphs, Kinds, NativeBatch, TorchBase
+from torch_side.calls.fingerprints import fingerprint
 from torch_side.calls.inference import TorchEngine, check_output
 
 BATCHED = ("vmap", "sequential", "graph")
@@ -51,6 +52,10 @@ class Exporter:
     def weights(self) -> tuple[tuple[int, int, int], ...]:
         """Returns something that changes when a weight of the module is changed or replaced."""
         return tuple(map(compiling.state, inference.tensors_of(self.target)))
+
+    def fingerprint(self) -> str:
+        """Returns a hash of the callable with its weights, and of the options."""
+        return fingerprint(*self._key)
 
     def check(self) -> None:
         """Raises ValueError for a callable that is no function (see inference.check_mode)."""
