@@ -52,13 +52,13 @@ def read(recipe: Recipe | None, base: Function) -> Function:
             return Gradient(of, tuple(recipe["wrt"]), recipe["out"])
         mapped, sizes = tuple(recipe["mapped"]), recipe["sizes"]
         if kind == "vmap":
-            return Vmap(of, mapped, *sizes, recipe["axis"])
+            return Vmap(of, mapped, sizes[0], recipe["axis"])
         if kind == "batch":
             for size in reversed(sizes):
                 of = of.vmap(mapped, size)
             return of
     except (KeyError, TypeError, IndexError) as error:
-        raise _strange(f"{type(error).__name__}: {error}") from error
+        raise _strange(type(error).__name__) from error
     raise _strange(repr(kind))
 
 

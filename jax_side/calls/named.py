@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import re
 from typing import Any
@@ -32,11 +33,9 @@ _PLAIN = (bool, int, float, str, type(None))
 def own(fn: Function) -> Owner:
     """Returns the owner of a named Function's number, for a program that is exported."""
     recipe = written(fn)
-    for salt in range(256):
-        number = _number(recipe, salt)
-        if _recipes.setdefault(number, recipe) == recipe:
-            return registry.own_named(fn, number)
-    raise RuntimeError("no number is left for a named function")
+    numbers = (_number(recipe, salt) for salt in itertools.count())
+    number = next(n for n in numbers if _recipes.setdefault(n, recipe) == recipe)
+    return registry.own_named(fn, number)
 
 
 def _number(recipe: Recipe, salt: int) -> str:
