@@ -16,6 +16,7 @@ BANKS = ("bridge", "jax_side", "torch_side")
 FLOOR = {
     "bridge.errors",
     "bridge.function",
+    "bridge.recipes",
     "bridge.failures",
     "bridge.contract",
     "bridge.call",

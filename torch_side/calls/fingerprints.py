@@ -10,18 +10,16 @@ from typing import Any
 
 import torch
 
-from bridge import __version__
 from torch_side.calls.adapted import Adapted
 
 
 def fingerprint(*parts: Any) -> str:
     """Returns a hash of callables, modules and options: the code of functions and of the forwards
-    of modules, what closures and defaults hold, tensors by their values; the versions of torch and
-    of this package.
+    of modules, what closures and defaults hold, tensors by their values; the version of torch.
 
     What code calls by a global name is not looked into."""
     found = hashlib.sha256()
-    for piece in _pieces([torch.__version__, __version__, *parts], set()):
+    for piece in _pieces([torch.__version__, *parts], set()):
         found.update(piece)
         found.update(b"\0")
     return found.hexdigest()
