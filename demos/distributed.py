@@ -254,6 +254,7 @@ def picture(done, atoms, rows, chosen, path) -> None:
     axes[2].set(xlabel="devices", ylabel="steps of crystals a second", ylim=(0, None))
     if rows:
         axes[2].legend()
+        axes[2].set_xticks(sorted({r["devices"] * chosen.processes for r in rows}))
     figure.suptitle(
         f"{chosen.crystals} crystals of Cu3Au, {len(atoms[0])} atoms each: one batch over "
         f"{chosen.processes} process(es) of {chosen.devices[-1]} devices, Cleri-Rosato in torch"
