@@ -1,7 +1,7 @@
 """Everything of JAX that is not public, in one place.
 
-It works in jax 0.10.2 and 0.12.0 (`make test` and `make test-latest`). The same names stand in the
-sources of 0.11.2, which has not been run.
+It works in jax 0.10.2 and 0.12.0 (`make test` and `make test-latest`), and in 0.11.2 as far as
+docs/gpu.md says.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 from jax._src import core, dispatch, distributed, xla_bridge
+from jax._src import mesh as mesh_lib
 from jax._src.ad_util import Zero as Zero
 from jax._src.custom_partitioning_sharding_rule import ArrayMapping, SdyShardingRule
 from jax._src.interpreters import ad, batching, mlir
@@ -87,6 +88,28 @@ def laid_like(x: jax.Array, aval: Any) -> jax.Array:
     """Returns x, laid over the devices as the type says."""
     there = core.typeof(x).sharding
     return x if there == aval.sharding else jax.sharding.reshard(x, aval.sharding)
+
+
+# A sum over axes of a mesh, in what custom_partitioning runs on a device. jax 0.11 puts the mesh of
+# jax.set_mesh into the sum that it lowers there, which XLA refuses; here it knows of none.
+_sum_p = Primitive("bridge_sum")
+_sum_p.def_abstract_eval(lambda x, axes: x)
+
+
+def _lower_sum(ctx: Any, x: Any, *, axes: tuple[str, ...]) -> Any:
+    (aval,) = ctx.avals_in
+    plain = core.ShapedArray(aval.shape, aval.dtype)
+    here = ctx.replace(avals_in=[plain], avals_out=[plain])
+    with mesh_lib.use_abstract_mesh(mesh_lib.empty_abstract_mesh):
+        return lower_fun(lambda x: jax.lax.psum(x, axes), multiple_results=False)(here, x)
+
+
+mlir.register_lowering(_sum_p, _lower_sum)
+
+
+def sum_over(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Returns the sum of what the devices along axes of a mesh have."""
+    return _sum_p.bind(x, axes=axes)
 
 
 def of_this_process(results: Sequence[Any]) -> Sequence[Any]:

@@ -141,7 +141,7 @@ def _summing(call: Call, carried: list[Mapped], shares: list[Axes]) -> Callable:
 
     def summed(*xs: jax.Array) -> tuple:
         found = zip(call(*xs), over, strict=True)
-        return tuple(jax.lax.psum(y, axes) if axes else y for y, axes in found)
+        return tuple(compat.sum_over(y, axes) if axes else y for y, axes in found)
 
     return summed
 
