@@ -22,7 +22,7 @@ from bridge import failures
 from bridge.errors import message, missing
 from bridge.failures import Listener, carried
 from bridge.function import Function, Spec
-from jax_side.calls import arrays
+from jax_side.calls import arrays, processes
 from jax_side.calls.nesting import here
 from jax_side.calls.registry import close, functions, lock, unknown
 
@@ -120,7 +120,7 @@ def _register(tensor_type: type) -> None:
 def _enter_cpu(number, *buffers):
     outside = here.depth
     try:
-        _, depth, n, enter, _ = functions.get(number) or unknown(number)
+        _, depth, n, enter, *_ = functions.get(number) or unknown(number)
         here.depth = depth + 1
         return enter(buffers[:n], buffers[n:])
     except BaseException as e:
@@ -132,12 +132,17 @@ def _enter_cpu(number, *buffers):
 
 
 def _enter_gpu(number, stream, *buffers):
+    called = functions.get(number)
     try:
-        fn, _, n, *_ = functions.get(number) or unknown(number)
+        fn, _, n, *_ = called or unknown(number)
+        if fn.symbolic:
+            fn = fn.of_shapes([b.shape for b in buffers[:n]])
         with fn.base.on_stream(stream, buffers):
             return fn.base.run(fn, buffers[:n], buffers[n:])
     except BaseException as e:
         buffers = None
+        if called and called.telling:
+            processes.tell(e)
         error = carried(e)
     raise error
 

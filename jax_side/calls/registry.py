@@ -36,6 +36,7 @@ class Called(NamedTuple):
     n: int  # of its inputs
     enter: Callable[..., Any]  # what a lane calls
     release: Callable[[], Any]  # what is done when no program needs it any more
+    telling: bool = False  # whether several processes run the program
 
 
 lock = threading.RLock()
@@ -85,7 +86,7 @@ def own(
             owner = _owners[number] = Owner(number)
             release = release or functools.partial(_numbers.pop, called)
             enter = processes.telling(_entry(fn)) if telling else _entry(fn)
-            functions[number] = Called(fn, here.depth, len(fn.inputs), enter, release)
+            functions[number] = Called(fn, here.depth, len(fn.inputs), enter, release, telling)
             _retired.discard(number)
             weakref.finalize(owner, _retire, number).atexit = False
         return owner

@@ -9,6 +9,7 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
 from jax.sharding import AxisType, NamedSharding
@@ -93,6 +94,22 @@ def test_each_device_has_its_part(name, batched, kind, lane):
     compared(TRANSFORMS[name], f, kind, (X, ("d",)), (W, ()))
     if name == "value":
         assert sorted(calls) == sorted(ONCE[batched])
+
+
+DTYPES = (
+    "bool int8 uint32 int64 float16 bfloat16 float32 float8_e4m3fn complex64 complex128".split()
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes(dtype, lane):
+    """Each travels as it does on one device."""
+    x = jnp.arange(24).reshape(8, 3).astype(dtype)
+    f = bridge.to_jax(lambda x: (x.clone(), x[1]), lane=lane, batched="sequential")
+    found = jax.jit(jax.vmap(f))(placed(mesh_of("auto"), x, "d"))
+    assert found[0].dtype == x.dtype and found[0].sharding.spec[0] == "d"
+    for ours, theirs in zip(found, (x, x[:, 1])):
+        assert (np.asarray(ours) == np.asarray(theirs)).all()
 
 
 def test_a_gradient_in_what_a_native_batch_shares():
