@@ -83,7 +83,7 @@ def _cache() -> str:
     folder = config.jax_compilation_cache_dir
     if not folder or not config.jax_enable_compilation_cache:
         do = 'jax.config.update("jax_compilation_cache_dir", "/a/folder") keeps programs for the next process'
-        return f"off, each process compiles anew: {do} (those without a call into torch)"
+        return f"off, each process compiles anew: {do} (not those with host callbacks, or over several devices)"
     least = config.jax_persistent_cache_min_compile_time_secs
     return f"on, in {folder}, for what takes {least:g} s or more to compile (jax_persistent_cache_min_compile_time_secs)"
 
