@@ -80,6 +80,8 @@ class JaxCallable:
         self._key = (exporter, declared, lane, weights, name)
         self.name = name
         if name is not None:
+            allowed = [name] if isinstance(name, str) and name else []
+            one_of("name", name, allowed, "a text that is not empty")
             named.callables[name] = self
         # a base Function of the other bank, which has the tree of its outputs
         self._known: dict[Signature, Any] = {}

@@ -18,7 +18,7 @@ from jax._src.ad_util import Zero as Zero
 from jax._src.custom_partitioning_sharding_rule import ArrayMapping, SdyShardingRule
 from jax._src.interpreters import ad, batching, mlir
 from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
-from jax._src.sharding_impls import ShardingContext
+from jax._src.sharding_impls import ShardingContext, parse_flatten_op_sharding
 from jax.experimental.custom_partitioning import custom_partitioning as custom_partitioning
 from jaxlib import xla_client
 
@@ -180,6 +180,17 @@ def sharding_rule(
     results. Axes of one name are divided alike, and those of `whole` not at all."""
     mapped = lambda arrays: tuple(ArrayMapping(*names) for names in arrays)
     return SdyShardingRule(mapped(operands), mapped(results), need_replication_factors=tuple(whole))
+
+
+def spec_of(sharding: Any, mesh: Any) -> tuple[Any, ...]:
+    """Returns the axes of the mesh over which each axis of an array lies; () where no names of axes
+    say how it lies."""
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return tuple(sharding.spec)
+    try:
+        return tuple(parse_flatten_op_sharding(sharding._to_xla_hlo_sharding(0), mesh)[0])
+    except Exception:  # a part of an axis, or one that does not divide
+        return ()
 
 
 def devices_of(sharding: Any) -> Sequence[Any]:

@@ -86,6 +86,8 @@ def answer(number: str, recipe: Recipe) -> None:
     if named.fingerprint() != recipe["fingerprint"]:
         got = "one of other weights, other code or other options"
         raise ValueError(message(expected, got, do))
+    if number not in {_number(recipe, salt) for salt in range(8)}:
+        raise ValueError(message("recipes as they were saved", "altered ones", "save it again"))
     specs = lambda key: tuple(Spec(tuple(shape), dtype) for shape, dtype in recipe[key])
     static = [static_leaf(position, value, "arrays") for position, value in recipe["static"]]
     structure = jax.tree_util.tree_structure(_decoded(recipe["arguments"]))

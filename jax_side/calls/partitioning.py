@@ -47,7 +47,12 @@ def lower(ctx: Any, *args: Any, fn: Function, whole: Call, part: Callable[[Funct
 
     call = compat.custom_partitioning(lambda *xs: tuple(whole(*xs)))
     rule = compat.sharding_rule(*_names(fn))
-    call.def_partition(partition, infer_sharding_from_operands=results, sharding_rule=rule)
+    call.def_partition(
+        partition,
+        infer_sharding_from_operands=results,
+        sharding_rule=rule,
+        decode_shardings=False,  # which fails where no names of axes say how an array lies
+    )
     found = compat.lower_fun(call, multiple_results=True)(ctx, *args)
     return compat.laid_as_typed(ctx, compat.of_this_process(found))
 
@@ -93,17 +98,17 @@ def _shares(fn: Function, mesh: Any, given: Any, found: Any) -> list[Axes]:
     of_inputs, of_outputs = _carried(fn)
     shares: list[Axes] = []
     for k, batch in enumerate(fn.batches):
-        lies = [*_lies(found, of_outputs, k), *_lies(given, of_inputs, k)]
+        lies = [*_lies(found, of_outputs, k, mesh), *_lies(given, of_inputs, k, mesh)]
         axes = next((axes for axes in lies if axes and not {*axes} & {*sum(shares, ())}), ())
         # rows that XLA adds to a part to make all parts equal are no examples
         shares.append(axes if batch.size % _devices(mesh, axes) == 0 else ())
     return shares
 
 
-def _lies(arrays: Any, carried: list[Mapped], k: int) -> Iterator[Axes]:
+def _lies(arrays: Any, carried: list[Mapped], k: int, mesh: Any) -> Iterator[Axes]:
     """The axes of the mesh over which the axis of batch k lies, for each array that carries it."""
     for x, carries in zip(arrays, carried):
-        spec = getattr(x.sharding, "spec", ())
+        spec = compat.spec_of(x.sharding, mesh) if carries[k] else ()
         place = sum(carries[:k])
         if carries[k] and place < len(spec) and spec[place] is not None:
             yield spec[place] if isinstance(spec[place], tuple) else (spec[place],)

@@ -33,7 +33,8 @@ def _impl(*args, fn, lane):
     processes.check_own()
     args = [a if isinstance(a, jax.Array) else jnp.asarray(a) for a in args]
     if any(a.sharding.num_devices > 1 for a in args):
-        return jax.jit(functools.partial(call, fn, lane=lane))(*args)
+        with jax.disable_jit(False):
+            return jax.jit(functools.partial(call, fn, lane=lane))(*args)
     return lanes.eager(fn, args)
 
 
@@ -166,16 +167,15 @@ def _lower_ffi(ctx, *args, fn, lane, platform):
 def _lower_partitioned(ctx, *args, fn, lane, platform):
     """In a program for several devices."""
     depth, owners = here.depth, []
-    telling = compat.over_processes(ctx)
 
     def owned(fn):
         outside, here.depth = here.depth, depth
         try:
             if lane == "native":
-                owner, f = native.own(fn, platform, False, telling), native.call
+                owner, f = native.own(fn, platform, False, True), native.call
             else:
                 lanes.register_ffi(fn.base.tensor_type)
-                owner, f = registry.own(fn, telling=telling), lanes.ffi
+                owner, f = registry.own(fn, telling=True), lanes.ffi
         finally:
             here.depth = outside
         owners.append((owner, fn))  # which the program keeps, with this function
@@ -183,8 +183,7 @@ def _lower_partitioned(ctx, *args, fn, lane, platform):
 
     part = owned
     if _by_host(lane):
-        each = lanes.HostPart(fn)
-        index = compat.add_host_callback(ctx, processes.telling(each) if telling else each)
+        index = compat.add_host_callback(ctx, processes.telling(lanes.HostPart(fn)))
         part = lambda fn: functools.partial(lanes.host_part, fn, index, platform)
     whole = functools.partial(call, fn, lane=lane)
     return partitioning.lower(ctx, *args, fn=fn, whole=whole, part=part)

@@ -41,11 +41,11 @@ def check_own() -> None:
 
 
 def telling(enter: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns what a lane calls in a program that several processes run: where it raises, the other
-    processes are told, which would wait in a collective for ever."""
+    """Returns what a lane calls in a program for several devices: where it raises, the error is
+    said at once, since the other devices may wait in a collective until XLA ends the process. Other
+    processes of a job are told."""
     watch()
 
-    @functools.wraps(enter)
     def told(*arguments: Any) -> Any:
         try:
             return enter(*arguments)
@@ -62,9 +62,13 @@ def tell(error: BaseException) -> None:
     It is said here, too: this process may wait in a collective for its other devices, and be ended
     before it can raise."""
     process, client = compat.job()
-    if client is None:
-        return
+    error.add_note(
+        "bridge: on one of several devices, which counts systems and atoms of its own part"
+    )
     text = str(error) if isinstance(error, Carried) else describe(error)
+    if client is None:
+        _say(f"a call on one of several devices failed: {text}")
+        return
     _say(f"process {process} of this job failed: {text}")
     # another process was first, or the job is ending
     with contextlib.suppress(Exception):

@@ -197,6 +197,10 @@ def _manifest(place: Path) -> dict[str, Any]:
         found = json.loads((place / MANIFEST).read_text())
         if found["format"] != FORMAT:
             raise ValueError(f"format {found['format']}")
+        expected = {"versions": dict, "packages": list, "functions": dict, "sha256": dict}
+        expected |= {"handler": str, "processor": object}
+        if strange := [k for k, kind in expected.items() if not isinstance(found[k], kind)]:
+            raise KeyError(*strange)
         return found
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise _altered(place, f"{type(error).__name__}: {error}") from error

@@ -1,6 +1,7 @@
 """Programs of the ffi lane in other processes: bridged functions found again by name and
 fingerprint, under every transform; missing ones and other ones refused."""
 
+import functools
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ import bridge.native
 from bridge import recipes
 from jax_side.calls import named
 from tests.cases import close
+from torch_side.calls.fingerprints import fingerprint
 
 MODEL = """
 import json, sys, jax, jax.numpy as jnp, numpy as np, torch, bridge, bridge.native
@@ -176,3 +178,67 @@ def test_potentials_have_names(tmp_path):
     )
     close(bridge.native.load(folder)(r), 2 * r)
     assert "spring" in named.callables
+
+
+class Holder:
+    """An object whose attribute is a constant of the function."""
+
+    def __init__(self, k):
+        self.k = k
+
+    def __call__(self, x):
+        return self.k * x
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, k):
+        super().__init__()
+        self.k, self.more = k, [torch.full((2,), float(k))]
+
+    def forward(self, x):
+        return self.k * x + self.more[0].sum()
+
+
+def outer(k):
+    inner = lambda x: k * x
+    return lambda x: inner(x)
+
+
+KINDS = {
+    "partial": lambda k: functools.partial(torch.mul, other=k),
+    "partial of a tensor": lambda k: functools.partial(torch.add, torch.full((3,), float(k))),
+    "closure of a closure": outer,
+    "object": Holder,
+    "bound method": lambda k: Holder(k).__call__,
+    "module": Layer,
+    "modules": lambda k: torch.nn.Sequential(torch.nn.Tanh(), Layer(k)),
+    "class": lambda k: type("Made", (Holder,), {"scale": k})(1),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fingerprints_tell_constants_apart(kind):
+    make = KINDS[kind]
+    assert fingerprint(make(2)) == fingerprint(make(2)) != fingerprint(make(3))
+
+
+def test_an_altered_recipe(tmp_path):
+    f = bridge.to_jax(lambda x: (x**3).sum(), name="altered")
+    exported = bridge.native.export(jax.jit(jax.grad(f)), jnp.ones(3))
+    folder = bridge.native.save(exported, tmp_path / "altered")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (recipe,) = manifest["functions"].values()
+    recipe["transforms"] = None
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="recipes as they were saved, got altered ones"):
+        bridge.native.load(folder)
+    del manifest["packages"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="a folder as bridge.native.save wrote it .* 'packages'"):
+        bridge.native.load(folder)
+
+
+@pytest.mark.parametrize("name", ["", 5])
+def test_names_that_are_none(name):
+    with pytest.raises(ValueError, match="name as one of a text that is not empty"):
+        bridge.to_jax(torch.sin, name=name)

@@ -286,3 +286,42 @@ def test_two_batches_on_four_devices(kind):
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=os.getcwd()
     )
     assert ended.stdout.strip().endswith("passed"), ended.stderr[-3000:]
+
+
+def test_an_error_before_a_sum_is_said_at_once():
+    """The other devices wait for it in the sum, until XLA ends the process."""
+    code = WAITING.replace('print("passed")', "").format(lane="ffi").split("for k in")[0]
+    code += """
+import os, threading
+threading.Timer(8, os._exit, (7,)).start()  # which XLA would do after 40 seconds
+def model(x):
+    if x.max() > 50:
+        raise ValueError("x is too large")
+    return x.sum(-1)
+like = lambda x: jax.ShapeDtypeStruct(x.shape[:-1], x.dtype)
+f = bridge.to_jax(model, lane="ffi", batched=0, outputs=like)
+x = np.arange(24.0, dtype="float32").reshape(8, 3) * 3
+total = jax.jit(lambda x: jax.vmap(f)(x).sum())
+print(total(jax.device_put(x, NamedSharding(mesh, P("d")))))
+"""
+    flags = "--xla_force_host_platform_device_count=2"
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": flags}, timeout=100,
+    )  # fmt: skip
+    said = "bridge: a call on one of several devices failed: ValueError: x is too large"
+    assert ended.returncode and said in ended.stderr, ended.stderr[-3000:]
+
+
+@pytest.mark.parametrize("kind", ["auto"])
+def test_parts_that_have_no_names(kind, lane):
+    """Minibatches of a sharded array lie over a part of an axis of the mesh."""
+    x = placed(mesh_of(kind), X, "d")
+    f = bridge.to_jax(lambda x: (x**2).sum(), lane=lane)
+    for size in (3, 4):
+        found = jax.jit(lambda x, size=size: jax.lax.map(f, x, batch_size=size))(x)
+        close(found, (X**2).sum(1))
+    swapped = lambda x: jax.vmap(f)(x.reshape(4, 2, 3).swapaxes(0, 1).reshape(8, 3))
+    close(jax.jit(swapped)(x), (X.reshape(4, 2, 3).swapaxes(0, 1) ** 2).sum(-1).reshape(8))
+    with jax.disable_jit():
+        close(jax.vmap(f)(x), (X**2).sum(1))
