@@ -277,8 +277,8 @@ def sevennet(gpu, values):
 
 @check(limit=240, card=True)
 def sevennet_native(gpu, values):
-    """SevenNet-0 with 64 atoms on the native lane: a step in a jitted loop beside the ffi lane, and
-    no call of Python in it."""
+    """SevenNet-0 with 64 atoms on the native lane: so many ms a step in a jitted loop, beside the
+    ffi lane."""
     from benchmarks.native import jitted, rattled, salt, structure, with_edges
     from torch_side.models.sevennet import SevenNet
 

@@ -126,8 +126,8 @@ def jax_potential(
     `card` (bridge.Card) says what a model of your own has and needs; the models of this package
     carry theirs. `batched` is how vmap is served. "graph" makes all structures the systems of one
     batched call, so that the model must keep systems apart; "sequential" makes one call after
-    another. `lane` and `name` are those of `to_jax`. On lane="native" a graph model is given its edges, and keeps
-    systems apart, for unused slots of edges lie in a system of their own
+    another. `lane` and `name` are those of `to_jax`. On lane="native" a graph model is given its
+    edges, and keeps systems apart, for unused slots of edges lie in a system of their own
     (torch_side.potentials.static).
 
     The result has the model's `.card`, which also tells the active outputs. It is equal for equal

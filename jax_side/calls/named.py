@@ -35,7 +35,7 @@ def own(fn: Function) -> Owner:
     recipe = written(fn)
     numbers = (_number(recipe, salt) for salt in itertools.count())
     number = next(n for n in numbers if _recipes.setdefault(n, recipe) == recipe)
-    return registry.own_named(fn, number)
+    return registry.own_forever(fn, number)
 
 
 def _number(recipe: Recipe, salt: int) -> str:
@@ -97,7 +97,7 @@ def answer(number: str, recipe: Recipe) -> None:
         raise ValueError(message(expected, got, do))
     _recipes[number] = recipe
     lanes.register_ffi(base.tensor_type)
-    registry.own_named(recipes.read(recipe["transforms"], base), number)
+    registry.own_forever(recipes.read(recipe["transforms"], base), number)
 
 
 def _encoded(x: Any, name: str) -> Any:

@@ -29,7 +29,7 @@ from jax_side.calls.registry import Owner
 TARGET = "bridge_native"
 # what is loaded here, by key: packages of the other bank, with record and path
 packages: dict[str, Any] = {}
-# the keys of those that programs of several processes call
+# the keys of those that programs for several devices call
 _telling: set[str] = set()
 # dtypes that the handler knows
 _INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
@@ -42,7 +42,7 @@ def own(fn: Function, platform: str, forever: bool, telling: bool = False) -> Ow
     of packages, and loaded.
 
     `forever` keeps it until the process ends, for programs that jax.export writes. `telling` says
-    that several processes run the program.
+    that it is a program for several devices (jax_side.calls.processes).
 
     Raises: NotImplementedError for a Function that can't be compiled, and for float8."""
     for s in (*fn.inputs, *fn.outputs):

@@ -29,8 +29,8 @@ def call(fn: Function, *args: Any, lane: str = "auto") -> list[jax.Array]:
 def _impl(*args, fn, lane):
     """An eager call, which no lane serves: an exception arrives as it is, since there is no runtime
     in between. Arrays that lie on several devices need XLA."""
-    # Constants of a jaxpr that is run eagerly need not be JAX arrays.
     processes.check_own()
+    # Constants of a jaxpr that is run eagerly need not be JAX arrays.
     args = [a if isinstance(a, jax.Array) else jnp.asarray(a) for a in args]
     if any(a.sharding.num_devices > 1 for a in args):
         with jax.disable_jit(False):

@@ -36,7 +36,7 @@ class Called(NamedTuple):
     n: int  # of its inputs
     enter: Callable[..., Any]  # what a lane calls
     release: Callable[[], Any]  # what is done when no program needs it any more
-    telling: bool = False  # whether several processes run the program
+    telling: bool = False  # whether it is a program for several devices
 
 
 lock = threading.RLock()
@@ -74,7 +74,8 @@ def own(
     telling: bool = False,
 ) -> Owner:
     """Returns the owner of a Function's number, for a program that is being lowered. Equal
-    Functions share it. `telling` says that several processes run the program.
+    Functions share it. `telling` says that it is a program for several
+    devices (jax_side.calls.processes).
 
     The number may be given, as the `key` of a package; `release` is then called when no program
     needs it any more."""
@@ -96,19 +97,12 @@ def _nothing() -> None:
     """The release of what is never let go."""
 
 
-def own_forever(fn: Function) -> Owner:
-    """Returns an owner for a program that jax.export writes. It lives until the process ends, and
-    its number is one that no other process has."""
-    number = "x" + secrets.token_urlsafe(6)[:6]
-    owner = _owners[number] = Owner(number)
-    functions[number] = Called(fn, here.depth, len(fn.inputs), _entry(fn), _nothing)
-    keep_forever(owner)
-    return owner
+def own_forever(fn: Function, number: str | None = None) -> Owner:
+    """Returns an owner for a program that jax.export writes. It lives until the process ends.
 
-
-def own_named(fn: Function, number: str) -> Owner:
-    """Returns the owner of a number that another process knows, too (jax_side.calls.named). It
-    lives until the process ends."""
+    `number` is one that other processes know, too (jax_side.calls.named); None makes one that no
+    other process has."""
+    number = number or "x" + secrets.token_urlsafe(6)[:6]
     owner = _owners[number] = Owner(number)
     functions[number] = Called(fn, here.depth, len(fn.inputs), _entry(fn), _nothing)
     keep_forever(owner)
