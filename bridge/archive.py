@@ -35,6 +35,9 @@ class Odd(Exception):
     """What is wrong with a zip. Its arguments are the words of an error text after "got", and those
     after the semicolon."""
 
+    def __str__(self) -> str:
+        return str(self.args[0])
+
 
 def write(path: StrPath, entries: Mapping[str, bytes]) -> None:
     """Writes `entries` {name: bytes} as the zip `path`.

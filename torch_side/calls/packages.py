@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree  # what aoti_load_package keeps its types in
 
-from bridge.contract import dtype_name
 from bridge import trust as trusting
+from bridge.contract import dtype_name
 from bridge.errors import message
 from bridge.function import Function, Spec
 from bridge.native import folder as folders
