@@ -23,7 +23,6 @@ import bridge
 from bridge import archive, writing
 from bridge.errors import message
 
-
 ROOM = 2**20  # bytes of a checkpoint beside its arrays
 
 

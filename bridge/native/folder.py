@@ -68,12 +68,30 @@ class Record:
             found: dict[str, Any] = json.loads(text)
             for name in ("inputs", "outputs"):
                 found[name] = tuple(Spec(tuple(shape), dtype) for shape, dtype in found[name])
-            return cls(**found)
-        except (KeyError, TypeError, ValueError) as error:
+            record = cls(**found)
+            if strange := [name for name, kind in _KINDS if not isinstance(found[name], kind)]:
+                raise TypeError(f"another kind of {', '.join(strange)}")
+            sizes = [n for s in (*record.inputs, *record.outputs) for n in s.shape]
+            dtypes = [s.dtype for s in (*record.inputs, *record.outputs)]
+            if not {*map(type, sizes)} <= {int} or not {*map(type, dtypes)} <= {str}:
+                raise TypeError("arrays of no plain types")
+            return record
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             got = f"{type(error).__name__}: {error}"
             raise ValueError(message("the record of a package", got, "compile it again")) from error
 
 
+# of the fields of a record that are no arrays
+_KINDS: tuple[tuple[str, Any], ...] = (
+    ("key", str),
+    ("name", str),
+    ("has_status", bool),
+    ("device", str),
+    ("processor", str),
+    ("versions", dict),
+    ("seconds", (int, float)),
+    ("sha256", str),
+)
 _CHOSEN: ContextVar[Path | None] = ContextVar("folder", default=None)
 
 

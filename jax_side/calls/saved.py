@@ -221,8 +221,12 @@ def _manifest(place: Path) -> dict[str, Any]:
         expected |= {"handler": str, "processor": object}
         if strange := [k for k, kind in expected.items() if not isinstance(found[k], kind)]:
             raise KeyError(*strange)
+        files = [found["handler"], *found["packages"], *found["sha256"]]
+        texts = [*files, *found["versions"], *found["versions"].values(), *found["sha256"].values()]
+        if not {*map(type, texts)} <= {str} or any(Path(f).name != f for f in files):
+            raise ValueError("names that are none of files in it")
         return found
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise _altered(place, f"{type(error).__name__}: {error}") from error
 
 

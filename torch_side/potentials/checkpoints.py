@@ -36,11 +36,11 @@ def read(path: str | os.PathLike[str], trust: bool) -> Any:
     can't read; OSError where it can't be opened."""
     if trust:
         return torch.load(path, map_location="cpu", weights_only=False)
+    with open(path, "rb"):
+        pass
     try:
         with torch.serialization.safe_globals(ARRAYS):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # torch has no one exception for what it can't read
         if strange := _classes(path):
             shown = ", ".join(strange[:3])
