@@ -102,7 +102,7 @@ def named(path: Path) -> Iterator[None]:
         raise unwritten(path, number) from error
 
 
-def unwritten(path: Path, number: int) -> OSError:
+def unwritten(path: Path | str, number: int) -> OSError:
     """Returns the error for a `path` that can't be written, from the number that the system gave."""
     do = "write somewhere else, or change its permissions"
     if number in NO_ROOM:

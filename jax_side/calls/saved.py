@@ -223,7 +223,7 @@ def _manifest(place: Path) -> dict[str, Any]:
             raise KeyError(*strange)
         files = [found["handler"], *found["packages"], *found["sha256"]]
         texts = [*files, *found["versions"], *found["versions"].values(), *found["sha256"].values()]
-        if not {*map(type, texts)} <= {str} or any(Path(f).name != f for f in files):
+        if not {*map(type, texts)} <= {str} or any(Path(f).name != f or f == ".." for f in files):
             raise ValueError("names that are none of files in it")
         return found
     except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
