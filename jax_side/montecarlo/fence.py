@@ -81,12 +81,23 @@ def tried(blob: bytes) -> str:
     if known(blob):
         return ""
     with _lock:
-        if not _readers or not _readers[-1].alive:
-            _readers[:] = [Reader()]
-        failed = _readers[-1].read(blob)
+        failed = _read(blob)
     if not failed:
         allow(blob)
     return failed
+
+
+def _read(blob: bytes) -> str:
+    """What a process says that waits, or a new one. One that other programs went through before may
+    have been harmed by them, so what ends it is read again by a new one."""
+    if _readers and _readers[-1].alive:
+        try:
+            return _readers[-1].read(blob)
+        except Odd:
+            if _readers[-1].alive:
+                raise
+    _readers[:] = [Reader()]
+    return _readers[-1].read(blob)
 
 
 _lock = threading.Lock()
@@ -95,8 +106,8 @@ _lock = threading.Lock()
 class Reader:
     """The other process."""
 
-    def __init__(self, seconds: float = SECONDS) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: float | None = None) -> None:
+        self.seconds = SECONDS if seconds is None else seconds
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115
         self.parent = os.getpid()
         try:

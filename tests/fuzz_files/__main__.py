@@ -22,10 +22,12 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+from jax_side.montecarlo import fence
 from tests.fuzz_files.doors import DOORS
 
 MEMORY = 2**34  # bytes of address space of a worker
 SECONDS = 120.0  # for one example
+PROGRAM = 20.0  # for one program of JAX, in place of minutes: a changed one may be without an end
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -68,12 +70,13 @@ def work(seed, first, step, end, only, folder, report):
     warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    fence.SECONDS = PROGRAM
     doors = {only: 1.0} if only else None
-    with open(report, "a", buffering=1) as lines:
+    with open(report, "ab", buffering=0) as lines:
         for number in range(first, end, step):
             name, chance = example(seed, number, doors)
-            lines.write(f"{number} {name}\t")
-            lines.write(f"{tried(name, chance, folder)!r}\n")
+            lines.write(f"{number} {name}\t".encode())
+            lines.write(f"{tried(name, chance, folder)!r}\n".encode(errors="replace"))
 
 
 class Worker:
@@ -89,6 +92,12 @@ class Worker:
         self.start()
 
     def start(self):
+        env = {**os.environ, "BRIDGE_CACHE": str(self.folder / "cache"), "OMP_NUM_THREADS": "1"}
+        env.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(self.command(), cwd=ROOT, env=env, **quiet)
+
+    def command(self):
         a = self.args
         given = [a.seed, self.next, a.workers, a.examples, a.only or "", self.folder, self.report]
         code = (
@@ -96,15 +105,7 @@ class Worker:
             "s, f, n, e, o, d, r = sys.argv[1:]; "
             "work(int(s), int(f), int(n), int(e), o, Path(d), r)"
         )
-        env = {**os.environ, "BRIDGE_CACHE": str(self.folder / "cache"), "OMP_NUM_THREADS": "1"}
-        env.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, given)],
-            cwd=ROOT,
-            env=env,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        return [sys.executable, "-c", code, *map(str, given)]
 
     def look(self):
         """Takes in what was reported. Returns False once all is done."""
@@ -146,14 +147,18 @@ class Worker:
         self._note(f"{part.partition(chr(9))[0]}\t{what}")
 
 
-def main(argv=None):
+def parsed(argv):
     parser = argparse.ArgumentParser(prog="tests.fuzz_files", description=__doc__)
     parser.add_argument("--examples", type=int, default=100_000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=list(DOORS), help="one door")
     parser.add_argument("--one", type=int, help="the number of one example, loaded in this process")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parsed(argv)
     with tempfile.TemporaryDirectory(prefix="fuzz-files-") as made:
         folder = Path(made)
         if args.one is not None:

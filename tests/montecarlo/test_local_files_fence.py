@@ -24,9 +24,10 @@ def nothing_known(tmp_path, monkeypatch):
 def a_process(monkeypatch):
     """Takes the place of the process that reads."""
 
-    def runs(code, seconds=fence.SECONDS):
+    def runs(code, seconds):
         monkeypatch.setattr(fence, "START", code)
-        monkeypatch.setattr(fence, "_readers", readers := [fence.Reader(seconds)])
+        monkeypatch.setattr(fence, "SECONDS", seconds)
+        monkeypatch.setattr(fence, "_readers", readers := [])
         return readers
 
     return runs
@@ -146,3 +147,14 @@ def test_a_process_that_was_idle_is_started_anew(monkeypatch):
     assert fence.tried(blob) == "" and fence._readers[0] is not first
     monkeypatch.setattr(fence._readers[0], "parent", -1)
     assert not fence._readers[0].alive  # that of another process: this one is a fork of it
+
+
+def test_what_harmed_its_process_does_not_harm_the_next(monkeypatch):
+    """A process that another program has broken ends with a good one, which a new one reads."""
+    monkeypatch.setattr(fence, "known", lambda blob: False)
+    code = "import sys, time; sys.stdin.buffer.read(9); sys.exit(4)"
+    with monkeypatch.context() as m:
+        m.setattr(fence, "START", code)
+        monkeypatch.setattr(fence, "_readers", readers := [fence.Reader()])
+        assert readers[0].alive
+    assert fence.tried(entries(saved())["node_init.jax"]) == ""
