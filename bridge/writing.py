@@ -99,7 +99,8 @@ def named(path: Path) -> Iterator[None]:
         number = error.errno
         if number not in NO_ROOM + NO_LEAVE or UNWRITTEN in str(error):
             raise
-        raise unwritten(path, number) from error
+        full = unwritten(path, number)
+        raise full from error
 
 
 def unwritten(path: Path | str, number: int) -> OSError:

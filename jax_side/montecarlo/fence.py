@@ -139,7 +139,7 @@ class Reader:
             late.cancel()
         if not line:
             self.end()
-            raise Odd(self._ended(on_time), ANEW)
+            raise Odd(_ended(self, on_time), ANEW)
         answer = json.loads(line)
         if "got" in answer:
             cause = RuntimeError(answer["cause"]) if answer["cause"] else None
@@ -155,20 +155,21 @@ class Reader:
             given.flush()
         return taken.readline()
 
-    def _ended(self, on_time: bool) -> str:
-        """How a program ended the process, in words."""
-        if not on_time:
-            return f"that takes more than {self.seconds:.0f} s to read"
-        code = self.process.returncode
-        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        self.errors.seek(0)
-        last = self.errors.read().decode(errors="replace").strip().splitlines()[-1:]
-        return f"that ends the process which reads it ({how}{': ' if last else ''}{''.join(last):.200})"
-
     def end(self) -> None:
         """Ends the process."""
         self.process.kill()
         self.process.communicate()
+
+
+def _ended(reader: Reader, on_time: bool) -> str:
+    """How a program ended the process, in words."""
+    if not on_time:
+        return f"that takes more than {reader.seconds:.0f} s to read"
+    code = reader.process.returncode
+    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    reader.errors.seek(0)
+    last = reader.errors.read().decode(errors="replace").strip().splitlines()[-1:]
+    return f"that ends the process which reads it ({how}{': ' if last else ''}{''.join(last):.200})"
 
 
 _readers: list[Reader] = []  # one at most

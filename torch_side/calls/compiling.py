@@ -182,7 +182,8 @@ def _compile(traced: Traced, record: folders.Record, path: Path) -> folders.Reco
         if number := writing.no_room(error):
             # torch writes to folders of its own as well
             where = f"{folders.chosen()} or torch's caches (TORCHINDUCTOR_CACHE_DIR, TMPDIR)"
-            raise writing.unwritten(where, number) from error
+            full = writing.unwritten(where, number)
+            raise full from error
         what = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         expected = f"{record.name} to be compiled by AOTInductor"
         raise NotImplementedError(message(expected, what, OTHER_LANES)) from error
