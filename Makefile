@@ -23,7 +23,7 @@ VERSIONS ?= torch jax
 PYTHON312 ?= $(or $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12)),python3.12)
 WORKERS ?= 2
 
-.PHONY: help setup lint docs demo demo-jax-in-torch demo-npt demo-torch-sim demo-relax demo-mc demo-distributed demo-export test test-all test-latest test-older check-mc bench bench-engines bench-mc bench-native bench-scale soak-scale gpu-check clean
+.PHONY: help setup lint docs demo demo-jax-in-torch demo-npt demo-torch-sim demo-relax demo-mc demo-distributed demo-export test test-all test-latest test-older fuzz-files check-mc bench bench-engines bench-mc bench-native bench-scale soak-scale gpu-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -94,6 +94,9 @@ test-older:  ## the same with torch 2.11 and jax 0.11.2, as many clusters have t
 
 test-all: setup  ## all tests, and the full tables: every operator of torch, every kind of compiled model (30 minutes)
 	OMP_NUM_THREADS=1 XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(RUN) -m pytest -n $(WORKERS) --dist worksteal --full tests tests/full $(ARGS)
+
+fuzz-files: setup  ## 100,000 mutated files at every door that runs nothing: none ends its process, runs a pickle, hangs (20 minutes on two cores; ARGS="--only checkpoint")
+	OMP_NUM_THREADS=1 XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(RUN) -m tests.fuzz_files $(ARGS)
 
 check-mc: setup  ## Monte Carlo against known physics: NIST's Lennard-Jones fluid, ideal gas, dimers (about 10 minutes)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal -rP tests/long $(ARGS)

@@ -7,13 +7,13 @@ import io
 import json
 import math
 import os
-import secrets
 import stat
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bridge import writing
 from bridge.errors import message, spec
 
 StrPath = str | os.PathLike[str]
@@ -35,22 +35,19 @@ class Odd(Exception):
     """What is wrong with a zip. Its arguments are the words of an error text after "got", and those
     after the semicolon."""
 
+    def __str__(self) -> str:
+        return str(self.args[0])
+
 
 def write(path: StrPath, entries: Mapping[str, bytes]) -> None:
     """Writes `entries` {name: bytes} as the zip `path`.
 
     The same entries give the same bytes. The file appears when it is complete, or not at all.
+
+    Raises: OSError that names the path, where it can't be written.
     """
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(beside, "xb") as f:
-            f.write(zipped(entries))
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with writing.whole(Path(path)) as f:
+        f.write(zipped(entries))
 
 
 def zipped(entries: Mapping[str, bytes]) -> bytes:

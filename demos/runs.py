@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import threading
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +20,10 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 import bridge
+from bridge import archive, writing
 from bridge.errors import message
+
+ROOM = 2**20  # bytes of a checkpoint beside its arrays
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,9 @@ def run(
     KeyboardInterrupt does as the second.
 
     Raises: ValueError where chunk does not divide steps, and for a checkpoint of another state,
-    chunk or settings, one beyond `steps`, one without its files, or one that can't be read; what
-    the model raises arrives as it is, and the checkpoint stands.
+    chunk or settings, one beyond `steps`, one without its files, or one that can't be read; OSError
+    that names the file, where the disk is full, and the last checkpoint stands; what the model
+    raises arrives as it is, and the checkpoint stands.
 
     >>> import tempfile
     >>> path = tempfile.mkdtemp() + "/doubling"
@@ -166,35 +169,30 @@ class Files:
             self._append(_beside(self.path, f"-{name}.extxyz"), text.getvalue())
 
     def _append(self, file, text):
-        with open(file, "ab", buffering=0) as opened:
-            opened.write(text.encode())
+        left = memoryview(text.encode())
+        with writing.named(file), open(file, "ab", buffering=0) as opened:
+            while left:  # a disk that is almost full takes a part
+                left = left[opened.write(left) :]
+            os.fsync(opened.fileno())  # the checkpoint will say that it is there
             self.sizes[file.name] = opened.tell()
 
     def save(self, done, leaves):
         """The checkpoint, complete before it gets its name."""
         meta = json.dumps(dict(done=done, settings=self.settings, sizes=self.sizes))
-        fresh = _beside(self.checkpoint, ".tmp")
-        with open(fresh, "wb") as opened:
+        with writing.whole(self.checkpoint) as opened:
             np.savez(
                 opened, meta=np.array(meta), **{f"leaf_{i}": leaf for i, leaf in enumerate(leaves)}
             )
-            opened.flush()
-            os.fsync(opened.fileno())
-        os.replace(fresh, self.checkpoint)
 
     def load(self, template, steps):
         """Steps done and leaves of the state, checked; files cut to what they were."""
         try:
-            with np.load(self.checkpoint, allow_pickle=False) as saved:
-                meta, leaves = (
-                    json.loads(saved["meta"].item()),
-                    [saved[f"leaf_{i}"] for i in range(len(saved.files) - 1)],
-                )
-        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            meta, leaves = self._read(sum(x.nbytes for x in template))
+        except Exception as error:  # NumPy has no one exception for what it can't read
             raise ValueError(
                 message(
                     "a checkpoint of runs.run",
-                    f"{self.checkpoint}, which can't be read",
+                    f"{self.checkpoint}, which can't be read ({archive.said(error)})",
                     "begin anew (resume=False)",
                 )
             ) from error
@@ -229,6 +227,26 @@ class Files:
         self._cut(meta["sizes"])
         return meta["done"], leaves
 
+    def _read(self, n_bytes):
+        """What `save` wrote: meta, of the kinds that it wrote, and the leaves, which have about
+        `n_bytes` bytes."""
+        saved = archive.entries(self.checkpoint.read_bytes(), n_bytes + ROOM)
+        arrays = {
+            name: np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+            for name, data in saved.items()
+        }
+        meta = json.loads(arrays.pop("meta.npy").item())
+        mine = f"{self.path.name}-"
+        for name, size in meta["sizes"].items():
+            other = Path(name).name != name or not name.startswith(mine)
+            if name != self.lines.name and (other or not name.endswith(".extxyz")):
+                raise ValueError(f"a file {name!r:.80}, which is none of this run's")
+            _check_count(size)
+        _check_count(meta["done"])
+        if not isinstance(meta["settings"], dict):
+            raise ValueError("settings that are no dict")
+        return meta, [arrays[f"leaf_{i}.npy"] for i in range(len(arrays))]
+
     def _cut(self, sizes):
         for name, size in sizes.items():
             file = self.path.parent / name
@@ -249,8 +267,18 @@ class Files:
 
     def observables(self):
         """All of them from the file, (steps, ...)."""
-        rows = [json.loads(line) for line in self.lines.read_text().splitlines()]
-        return {name: np.array([row[name] for row in rows]) for name in (rows[0] if rows else ())}
+        try:
+            rows = [json.loads(line) for line in self.lines.read_text().splitlines()]
+            names = rows[0] if rows else ()
+            return {name: np.array([row[name] for row in rows]) for name in names}
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(
+                message(
+                    f"observables of runs.run in {self.lines}",
+                    archive.said(error),
+                    "bring the file back, or begin anew (resume=False)",
+                )
+            ) from error
 
 
 class Interrupts:
@@ -319,6 +347,11 @@ def _device(leaves, like):
 
     old, structure = jax.tree.flatten(like)
     return jax.tree.unflatten(structure, [back(*pair) for pair in zip(leaves, old)])
+
+
+def _check_count(n):
+    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+        raise ValueError(f"{n!r:.40} where a number of steps or bytes should be")
 
 
 def _beside(path, suffix):

@@ -38,6 +38,7 @@ PASSED_ON = (
     ("read", "refused", "odd.args"),
     ("load", "refused", "odd.args"),
     ("metadata", "refused", ""),
+    ("read", "Odd", "answer['got']"),  # of another process
 )
 
 

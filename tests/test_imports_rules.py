@@ -17,6 +17,8 @@ FLOOR = {
     "bridge.errors",
     "bridge.function",
     "bridge.recipes",
+    "bridge.trust",
+    "bridge.writing",
     "bridge.failures",
     "bridge.contract",
     "bridge.call",

@@ -2,7 +2,8 @@
 hash of all that it was made of.
 
 Standard library only. A package appears whole or not at all: it is written beside its place, and
-moved there by one rename.
+moved there by one rename. What lies there is code that will run, so the folder must belong to this
+user (or to root), and nobody else may write to it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import json
 import os
 import platform
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
@@ -22,6 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from bridge import trust, writing
 from bridge.errors import message
 from bridge.function import Spec
 
@@ -67,12 +68,30 @@ class Record:
             found: dict[str, Any] = json.loads(text)
             for name in ("inputs", "outputs"):
                 found[name] = tuple(Spec(tuple(shape), dtype) for shape, dtype in found[name])
-            return cls(**found)
-        except (KeyError, TypeError, ValueError) as error:
+            record = cls(**found)
+            if strange := [name for name, kind in _KINDS if not isinstance(found[name], kind)]:
+                raise TypeError(f"another kind of {', '.join(strange)}")
+            sizes = [n for s in (*record.inputs, *record.outputs) for n in s.shape]
+            dtypes = [s.dtype for s in (*record.inputs, *record.outputs)]
+            if not {*map(type, sizes)} <= {int} or not {*map(type, dtypes)} <= {str}:
+                raise TypeError("arrays of no plain types")
+            return record
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             got = f"{type(error).__name__}: {error}"
             raise ValueError(message("the record of a package", got, "compile it again")) from error
 
 
+# of the fields of a record that are no arrays
+_KINDS: tuple[tuple[str, Any], ...] = (
+    ("key", str),
+    ("name", str),
+    ("has_status", bool),
+    ("device", str),
+    ("processor", str),
+    ("versions", dict),
+    ("seconds", (int, float)),
+    ("sha256", str),
+)
 _CHOSEN: ContextVar[Path | None] = ContextVar("folder", default=None)
 
 
@@ -100,10 +119,13 @@ def chosen() -> Path:
 
 def find(folder: Path, key: str) -> Record | None:
     """Returns the record of a package in the folder. None where there is none, or a damaged one,
-    which is removed."""
+    which is removed.
+
+    Raises: ValueError where another user owns the folder, or can write to it."""
     place = folder / key
     if not place.exists():
         return None
+    trust.check_own(folder)
     try:
         return check(place)
     except (OSError, ValueError):
@@ -139,7 +161,7 @@ def locked(folder: Path, key: str) -> Iterator[None]:
     """Lets one process at a time make the package `key`; the others wait. The lock goes with the
     process that has it, however it ends."""
     made(folder)
-    with open(folder / f".{key}.lock", "w") as file:
+    with writing.named(folder), open(folder / f".{key}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -148,13 +170,14 @@ def made(folder: Path) -> Path:
     """Returns the folder, which is made, for its owner alone, where it is missing: what lies in it
     is code that will run.
 
-    Raises: ValueError where it can't be written to."""
+    Raises: ValueError where it can't be written to, or where another user can, or owns it."""
     do = "set BRIDGE_CACHE to a folder of yours, or pass folder=..."
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         got = f"{folder}: {error}"
         raise ValueError(message("a folder for packages that can be made", got, do)) from error
+    trust.check_own(folder)
     if not os.access(folder, os.W_OK):
         raise ValueError(message("a folder for packages that can be written to", f"{folder}", do))
     return folder
@@ -164,38 +187,36 @@ def add(folder: Path, write: Callable[[Path], Record]) -> Record:
     """Makes a package, and returns its record: `write(path)` writes its code to `path`, and gives
     the record.
 
-    Nothing is left behind where that fails or is interrupted."""
-    with beside(made(folder)) as new:
-        record = write(new / MODEL)
-        (new / RECORD).write_text(record.written())
-        _moved(new, folder / record.key)
+    Nothing is left behind where that fails or is interrupted.
+
+    Raises: OSError that names the folder, where there is no room in it."""
+    with writing.folder(made(folder)) as new:
+        whole = new / "whole"
+        whole.mkdir()
+        record = write(whole / MODEL)
+        (whole / RECORD).write_text(record.written())
+        _moved(whole, folder / record.key)
     return record
 
 
 def placed(folder: Path, name: str, write: Callable[[Path], None]) -> Path:
     """Returns the file `name` in the folder; where there is none, `write(path)` makes it, whole or
-    not at all."""
+    not at all.
+
+    Raises: ValueError where another user owns the folder, or can write to it; OSError that names
+    the folder, where there is no room in it."""
     if not (folder / name).exists():
-        with beside(made(folder)) as new:
+        with writing.folder(made(folder)) as new:
             write(new / name)
-            os.replace(new / name, folder / name)
+            writing.move(new / name, folder / name)
+    trust.check_own(folder)
     return folder / name
-
-
-@contextlib.contextmanager
-def beside(folder: Path) -> Iterator[Path]:
-    """Gives a folder inside of `folder` for what is being made; it is gone afterwards."""
-    new = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
-    try:
-        yield new
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def _moved(new: Path, place: Path) -> None:
     """Moves a folder to its place, unless another process has made the same one meanwhile."""
     try:
-        os.rename(new, place)
+        writing.move(new, place)
     except OSError:
         if not place.exists():
             raise

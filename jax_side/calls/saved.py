@@ -15,6 +15,8 @@ from typing import Any, cast
 import jax
 import jax.export
 
+from bridge import trust as trusting
+from bridge import writing
 from bridge.errors import message
 from bridge.native import folder as folders
 from bridge.native import handler
@@ -95,7 +97,7 @@ def save(exported: jax.export.Exported, folder: str | os.PathLike[str]) -> Path:
     whole or not at all. Returns its path.
 
     Raises: ValueError where the folder exists, and for a program whose packages this process has
-    not loaded."""
+    not loaded; OSError that names the folder, where it can't be written."""
     place = Path(folder)
     if place.exists():
         do = "name a new folder, or remove this one"
@@ -104,8 +106,15 @@ def save(exported: jax.export.Exported, folder: str | os.PathLike[str]) -> Path:
     if absent := [key for key in keys if key not in native.packages]:
         do = "save it in the process that exported it"
         raise ValueError(message("packages that this process has loaded", ", ".join(absent), do))
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with folders.beside(place.parent) as new:
+    with writing.named(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _write(exported, place, keys)
+    return place
+
+
+def _write(exported: jax.export.Exported, place: Path, keys: list[str]) -> None:
+    """The folder with the program and its packages."""
+    with writing.folder(place.parent) as new:
         whole = new / "whole"
         (whole / PACKAGES).mkdir(parents=True)
         for key in keys:
@@ -127,23 +136,27 @@ def save(exported: jax.export.Exported, folder: str | os.PathLike[str]) -> Path:
             "sha256": {n: folders.sha256(whole / n) for n in files},
         }
         (whole / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        os.rename(whole, place)
-    return place
+        writing.move(whole, place)
 
 
-def load(folder: str | os.PathLike[str]) -> Loaded:
+def load(folder: str | os.PathLike[str], *, trust: bool = False) -> Loaded:
     """Returns the program of a folder that `save` wrote, as a function of JAX arrays.
+
+    The folder holds machine code, which runs with your rights: `trust=True` says that you would run
+    a program from where it came from.
 
     It runs without Python's torch: only torch's libraries are loaded, unless it calls functions by
     their names. jit, scan and so on compose with the function; it has no derivatives, unless it was
     exported with its own.
 
-    Raises: ValueError, naming what is wrong, where a file is missing or altered, for versions of
+    Raises: ValueError without trust=True; ValueError, naming what is wrong, where a file is missing
+    or altered, for versions of
     jaxlib or torch other than those that it was written with, and for a processor that lacks
     something that the code may use; also where a bridged function that it calls by name is not
     there, or has other weights, other code or other options; ImportError without torch."""
     place = Path(folder)
     manifest = _manifest(place)
+    trusting.ask(place, _runs(manifest), trust)
     _check_home(place, manifest)
     for name, expected in manifest["sha256"].items():
         _check_file(place / name, expected)
@@ -191,6 +204,13 @@ class Loaded:
         return f"bridge.native.load({self.__name__})"
 
 
+def _runs(manifest: dict[str, Any]) -> str:
+    """What runs when a folder is loaded, in words."""
+    n = len(manifest["packages"])
+    program = f"the compiled program {PROGRAM}"
+    return f"{program} and the machine code of {n} packages" if n else program
+
+
 def _manifest(place: Path) -> dict[str, Any]:
     """What `save` noted. Raises ValueError where that is missing or no longer readable."""
     try:
@@ -201,8 +221,12 @@ def _manifest(place: Path) -> dict[str, Any]:
         expected |= {"handler": str, "processor": object}
         if strange := [k for k, kind in expected.items() if not isinstance(found[k], kind)]:
             raise KeyError(*strange)
+        files = [found["handler"], *found["packages"], *found["sha256"]]
+        texts = [*files, *found["versions"], *found["versions"].values(), *found["sha256"].values()]
+        if not {*map(type, texts)} <= {str} or any(Path(f).name != f or f == ".." for f in files):
+            raise ValueError("names that are none of files in it")
         return found
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise _altered(place, f"{type(error).__name__}: {error}") from error
 
 

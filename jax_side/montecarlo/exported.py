@@ -15,38 +15,48 @@ import jax.numpy as jnp
 from bridge.archive import Kind, Odd, fits, said, words
 from bridge.errors import message, spec
 
-# custom calls that every jaxlib serves: shapes, shardings, linear algebra, random bits
+# custom calls that every jaxlib serves: what XLA itself makes of shapes, shardings and so on
 OWN_TARGETS = re.compile(
-    r"(lapack|cusolver|cublas|hipsolver|hipblas)_\w+|(cu|hip)_threefry2x32_ffi|Sharding|SPMD\w+|shape_assertion|stablehlo\.dynamic_\w+|mhlo\.\w+"
+    r"Sharding|SPMD\w+|shape_assertion|stablehlo\.dynamic_\w+|mhlo\.\w+"
     r"|ApproxTopK|Eigh|Qr|ProductOfElementaryHouseholderReflectors|LuDecomposition|AllocateBuffer"
 )
+# and its machine code, for linear algebra and random bits, which writes beyond an array of another
+# size than it expects
+KERNELS = re.compile(r"(lapack|cusolver|cublas|hipsolver|hipblas)_\w+|(cu|hip)_threefry2x32_ffi")
 
 
-def foreign(program: jax.export.Exported) -> str:
+def foreign(program: jax.export.Exported, text: str) -> str:
     """Returns what ties an exported program to the process that made it, in words; "" if nothing
-    does."""
+    does. `text` is its MLIR module."""
     if program.ordered_effects or program.unordered_effects:
         return "with effects"
     if program.nr_devices != 1:
         return f"for {program.nr_devices} devices"
-    text = program.mlir_module()
     if found := re.search(r"stablehlo\.(infeed|outfeed|send|recv)\b", text):
         return f"with {found[0]}"
-    targets = re.findall(r"stablehlo\.custom_call(?: @([\w.$-]+)\()?", text)
-    foreign = sorted({t or "of no plain name" for t in targets if not OWN_TARGETS.fullmatch(t)})
+    foreign = [t for t in _targets(text) if not (OWN_TARGETS.fullmatch(t) or KERNELS.fullmatch(t))]
     return f"with a custom call {', '.join(foreign)}" if foreign else ""
 
 
-def read(blob: bytes, order: int) -> list[jax.export.Exported]:
-    """Returns the exported function and its first `order` derivatives.
+def _targets(text: str) -> list[str]:
+    """The names of custom calls in a module."""
+    found = re.findall(r"stablehlo\.custom_call(?: @([\w.$-]+)\()?", text)
+    return sorted({t or "of no plain name" for t in found})
 
-    Raises: Odd for a blob that can't be read, that no other process can run, or that has fewer
-    derivatives."""
+
+def read(
+    blob: bytes, order: int | None = None, *, trust: bool = False
+) -> list[jax.export.Exported]:
+    """Returns the exported function and its first `order` derivatives; None stands for all.
+
+    Raises: Odd for a blob that can't be read, that no other process can run, that calls machine
+    code while `trust` is False, or that has fewer derivatives."""
     try:
         programs = [jax.export.deserialize(bytearray(blob))]
-        while len(programs) <= order and programs[-1].has_vjp():
+        while (order is None or len(programs) <= order) and programs[-1].has_vjp():
             programs.append(programs[-1].vjp())
-        whys = [foreign(p) for p in programs]
+        texts = [p.mlir_module() for p in programs]
+        whys = [foreign(p, text) for p, text in zip(programs, texts)]
     except Exception as e:  # flatbuffers and MLIR have no one exception for what they can't read
         raise Odd(f"that jax.export can't read ({said(e)})", "export it anew") from e
     if why := next(filter(None, whys), ""):
@@ -54,7 +64,13 @@ def read(blob: bytes, order: int) -> list[jax.export.Exported]:
             why,
             "it can't run in another process than its author's: write it in JAX alone",
         )
-    if len(programs) <= order:
+    kernels = [t for text in texts for t in _targets(text) if KERNELS.fullmatch(t)]
+    if kernels and not trust:
+        raise Odd(
+            f"with {kernels[0]}, machine code that believes what the file says of its sizes",
+            "pass trust=True if you would run a program from where this file came from",
+        )
+    if order is not None and len(programs) <= order:
         raise Odd(
             f"that can be differentiated {len(programs) - 1} times",
             f"export it with order={order} (vjp_order), or load with less",

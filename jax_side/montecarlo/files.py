@@ -13,7 +13,7 @@ from bridge import archive
 from bridge.errors import message, spec
 from jax_side.calls import compat
 from jax_side.calls.primitive import bridge_p
-from jax_side.montecarlo import exported
+from jax_side.montecarlo import exported, fence
 from jax_side.montecarlo.exported import Kind
 from jax_side.montecarlo.local import LocalPotential
 
@@ -90,10 +90,16 @@ def save(
         types[gives] = _traced(name, f, inputs, types[gives])
         entries[f"{file}.jax"] = _exported(name, f, inputs, order, platforms)
     archive.write(path, {**entries, archive.METADATA: archive.metadata_bytes(cutoff, precision)})
+    for blob in entries.values():
+        fence.allow(blob)
 
 
 def load(
-    path: str | os.PathLike[str], order: int = 1, *, limit: int = archive.LIMIT
+    path: str | os.PathLike[str],
+    order: int = 1,
+    *,
+    limit: int = archive.LIMIT,
+    trust: bool = False,
 ) -> LocalPotential:
     """Returns the LocalPotential of a zip that `save` wrote, or another program in the same format
     (exported for kUPS, say).
@@ -106,16 +112,19 @@ def load(
     of all entries together, in bytes.
 
     All that can be known before a program runs is checked here. Nothing is unpickled, and nothing
-    is unpacked to disk. But the blobs are programs, and XLA's reader is not made for hostile input:
-    a forged blob can end the process. Load files only from sources whose programs you would run.
+    is unpacked to disk. XLA's readers are not made for hostile input, and a forged blob can end the
+    process that reads it. So a file that `save` did not write here is read, compiled and run first
+    by another process, which takes some 3 s once for each file. Calls of machine code, as for
+    linear algebra, are refused. `trust=True` says that you would run a program from where the file
+    came from; then both is left out.
 
     Raises: ValueError that names the file and the reason, its __cause__ being what the reader said.
     Reasons are a zip that is broken or none; entries that are missing, unknown, twice there, too
     large, encrypted, links, or with names that leave the folder; a metadata.json without exactly
     cutoff (finite, > 0) and precision; blobs that can't be read, that have another number of
     arguments, other ranks, dtypes or widths, one fixed number of rows, effects or foreign custom
-    calls, that are for other platforms, or that have fewer derivatives than `order`; and 64bit
-    while x64 is off. OSError where the file can't be opened.
+    calls, that are for other platforms, that have fewer derivatives than `order`, or that end the
+    process which tries them; and 64bit while x64 is off. OSError where the file can't be opened.
 
     >>> import tempfile
     >>> with tempfile.NamedTemporaryFile() as f:  # doctest: +NORMALIZE_WHITESPACE
@@ -131,11 +140,15 @@ def load(
         raise archive.refused(path, "one of precision 64bit while x64 is off", X64)
     types, functions = archive.types(precision), {}
     for name, (file, takes, gives) in archive.FUNCTIONS.items():
-        inputs = [types[k] for k in takes]
+        inputs, blob = [types[k] for k in takes], found[f"{file}.jax"]
         try:
+            mine = trust or fence.known(blob)
+            failed = "" if mine else fence.tried(blob)
             # integers have no derivatives
-            programs = exported.read(found[f"{file}.jax"], 0 if takes == "Z" else order)
+            programs = exported.read(blob, 0 if takes == "Z" else order, trust=mine)
             types[gives] = exported.check(programs, inputs, types[gives])
+            if failed:
+                raise archive.Odd(f"that can't run ({failed})", fence.ANEW)
         except archive.Odd as odd:
             raise archive.refused(path, f"{file}.jax {odd.args[0]}", odd.args[1]) from odd.__cause__
         functions[name] = exported.Rows(name, programs, inputs)
@@ -222,7 +235,8 @@ def _exported(
     try:
         export = jax.export.export(jax.jit(lambda *xs: f(*xs)), platforms=platforms)
         program = export(*_structs(rows, inputs))
-        why, blob = exported.foreign(program), bytes(program.serialize(vjp_order=order))
+        why = exported.foreign(program, program.mlir_module())
+        blob = bytes(program.serialize(vjp_order=order))
     except Exception as e:
         expected = f"{name} as a function that jax.export can write for any number of rows n, {order} derivatives of it and platforms={platforms}"
         raise ValueError(

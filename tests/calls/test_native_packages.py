@@ -255,7 +255,7 @@ def theirs():
         new = path.with_suffix(f".{os.getpid()}.pt2")
         torch._inductor.aoti_compile_and_package(program, package_path=str(new))
         os.replace(new, path)
-    return bridge.native.Package(path)
+    return bridge.native.Package(path, trust=True)
 
 
 GIVEN = {"x": jnp.arange(3, dtype="float32"), "y": jnp.array([1.0, 5.0, 7.0])}
@@ -274,7 +274,7 @@ def test_a_package_x_lanes(theirs, lane):
 def test_the_signature_of_a_package(theirs):
     kinds = [(dtype, [str(a) for a in axes]) for dtype, axes in theirs.signature]
     assert kinds == [("float64", ["2..64"]), ("float32", ["3"]), ("float32", [])]
-    assert theirs.device == "cpu" and theirs == bridge.native.Package(theirs.path)
+    assert theirs.device == "cpu" and theirs == bridge.native.Package(theirs.path, trust=True)
 
 
 WRONG = {
@@ -305,4 +305,4 @@ def test_what_is_no_package_is_refused(tmp_path):
     for make in (lambda: None, lambda: file.write_bytes(b"nonsense")):
         make()
         with pytest.raises(ValueError, match="expected a package of AOTInductor at"):
-            bridge.native.Package(file)
+            bridge.native.Package(file, trust=True)

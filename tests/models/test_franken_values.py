@@ -409,12 +409,12 @@ def test_weights_x_checkpoint(tmp_path):
     potential.save(tmp_path / "many.pt", multi_weights=weights)
     potential.save(tmp_path / "one.pt")
     close(
-        Franken(tmp_path / "many.pt").asking("member_energies")(x)["member_energies"],
+        Franken(tmp_path / "many.pt", trust=True).asking("member_energies")(x)["member_energies"],
         committee(torch.float32)(x)["member_energies"],
         1e-6,
     )
     close(
-        Franken(str(tmp_path / "one.pt"))(x)["energy"],
+        Franken(str(tmp_path / "one.pt"), trust=True)(x)["energy"],
         cases.model(torch.float32, "autograd", False)(x)["energy"],
         1e-6,
     )

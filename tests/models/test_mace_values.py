@@ -179,7 +179,7 @@ def test_saved_file_x_module(tmp_path):
     path = tmp_path / "small.model"
     torch.save(network("scale-shift"), path)
     x = inputs(SYSTEMS["ethanol"])
-    loaded = MACE(path)
+    loaded = MACE(path, trust=True)
     assert loaded.card.dtype == "float32" and torch.equal(
         loaded(x)["position_gradients"], MACE(network("scale-shift"))(x)["position_gradients"]
     )
@@ -249,7 +249,7 @@ def test_networks_x_errors(tmp_path):
     with pytest.raises(
         TypeError, match="or the path of one saved whole, got a dict; pass a module of mace-torch"
     ):
-        MACE(tmp_path / "state.pt")
+        MACE(tmp_path / "state.pt", trust=True)
     with pytest.raises(TypeError, match="got a Linear"):
         MACE(torch.nn.Linear(2, 2))
     specs = {"elec_temp": {"type": "continuous", "per": "graph", "emb_dim": 3, "in_dim": 1}}

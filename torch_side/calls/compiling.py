@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from bridge import writing
 from bridge.errors import message
 from bridge.function import Derived, Function
 from bridge.native import folder as folders
@@ -93,7 +94,8 @@ def compiled(fn: Function, device: str) -> Compiled:
     stderr says so.
 
     Raises: NotImplementedError for code that can't be traced or compiled, naming what is in the
-    way; RuntimeError without a C++ compiler; ValueError for a folder that can't be written to."""
+    way; RuntimeError without a C++ compiler; ValueError for a folder that can't be written to;
+    OSError where the disk is full."""
     with _interruptible():
         found = _found(fn, device)
     # What tracing leaves behind holds the weights in circles. A weight must die when its module lets
@@ -177,6 +179,11 @@ def _compile(traced: Traced, record: folders.Record, path: Path) -> folders.Reco
                 program, package_path=str(path), inductor_configs=options
             )
     except Exception as error:
+        if number := writing.no_room(error):
+            # torch writes to folders of its own as well
+            where = f"{folders.chosen()} or torch's caches (TORCHINDUCTOR_CACHE_DIR, TMPDIR)"
+            full = writing.unwritten(where, number)
+            raise full from error
         what = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         expected = f"{record.name} to be compiled by AOTInductor"
         raise NotImplementedError(message(expected, what, OTHER_LANES)) from error

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree  # what aoti_load_package keeps its types in
 
+from bridge import trust as trusting
 from bridge.contract import dtype_name
 from bridge.errors import message
 from bridge.function import Function, Spec
@@ -49,18 +50,21 @@ class Package:
     here, XLA calls it without Python. It is not compiled for anything else: it has no derivatives
     and no vmap, unless it returns gradients of its own. It runs on the device that it was compiled
     for. The types of its results are found by one call on zeros, unless to_jax is given outputs=.
-    `path` is the file, which is loaded here and must not change while it is used: a package is code
-    that runs, so load only files that you trust. Packages of the same file are equal.
+    `path` is the file, which is loaded here and must not change while it is used. A package is
+    machine code, which runs with your rights: `trust=True` says that you would run a program from
+    where it came from. Packages of the same file are equal.
 
-    Raises: ValueError for a file that is missing or is no package, or one for another machine.
+    Raises: ValueError without trust=True, for a file that is missing or is no package, and for one
+    for another machine.
 
-    >>> energy = bridge.to_jax(bridge.native.Package("model.pt2"))                          # doctest: +SKIP
+    >>> energy = bridge.to_jax(bridge.native.Package("model.pt2", trust=True))              # doctest: +SKIP
     """
 
     function_type: type[TorchFunction]  # PackageFunction, which is defined below
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, trust: bool = False) -> None:
         self.path = Path(path).resolve()
+        trusting.ask(self.path, "the machine code in it", trust)
         try:
             self.sha256 = folders.sha256(self.path)
             self._loaded = torch._inductor.aoti_load_package(str(self.path))

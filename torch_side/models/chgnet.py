@@ -18,7 +18,7 @@ from bridge.card import Card
 from bridge.contract import ENERGY_AND_GRADIENTS
 from bridge.errors import message, missing
 from torch_side.calls import status
-from torch_side.potentials import padding, pairing
+from torch_side.potentials import checkpoints, padding, pairing
 from torch_side.potentials.geometry import edge_vectors
 from torch_side.potentials.model import Model
 from torch_side.potentials.neighbors import bonds
@@ -47,7 +47,8 @@ class CHGNet(Model):
     gradients and magnetic moments.
 
     `model` is a version whose weights lie in the wheel of chgnet ("0.3.0", "r2scan", "0.2.0"), the
-    path of a checkpoint, or a chgnet.model.model.CHGNet, which is copied. Weights are converted to
+    path of a checkpoint, or a chgnet.model.model.CHGNet, which is copied. Of a checkpoint, tensors
+    and plain values are read; `trust=True` runs whatever else is pickled in it. Weights are converted to
     `dtype` (float32 as trained, float64 for Hessians and finite differences) and frozen.
     `requires_grad_(True)` makes them trainable, and gradients then keep their graph. The model is
     in eval mode, on `device`. It takes the dict of the contract, with N atoms in B systems,
@@ -75,8 +76,8 @@ class CHGNet(Model):
     that says how many there are. A smaller number makes the program faster.
 
     Raises: ValueError for inputs outside the contract as torch_side.potentials.graph.evaluate does,
-    for an element beyond Pu, for given edges that lack one direction, for an unknown version, and,
-    with the weights of 0.2.0 only, for a system without angles (no atom with two bonds below 3
+    for an element beyond Pu, for given edges that lack one direction, for an unknown version, for a
+    checkpoint that can't be read or that holds more than plain values without trust=True, and, with the weights of 0.2.0 only, for a system without angles (no atom with two bonds below 3
     Angstrom) in one call with others, or in a program that is compiled as a whole;
     NotImplementedError in such a program for a readout by attention; ImportError without chgnet or
     vesin.
@@ -95,10 +96,13 @@ class CHGNet(Model):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         angles_per_atom: int = 100,
+        trust: bool = False,
     ) -> None:
         super().__init__()
         self.angles_per_atom = angles_per_atom
-        self.network = _load(model).to(device=device, dtype=dtype).requires_grad_(False).eval()
+        self.network = (
+            _load(model, trust).to(device=device, dtype=dtype).requires_grad_(False).eval()
+        )
         converter = self.network.graph_converter
         cutoff = float(converter.atom_graph_cutoff)
         self.bond_cutoff = float(converter.bond_graph_cutoff)
@@ -278,7 +282,7 @@ class CHGNet(Model):
 _NODES = {"site_energies": "node_energies", "m": "magmoms", "atom_fea": "embeddings"}
 
 
-def _load(model: Any) -> Any:
+def _load(model: Any, trust: bool) -> Any:
     """A CHGNet of our own."""
     try:
         from chgnet.model.model import CHGNet as Network
@@ -297,7 +301,9 @@ def _load(model: Any) -> Any:
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its number of parameters
         if model in VERSIONS:
             return Network.load(model_name=model, use_device="cpu", verbose=False)
-        return Network.from_file(model)
+        found = checkpoints.read(model, trust)
+        with checkpoints.of("chgnet", model):
+            return Network.from_dict(found["model"])
 
 
 class Counted(TorchFunctionMode):

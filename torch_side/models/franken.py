@@ -16,11 +16,13 @@ from jaxtyping import Float, Int
 from torch import nn
 from torch._subclasses import FakeTensor
 
+from bridge import trust as trusting
 from bridge.card import Card
 from bridge.contract import ENERGY_AND_GRADIENTS, dtype_name
 from bridge.errors import message, missing, spec
 from torch_side.calls import status
 from torch_side.potentials import geometry, graph, padding
+from torch_side.potentials.checkpoints import PICKLE
 from torch_side.potentials.hessian import hessian
 from torch_side.potentials.model import Model
 
@@ -41,7 +43,8 @@ class Franken(Model):
 
     and `energy` (B,) is the mean over the M models. `potential` is a
     franken.rf.model.FrankenPotential with a MACE or a SevenNet backbone, which is copied, or the
-    path of one that was saved by it. `weights` (M,F) or (F,) are by default those of the potential,
+    path of one that was saved by it. Franken unpickles such a file, and the backbone that it names,
+    so `trust=True` says that you would run a program from where it came from. `weights` (M,F) or (F,) are by default those of the potential,
     or all that were saved with it. They become the Parameter `weights` (M,F). All is converted to
     `dtype`, frozen and in eval mode, on `device`; `requires_grad_(True)` makes it trainable.
 
@@ -72,7 +75,7 @@ class Franken(Model):
     known.
 
     Raises: TypeError for what is no FrankenPotential; ValueError for another backbone, for weights
-    of another shape, for unknown `derivatives`, and as every Model; NotImplementedError for a
+    of another shape, for unknown `derivatives`, for a path without trust=True, and as every Model; NotImplementedError for a
     backbone that torch.func refuses, with the cause; ImportError without franken.
 
     >>> model = Franken("franken.pt", derivatives="func").asking("member_energies", "position_gradients_std")   # doctest: +SKIP
@@ -90,13 +93,14 @@ class Franken(Model):
         derivatives: Literal["autograd", "func"] = "autograd",
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        trust: bool = False,
     ) -> None:
         super().__init__()
         if derivatives not in ("autograd", "func"):
             raise ValueError(
                 message('derivatives "autograd" or "func"', repr(derivatives), "pass one of these")
             )
-        original, self.configuration, saved = _load(potential)
+        original, self.configuration, saved = _load(potential, trust)
         self.derivatives = derivatives
         head, gnn = original.rf, original.gnn
         self.n_features: int = head.total_random_features
@@ -348,7 +352,7 @@ def _by_func(
     return out, g, G
 
 
-def _load(potential: Any) -> tuple[Any, Any, Any]:
+def _load(potential: Any, trust: bool) -> tuple[Any, Any, Any]:
     """The potential, franken's class of structures, and the weights saved beside it, if any."""
     try:
         from franken.data.base import Configuration
@@ -357,6 +361,7 @@ def _load(potential: Any) -> tuple[Any, Any, Any]:
         raise missing("franken", "Franken potentials") from error
     saved = None
     if isinstance(potential, (str, Path)):
+        trusting.ask(potential, f"{PICKLE}, and in the backbone that it names", trust)
         saved = torch.load(potential, map_location="cpu", weights_only=False)["multi_weights"]
         potential = FrankenPotential.load(potential, map_location="cpu", rf_weight_id=0)
     elif not isinstance(potential, FrankenPotential):

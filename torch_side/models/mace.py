@@ -11,10 +11,12 @@ import torch
 from jaxtyping import Int
 from torch import nn
 
+from bridge import trust as trusting
 from bridge.card import Card
 from bridge.contract import ENERGY_AND_GRADIENTS
 from bridge.errors import message, missing
 from torch_side.potentials import padding
+from torch_side.potentials.checkpoints import PICKLE
 from torch_side.potentials.geometry import edge_shifts
 from torch_side.potentials.model import Model
 
@@ -27,8 +29,8 @@ class MACE(Model):
 
     `model` is a module of mace-torch (MACE, ScaleShiftMACE or EnergyDipolesMACE), which is copied,
     or the path of a file in which one was saved: torch.save of the whole module, as MACE's training
-    writes it. Such a file is a pickle, so load only files that you trust. `head` names the head of
-    a model with several. Weights are frozen, and converted to `dtype`: None keeps them as they are,
+    writes it. Such a file runs the Python code that is pickled in it: `trust=True` says that you
+    would run a program from where it came from. `head` names the head of a model with several. Weights are frozen, and converted to `dtype`: None keeps them as they are,
     and float64 is for Hessians and finite differences. `requires_grad_(True)` makes them trainable.
     The model is in eval mode, on `device`.
 
@@ -49,11 +51,11 @@ class MACE(Model):
     double backward, and bridge.to_jax needs derivatives="autograd". `import mace` sets
     TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD in the environment.
 
-    Raises: what every Model raises; TypeError for what is no MACE model with an energy; ValueError
+    Raises: what every Model raises; ValueError for a path without trust=True; TypeError for what is no MACE model with an energy; ValueError
     for a head that is missing or unknown, and for a model that needs inputs that the contract does
     not have; ImportError for a path without mace-torch.
 
-    >>> model = MACE("MACE_model_swa.model", dtype=torch.float64)                           # doctest: +SKIP
+    >>> model = MACE("MACE_model_swa.model", dtype=torch.float64, trust=True)               # doctest: +SKIP
     >>> model({"pos": torch.zeros(1, 3), "atomic_numbers": torch.tensor([8]), "cell": torch.zeros(1, 3, 3),
     ...        "pbc": torch.zeros(1, 3, dtype=torch.bool), "batch": torch.tensor([0])})     # doctest: +SKIP
     """
@@ -68,9 +70,10 @@ class MACE(Model):
         head: str | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
+        trust: bool = False,
     ) -> None:
         super().__init__()
-        network = _load(model, device)
+        network = _load(model, device, trust)
         cutoff = float(network.r_max)
         elements = network.atomic_numbers.tolist()
         self.needs = _needs(network)
@@ -138,7 +141,9 @@ class MACE(Model):
         return graph | {name: inputs[key].to(pos.dtype) for name, key in self.needs.items()}
 
 
-def _load(model: nn.Module | str | os.PathLike[str], device: str | torch.device) -> Any:
+def _load(
+    model: nn.Module | str | os.PathLike[str], device: str | torch.device, trust: bool
+) -> Any:
     """A MACE module of our own."""
     if isinstance(model, nn.Module):
         network = copy.deepcopy(model)
@@ -147,6 +152,7 @@ def _load(model: nn.Module | str | os.PathLike[str], device: str | torch.device)
             import mace.modules  # noqa: F401
         except ImportError as error:
             raise missing("mace-torch", "MACE models") from error
+        trusting.ask(model, PICKLE, trust)
         network = torch.load(model, map_location=device, weights_only=False)
     classes = _classes(network)
     if not {"MACE", "EnergyDipolesMACE"} & set(classes) or {"MACELES", "PolarMACE"} & set(classes):

@@ -3,6 +3,7 @@ contract."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from jaxtyping import Float, Int
 from bridge.card import Card
 from bridge.contract import ENERGY_AND_GRADIENTS
 from bridge.errors import message, missing
-from torch_side.potentials import padding
+from torch_side.potentials import checkpoints, padding
 from torch_side.potentials.geometry import edge_vectors
 from torch_side.potentials.model import Model
 
@@ -23,7 +24,8 @@ class SevenNet(Model):
     exact gradients.
 
     `model` is a name that the package sevenn knows ("7net-0", "7net-l3i5" and "7net-mf-0" lie in
-    its wheel, and it downloads others) or the path of a checkpoint. `modal` names the fidelity of a
+    its wheel, and it downloads others) or the path of a checkpoint. Of a file, tensors and plain
+    values are read; `trust=True` runs whatever else is pickled in it. `modal` names the fidelity of a
     multi-modal one. Weights are converted to `dtype` (float32 as trained, float64 for Hessians and
     finite differences) and frozen. `requires_grad_(True)` makes them trainable, and gradients then
     keep their graph. The model is in eval mode, on `device`. It takes a dict of tensors, with N
@@ -48,7 +50,8 @@ class SevenNet(Model):
 
     Raises: ValueError for inputs outside the contract, for a float dtype or device other than the
     model's, for an element that the model does not know, for a position that is not finite (naming
-    the atom), for a modal that is missing or unknown, and for a model name unknown to sevenn;
+    the atom), for a modal that is missing or unknown, for a model name unknown to sevenn, and for a
+    checkpoint that can't be read or that holds more than plain values without trust=True;
     ImportError without sevenn or vesin.
 
     >>> model = SevenNet("7net-0")                                                          # doctest: +SKIP
@@ -66,9 +69,10 @@ class SevenNet(Model):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         modal: str | None = None,
+        trust: bool = False,
     ) -> None:
         super().__init__()
-        network, elements, modals = _load(model)
+        network, elements, modals = _load(model, trust)
         self.network = network.to(device=device, dtype=dtype).requires_grad_(False).eval()
         species = torch.full((max(elements) + 1,), -1)
         species[list(elements)] = torch.tensor(list(elements.values()))
@@ -128,13 +132,20 @@ class SevenNet(Model):
         return graph
 
 
-def _load(model: str | Path) -> tuple[Any, dict[int, int], dict[str, int]]:
+def _load(model: str | Path, trust: bool) -> tuple[Any, dict[int, int], dict[str, int]]:
     """The layers up to the atomic energies, {Z: index}, {modal: index}."""
     try:
         from sevenn.util import load_checkpoint
     except ImportError as error:
         raise missing("sevenn", "SevenNet models") from error
-    network: Any = load_checkpoint(model).build_model()
+    if Path(model).is_file():  # as sevenn decides
+        # sevenn would run what is pickled there, so it gets a file of our own
+        found = checkpoints.read(model, trust)
+        with checkpoints.of("sevenn", model), tempfile.TemporaryDirectory() as folder:
+            torch.save(found, copy := Path(folder) / "checkpoint.pth")
+            network: Any = load_checkpoint(copy).build_model()
+    else:
+        network = load_checkpoint(model).build_model()
     for layer in ("onehot_idx_to_onehot", "one_hot_modality", "reduce_total_enegy", "force_output"):
         network.delete_module_by_key(layer)
     network.eval_type_map = False

@@ -28,10 +28,16 @@ PARTS = re.compile(
     r"data/(weights|constants)/(weight_\d+|tensor_\d+|model_(weights|constants)_config\.json)|models/model\.json|archive_format|archive_version"
     rf"|\.data/(version|serialization_id)|byteorder|{re.escape(SAMPLES)}"
 )
-# what a node of a graph may call
+# what a node of a graph may call beside the operations of aten: a program of sizes, and loops
 TARGETS = re.compile(
-    r"torch\.ops\.(aten\.(?!from_file)|prims\.|higher_order\.)\w+(\.\w+)?|torch\.sym_\w+|math\.\w+"
+    r"torch\.ops\.prims\.\w+\.\w+|torch\.sym_\w+|math\.(trunc|ceil|floor|sqrt)"
+    r"|torch\.ops\.higher_order\.(cond|while_loop|scan|associative_scan|map(_impl)?|wrap_with_(set_grad_enabled|autocast))"
     r"|_operator\.(add|sub|mul|floordiv|truediv|mod|neg|pos|pow|and_|or_|not_|eq|ne|lt|le|gt|ge|getitem)"
+)
+ATEN = re.compile(r"torch\.ops\.aten\.(\w+)\.(\w+)")
+# of aten, what reads files, and what believes memory to be as other packages have laid it out
+FOREIGN = re.compile(
+    r"from_file|set_?|(fbgemm|mkldnn|mkl|cudnn|miopen|quantized|hspmm|nested|to_mkldnn)_?\w*"
 )
 # names in expressions of sizes
 WORDS = re.compile(
@@ -48,7 +54,13 @@ PLAIN = (
     ast.keyword,
     ast.Subscript,
     ast.Load,
-    ast.operator,
+    ast.Add,
+    ast.Sub,
+    ast.Mult,
+    ast.Div,
+    ast.FloorDiv,
+    ast.Mod,
+    ast.Pow,
     ast.unaryop,
     ast.Name,
     ast.Attribute,
@@ -56,6 +68,7 @@ PLAIN = (
     ast.cmpop,
     ast.boolop,
 )
+HIGHEST = 8  # power in expressions of sizes: higher ones of higher ones would never end
 TREES = {None, "builtins.tuple", "builtins.list", "builtins.dict"}  # containers of arguments
 
 
@@ -136,8 +149,8 @@ def load(path: str | os.PathLike[str], *, limit: int = archive.LIMIT) -> Program
     torch's own loader trusts a file: it unpickles sample inputs with weights_only=True and, if that
     fails, with weights_only=False; it unpickles weights and objects; it evaluates expressions of
     sizes as Python (by sympy); and it loads compiled libraries. Therefore this function lets
-    through only plain tensors, graphs of aten and similar operators, and expressions of symbols and
-    numbers. They are repacked, so that torch sees exactly what was checked, without the sample
+    through only plain tensors, graphs of aten's public operators and of loops, and expressions of
+    symbols and numbers. They are repacked, so that torch sees exactly what was checked, without the sample
     inputs. But a graph is still a program: load only files from sources whose programs you would
     run.
 
@@ -303,7 +316,7 @@ def _check_item(key: str, value: Any) -> None:
         raise Odd(
             f"a pickled object ({key} {value!r:.60})", "keep nothing but tensors in the functions"
         )
-    if key == "target" and not TARGETS.fullmatch(str(value)):
+    if key == "target" and not _may_be_called(str(value)):
         raise Odd(
             f"a call of {value!r:.80}, which another process may not have",
             "write it in torch's own operations",
@@ -316,10 +329,33 @@ def _check_item(key: str, value: Any) -> None:
         raise Odd(f"{key} {value!r:.80}, which is no plain expression of sizes", "export it anew")
 
 
+def _may_be_called(target: str) -> bool:
+    """True for operations of tensors and sizes that check what they are given. Those whose name
+    begins with an underscore do so where torch counts them among its core operations."""
+    if not (found := ATEN.fullmatch(target)):
+        return bool(TARGETS.fullmatch(target))
+    name, overload = found.groups()
+    full = f"aten::{name}" if overload == "default" else f"aten::{name}.{overload}"
+    # others of this name are TorchScript's own: they write files and set the state of the process
+    if FOREIGN.fullmatch(name) or not torch._C._dispatch_has_kernel(full):
+        return False
+    core = torch.Tag.core in getattr(getattr(torch.ops.aten, name), overload).tags
+    return core or not name.startswith("_") or name.startswith(("_assert_", "_unsafe_view"))
+
+
 def _plain(text: str) -> bool:
     """True for an expression of sizes that is made of arithmetic and known names alone."""
     for x in ast.walk(ast.parse(text, mode="eval")):
         if not isinstance(x, PLAIN):
+            return False
+        powers = []
+        if isinstance(x, ast.BinOp) and isinstance(x.op, ast.Pow):
+            powers = [x.right]
+        elif (
+            isinstance(x, ast.Call) and getattr(x.func, "id", getattr(x.func, "attr", "")) == "Pow"
+        ):
+            powers = x.args[1:]
+        if not all(isinstance(p, ast.Constant) and p.value in range(HIGHEST) for p in powers):
             return False
         word = None
         if isinstance(x, ast.Name):
