@@ -280,11 +280,11 @@ def chains(transforms, most, outer=None):
     one = lambda table: st.sampled_from(list(table)).flatmap(
         lambda name: st.tuples(st.just(name), table[name])
     )
-    inner = st.lists(one(transforms), max_size=most)
+    inner = st.lists(one(transforms), min_size=1, max_size=most)
     if outer is None:
         return inner
     both = st.tuples(inner, st.lists(one(outer), max_size=2))
-    return both.map(lambda pair: (pair[0] + pair[1])[:most])
+    return both.map(lambda pair: (pair[0][: most - len(pair[1])] + pair[1]))
 
 
 def composed(f, chain, slim):

@@ -69,10 +69,6 @@ class Machine(RuleBasedStateMachine):
         self.dtype, self.inputs = dtype, programs.inputs(seed, dtype)
         self.bridged = self.across()
 
-    @rule(seed=seeds, dtype=dtypes)
-    def other_values(self, seed, dtype):
-        self.dtype, self.inputs = dtype, programs.inputs(seed, dtype)
-
     def compare(self, call, reference, said):
         same(outcome(call), outcome(reference), TOLERANCE[self.dtype], said)
 
@@ -92,8 +88,8 @@ class InJax(Machine):
         run = run if way == "eager" else jax.jit(run)
         self.compare(lambda: run(*xs), lambda: want(*xs), f"{way}, {[name for name, _ in chain]}")
 
-    @rule(kind=wrong, way=st.sampled_from(["eager", "ffi", "host"]))
-    def misuse(self, kind, way):
+    @rule(kind=wrong, chain=chains(JAX_TRANSFORMS, 1), way=st.sampled_from(["eager", "ffi", "host"]))
+    def misuse(self, kind, chain, way):
         """As torch takes it, whose function it is; and the next call is right."""
         xs = WRONG[kind](*self.inputs)
         run = self.bridged[way] if way == "eager" else jax.jit(self.bridged[way])
@@ -103,7 +99,7 @@ class InJax(Machine):
             lambda: self.of_torch(*map(in_torch, xs)),
             f"{way}, {kind}",
         )
-        self.transform([], way)
+        self.transform(chain, way)
 
 
 class InTorch(Machine):
@@ -120,8 +116,8 @@ class InTorch(Machine):
         )
         self.compare(lambda: run(*xs), lambda: want(*xs), f"{[name for name, _ in chain]}")
 
-    @rule(kind=wrong)
-    def misuse(self, kind):
+    @rule(kind=wrong, chain=chains(TORCH_TRANSFORMS, 1))
+    def misuse(self, kind, chain):
         """As JAX takes it; and the next call is right."""
         xs = WRONG[kind](*self.inputs)
         self.compare(
@@ -131,7 +127,7 @@ class InTorch(Machine):
             lambda: self.of_jax(*(None if x is None else jnp.asarray(x) for x in xs)),
             kind,
         )
-        self.transform([])
+        self.transform(chain)
 
 
 def test_functions_in_jax(fuzz):
