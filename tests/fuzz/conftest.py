@@ -32,6 +32,7 @@ class Share(NamedTuple):
 SHARES = {
     "test_arrays": Share(900, part=5000, few=100, more=1000, steps=12),
     "test_potentials": Share(40, part=500, few=10, more=60, steps=8),
+    "test_local_potentials": Share(40, part=500, few=10, more=60, steps=8),
     "test_functions_in_jax": Share(10, part=100, few=5, more=30, steps=3),
     "test_functions_in_torch": Share(10, part=100, few=5, more=30, steps=3),
 }
