@@ -30,11 +30,12 @@ class Share(NamedTuple):
 
 # An array costs milliseconds, and what compiles costs tenths of a second.
 SHARES = {
-    "test_arrays": Share(900, part=5000, few=100, more=1000, steps=12),
+    "test_arrays": Share(910, part=5000, few=100, more=1000, steps=12),
     "test_potentials": Share(40, part=500, few=10, more=60, steps=8),
-    "test_local_potentials": Share(40, part=500, few=10, more=60, steps=8),
+    "test_local_potentials": Share(10, part=500, few=5, more=30, steps=8),  # each of its three
     "test_functions_in_jax": Share(10, part=100, few=5, more=30, steps=3),
-    "test_functions_in_torch": Share(10, part=100, few=5, more=30, steps=3),
+    "test_functions_in_torch": Share(5, part=50, few=4, more=20, steps=3),
+    "test_functions_of_the_native_lane": Share(5, part=100, few=5, more=20, steps=3),
 }
 
 

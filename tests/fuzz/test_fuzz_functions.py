@@ -1,6 +1,8 @@
 """State machines over functions: torch in JAX and JAX in torch under composed transforms, beside the
 same function written in the other framework; and wrong calls in between."""
 
+from functools import cache
+
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -88,7 +90,9 @@ class InJax(Machine):
         run = run if way == "eager" else jax.jit(run)
         self.compare(lambda: run(*xs), lambda: want(*xs), f"{way}, {[name for name, _ in chain]}")
 
-    @rule(kind=wrong, chain=chains(JAX_TRANSFORMS, 1), way=st.sampled_from(["eager", "ffi", "host"]))
+    @rule(
+        kind=wrong, chain=chains(JAX_TRANSFORMS, 1), way=st.sampled_from(["eager", "ffi", "host"])
+    )
     def misuse(self, kind, chain, way):
         """As torch takes it, whose function it is; and the next call is right."""
         xs = WRONG[kind](*self.inputs)
@@ -111,9 +115,7 @@ class InTorch(Machine):
     @rule(chain=chains(TORCH_TRANSFORMS, DEPTH, OF_AUTOGRAD))
     def transform(self, chain):
         xs = [torch.from_numpy(np.array(x)) for x in self.inputs]
-        run, want = (
-            composed(f, chain, programs.torch_slim) for f in (self.bridged, self.of_torch)
-        )
+        run, want = (composed(f, chain, programs.torch_slim) for f in (self.bridged, self.of_torch))
         self.compare(lambda: run(*xs), lambda: want(*xs), f"{[name for name, _ in chain]}")
 
     @rule(kind=wrong, chain=chains(TORCH_TRANSFORMS, 1))
@@ -130,9 +132,76 @@ class InTorch(Machine):
         self.transform(chain)
 
 
+CUBIC = ENERGIES["cubic"]
+SIDES = (bridge.to_jax(CUBIC.torch, lane="native"), CUBIC.jax)
+INNER = {"call": lambda f: f, "grad": jax.grad}
+
+
+def repeated(f):
+    """Three steps downhill."""
+    return lambda x: jax.lax.scan(lambda x, _: (x - 0.1 * f(x), (f(x) ** 2).sum()), x, None, 3)
+
+
+def until(f):
+    step = lambda s: (s[0] + 1, s[1] - 0.1 * f(s[1]))
+    return lambda x: jax.lax.while_loop(lambda s: s[0] < 3, step, (0, x))[1]
+
+
+def either(f):
+    return lambda x: jax.lax.cond(x.sum() > 0, f, lambda x: 2 * f(x), x)
+
+
+def checked(f):
+    return jax.checkpoint(f)
+
+
+# What is called stays the energy or its gradient, so that a few packages serve all of them.
+OUTER = {f.__name__: f for f in (repeated, until, either, checked, jax.jit)}
+ORDERS = st.lists(st.sampled_from(["either", "checked", "jit"]), max_size=3)
+
+
+@cache
+def native(inner, outer):
+    """(program of the native lane, pure JAX)"""
+    made = []
+    for f in SIDES:
+        f = INNER[inner](f)
+        for name in outer:
+            f = OUTER[name](f)
+        made.append(jax.jit(f))
+    return made
+
+
+class Native(RuleBasedStateMachine):
+    """Few functions, since each is compiled for some 20 seconds; any values, and any programs."""
+
+    @rule(
+        inner=st.sampled_from(list(INNER)),
+        order=ORDERS,
+        loop=st.sampled_from([None, "repeated", "until"]),
+        seed=seeds,
+        size=st.sampled_from([0.0, 1.0, 1e3, np.nan]),
+    )
+    def call(self, inner, order, loop, seed, size):
+        run, want = native(inner, (*order, *([loop] if loop else [])))
+        x = size * jnp.asarray(np.random.default_rng(seed).normal(size=(2, 3)))
+        close(run(x), want(x), 1e-9)
+
+    @rule(wrong=st.sampled_from([(3, 3, 2), (3,)]))
+    def misuse(self, wrong):
+        """A program of one shape is not run with another."""
+        compiled = native("call", ())[0].lower(jnp.zeros((2, 3))).compile()
+        with pytest.raises(TypeError):
+            compiled(jnp.zeros(wrong))
+
+
 def test_functions_in_jax(fuzz):
     fuzz(InJax)
 
 
 def test_functions_in_torch(fuzz):
     fuzz(InTorch)
+
+
+def test_functions_of_the_native_lane(fuzz):
+    fuzz(Native)
