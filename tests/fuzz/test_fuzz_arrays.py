@@ -54,7 +54,7 @@ def raw(dtype, shape, seed):
     """A NumPy array of random bits, NaN payloads and all."""
     dtype, rng = DTYPES[dtype], np.random.default_rng(seed)
     n = int(np.prod(shape))
-    if dtype == bool:
+    if dtype.kind == "b":
         return rng.integers(0, 2, n).astype(bool).reshape(shape)
     return np.frombuffer(rng.bytes(n * dtype.itemsize), dtype).reshape(shape).copy()
 
@@ -66,7 +66,7 @@ def as_tensor(x):
 
 
 def read(x):
-    """The bytes that an array holds, in row-major order, with as little of either side as can be."""
+    """The bytes that an array holds, in row-major order, read with little of either side."""
     if isinstance(x, torch.Tensor):
         x = x.detach().resolve_conj().resolve_neg().contiguous()
         return ctypes.string_at(x.data_ptr(), x.numel() * x.itemsize) if x.numel() else b""
@@ -268,7 +268,7 @@ class Arrays(RuleBasedStateMachine):
             return
         t, v, wanted = x.array, x.view, DTYPES[dtype]
         fits = v.shape[-1] * v.dtype.itemsize % wanted.itemsize == 0
-        if v.dtype == bool or not (fits and v.flags.c_contiguous and t.stride()[-1] == 1):
+        if v.dtype.kind == "b" or not (fits and v.flags.c_contiguous and t.stride()[-1] == 1):
             return
         if t.requires_grad or t.storage_offset() * t.itemsize % wanted.itemsize:
             return
