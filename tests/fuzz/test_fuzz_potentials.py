@@ -157,6 +157,54 @@ structures = crystals(ELEMENTS, (1, 4)) | molecules(ELEMENTS, (1, 4))
 which, seeds = st.integers(0, ATOMS - 1), st.integers(0, 2**16)
 
 
+def moved(s, rng):
+    """All atoms a bit, and to other images."""
+    images = rng.integers(-3, 4, s["pos"].shape) * s["pbc"] * rng.integers(2)
+    step = np.round(rng.uniform(-0.1, 0.1, s["pos"].shape), 3)
+    return {"pos": s["pos"] + step + images @ s["cell"][0]}
+
+
+def strained(s, rng):
+    by = np.eye(3) + rng.uniform(-0.03, 0.03, (3, 3))
+    return {"pos": s["pos"] @ by, "cell": s["cell"] @ by}
+
+
+def permuted(s, rng):
+    order = rng.permutation(len(s["pos"]))
+    return {"pos": s["pos"][order], "atomic_numbers": s["atomic_numbers"][order]}
+
+
+def padded(s, rng):
+    """An atom of padding, at any place among the others and anywhere in space."""
+    if len(s["pos"]) == ATOMS:
+        return {}
+    k = rng.integers(0, len(s["pos"]) + 1)
+    pos = np.insert(s["pos"], k, rng.uniform(-5, 5, 3), 0)
+    numbers = np.insert(s["atomic_numbers"], k, 0)
+    return {"pos": pos, "atomic_numbers": numbers, "batch": np.zeros(len(pos), np.int64)}
+
+
+def removed(s, rng):
+    """An atom becomes padding; a system may be left without any."""
+    return {"atomic_numbers": np.where(at_random(s, rng), 0, s["atomic_numbers"])}
+
+
+def mutated(s, rng):
+    present = s["atomic_numbers"] > 0
+    return {
+        "atomic_numbers": np.where(
+            at_random(s, rng) & present, rng.choice(ELEMENTS), s["atomic_numbers"]
+        )
+    }
+
+
+def at_random(s, rng):
+    return np.arange(len(s["pos"])) == rng.integers(len(s["pos"]))
+
+
+EDITS = {f.__name__: f for f in (moved, strained, permuted, padded, removed, mutated)}
+
+
 class Potentials(RuleBasedStateMachine):
     """Up to SYSTEMS systems, each with some atoms of padding."""
 
@@ -173,50 +221,6 @@ class Potentials(RuleBasedStateMachine):
     def another(self, s):
         self.systems.append(s)
 
-    @rule(i=which, seed=seeds, far=st.booleans())
-    def move(self, i, seed, far):
-        """All atoms of one system a bit, and to other images."""
-        rng, s = np.random.default_rng(seed), self.one(i)
-        images = rng.integers(-3, 4, s["pos"].shape) * s["pbc"] * far
-        step = np.round(rng.uniform(-0.1, 0.1, s["pos"].shape), 3)
-        self.put(i, pos=s["pos"] + step + images @ s["cell"][0])
-
-    @rule(i=which, seed=seeds)
-    def strain(self, i, seed):
-        rng, s = np.random.default_rng(seed), self.one(i)
-        by = np.eye(3) + rng.uniform(-0.03, 0.03, (3, 3))
-        self.put(i, pos=s["pos"] @ by, cell=s["cell"] @ by)
-
-    @rule(i=which, seed=seeds)
-    def permute(self, i, seed):
-        s = self.one(i)
-        order = np.random.default_rng(seed).permutation(len(s["pos"]))
-        self.put(i, pos=s["pos"][order], atomic_numbers=s["atomic_numbers"][order])
-
-    @rule(i=which, seed=seeds)
-    def padding(self, i, seed):
-        """An atom of padding, at any place among the others and anywhere in space."""
-        rng, s = np.random.default_rng(seed), self.one(i)
-        if len(s["pos"]) < ATOMS:
-            k = rng.integers(0, len(s["pos"]) + 1)
-            pos = np.insert(s["pos"], k, rng.uniform(-5, 5, 3), 0)
-            numbers = np.insert(s["atomic_numbers"], k, 0)
-            self.put(i, pos=pos, atomic_numbers=numbers, batch=np.zeros(len(pos), np.int64))
-
-    @rule(i=which, j=which)
-    def remove(self, i, j):
-        """An atom becomes padding; a system may be left without any."""
-        numbers = self.one(i)["atomic_numbers"].copy()
-        numbers[j % len(numbers)] = 0
-        self.put(i, atomic_numbers=numbers)
-
-    @rule(i=which, j=which, element=st.sampled_from(ELEMENTS))
-    def mutate(self, i, j, element):
-        numbers = self.one(i)["atomic_numbers"].copy()
-        if numbers[j % len(numbers)]:
-            numbers[j % len(numbers)] = element
-        self.put(i, atomic_numbers=numbers)
-
     @precondition(lambda self: len(self.systems) > 1)
     @rule(i=which, away=st.booleans())
     def reorder(self, i, away):
@@ -225,6 +229,7 @@ class Potentials(RuleBasedStateMachine):
             self.systems.insert(0, s)
 
     @rule(
+        edits=st.lists(st.tuples(which, st.sampled_from(list(EDITS)), seeds), max_size=3),
         way=st.sampled_from(list(WAYS)),
         lists=st.sampled_from(["own", "given"]),
         dtype=st.sampled_from(["float64", "float64", "float32"]),
@@ -232,7 +237,11 @@ class Potentials(RuleBasedStateMachine):
         seed=seeds,
         skin=st.sampled_from([0.0, 0.4]),
     )
-    def evaluate(self, way, lists, dtype, slots, seed, skin):
+    def evaluate(self, edits, way, lists, dtype, slots, seed, skin):
+        for i, name, number in edits:
+            i %= len(self.systems)
+            s = self.systems[i]
+            self.systems[i] = s | EDITS[name](s, np.random.default_rng(number))
         s = concatenate(self.systems)
         if lists == "given" or way == "static":
             s = with_edges(s, CUTOFF + skin)
@@ -260,12 +269,6 @@ class Potentials(RuleBasedStateMachine):
                 got = got[:n]
             room = TOLERANCE[dtype] * max(1, abs(want).max(initial=0))
             np.testing.assert_allclose(got, want, rtol=0, atol=room, err_msg=f"{way} {lists} {k}")
-
-    def one(self, i):
-        return self.systems[i % len(self.systems)]
-
-    def put(self, i, **changed):
-        self.systems[i % len(self.systems)] = self.one(i) | changed
 
 
 def test_potentials(fuzz):
