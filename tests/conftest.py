@@ -40,6 +40,9 @@ def compiled_programs_end_before_they_fill_the_memory():
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="every cell of every matrix")
+    parser.addoption(
+        "--fuzz", nargs=2, type=int, metavar=("EXAMPLES", "SEED"), help="see tests/fuzz"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
