@@ -167,7 +167,8 @@ def rows_of(table: str, options) -> Iterator[dict]:
         yield from map(json.loads, process.stdout)
     if process.returncode:
         why = f"over {TIMEOUT} s" if process.returncode == 124 else f"exit {process.returncode}"
-        yield {"name": table, "status": "failing", "error": f"its process ended early: {why}"}
+        error = f"its process ended early: {why}"
+        yield {"name": table, "ours": True, "status": "failing", "error": error}
 
 
 def child(options) -> None:
@@ -185,6 +186,8 @@ def child(options) -> None:
     warnings.simplefilter("ignore")
     name = options.child
     module = importlib.import_module(f"benchmarks.tables.{name}")
+    # for all threads: XLA's, which serve the host lane, do not see a `with jax.enable_x64`
+    jax.config.update("jax_enable_x64", getattr(module, "X64", False))
     with jax.default_device(jax.devices("cpu")[0]):
         if options.prepare:
             found = prepared(module, name)
@@ -202,11 +205,14 @@ def child(options) -> None:
 
 def prepared(module, name: str) -> Iterator[dict]:
     """Compiles what the cases of a table want compiled."""
-    from benchmarks.harness import prepare
+    from benchmarks.harness import prepare, without
 
     for title, case in (module.cases(False) if hasattr(module, "cases") else {}).items():
         for variant, why in prepare(case).items():
-            yield {"name": f"{name}/{title}/{variant}", **why}
+            yield without(f"{name}/{title}", variant, why)
+    if hasattr(module, "prepare"):
+        for variant, why in module.prepare():
+            yield without(name, variant, why)
 
 
 def read(path: Path) -> list[dict]:
@@ -251,17 +257,16 @@ def run(options) -> int:
         began["seconds"][table] = round(time.perf_counter() - start, 1)
         print(f"{table}: {began['seconds'][table]} s", file=sys.stderr, flush=True)
         print("\n".join(map(json.dumps, rows)), flush=True)
-        failed += [r for r in rows if r.get("status") == "failing" and page.of_ours(r)]
+        failed += [r for r in rows if r.get("status") == "failing" and r["ours"]]
+        fresh += rows
         if options.prepare:
             continue
-        fresh += rows
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(map(json.dumps, merged(old, fresh, options.only))) + "\n")
     for r in failed:
         print(f"failing: {r['name']}: {r['error']}", file=sys.stderr)
     if not options.prepare:
-        print(page.text_table(fresh[1:]))
-        page.report(fresh[1:])
+        print("", page.text_table(fresh[1:]), page.report(fresh[1:]), sep="\n")
     return 1 if failed else 0
 
 

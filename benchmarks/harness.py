@@ -166,7 +166,7 @@ def case_rows(name: str, case: Case, rounds: int, quick: bool = False) -> list[d
     try:
         made = case.make()
     except Exception as e:
-        return [{"name": name, "status": "failing", "error": said(e)}]
+        return [{"name": name, "ours": True, "status": "failing", "error": said(e)}]
     left = {v: run for v, run in made.items() if quick and isinstance(run, Rival) and run.compiles}
     runs = {v: NOT_QUICK if v in left else attempt(as_rival(run), 1) for v, run in made.items()}
     once = {v: seconds_of(run) for v, run in runs.items() if callable(run)}
@@ -175,7 +175,12 @@ def case_rows(name: str, case: Case, rounds: int, quick: bool = False) -> list[d
     timed = {v: run for v, run in runs.items() if callable(run) and v not in slow}
     rounds, calls = (1, dict.fromkeys(calls, 1)) if quick else (min(rounds, case.rounds), calls)
     found = compared(name, case, measure(timed, calls, rounds, warm=False), calls)
-    return [found.get(v) or {"name": f"{name}/{v}", **(slow.get(v) or runs[v])} for v in made]
+    return [found.get(v) or without(name, v, slow.get(v) or runs[v]) for v in made]
+
+
+def without(name: str, variant: str, why: dict) -> dict:
+    """The row of a variant without figures."""
+    return {"name": f"{name}/{variant}", "ours": bool(OURS.search(variant)), **why}
 
 
 NOT_QUICK = {"status": "left out", "error": "it compiles, and this was --quick"}

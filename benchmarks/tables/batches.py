@@ -14,6 +14,7 @@ from benchmarks.potentials import CUTOFF, bare_model, bound, crystal, dict_of, e
 from bridge.card import Card
 from torch_side.potentials.neighbors import neighbor_list
 
+X64 = True
 SIZES = (1, 4, 16, 64, 256)
 COMPILED = (1, 16, 256)  # a package for each
 BY_HAND = "torch, batched by hand"

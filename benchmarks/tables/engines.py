@@ -15,6 +15,7 @@ from benchmarks.harness import Case, bare, late
 from torch_side.engines import ase as ase_engine
 from torch_side.engines import torch_sim as torch_engine
 
+X64 = True
 COMPILED = tuple(name for name in CASES if "216" not in name)  # each package takes minutes
 RELAXED = {"SevenNet-0, 8 atoms", "SevenNet-0, 64 atoms", "pair, 256 atoms"}
 

@@ -14,6 +14,7 @@ from benchmarks.potentials import CUTOFF, bound, crystal, dict_of, embedded, wid
 from tests import model_cases
 from torch_side.potentials.neighbors import neighbor_list
 
+X64 = True
 ROWS = "torch.autograd, row by row"
 MODELS = {"MACE, small": (model_cases.mace, True), "SevenNet-0": (model_cases.sevennet, False)}
 
