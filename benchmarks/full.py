@@ -6,7 +6,7 @@ variant that fails is a row with its error. The first line says where and when. 
 tables go to benchmarks/results/<date>-<machine>.jsonl, and from there, with a picture for each
 table, to docs/benchmarks.md (benchmarks/page.py). --only measures some tables again and leaves the
 others of that file as they are. --prepare compiles what the tables want compiled, into build/, and
-measures nothing: without it that happens before the tables are measured. --quick proves that
+measures nothing; what it has not compiled, a table compiles before it measures. --quick proves that
 everything runs, and its times mean nothing.
 """
 
@@ -266,6 +266,8 @@ def run(options) -> int:
     for r in failed:
         print(f"failing: {r['name']}: {r['error']}", file=sys.stderr)
     if not options.prepare:
+        if path.parent == RESULTS:
+            page.write(read(path))
         print("", page.text_table(fresh[1:]), page.report(fresh[1:]), sep="\n")
     return 1 if failed else 0
 
