@@ -125,6 +125,13 @@ def under_torch_sim(engine, atoms, dtype):
     return run
 
 
+def room(atoms, cutoff) -> int:
+    """Slots for the edges of a structure, a tenth of them to spare."""
+    x = dict_of(atoms, torch.float64)
+    edges, _ = neighbor_list(x["pos"], x["cell"], x["pbc"], cutoff)
+    return int(edges.shape[1] / 0.9) + 1
+
+
 def jax_md_energy(model, atoms, dtype, lane="auto"):
     """(the model as jax-md's energy, the box, its dtype); neighbours are found at each call, for
     the native lane by bridge.edges in the same program."""
@@ -134,9 +141,7 @@ def jax_md_energy(model, atoms, dtype, lane="auto"):
     cutoff = model.card.cutoff
     if lane != "native":
         return jax_engine.energy(potential, box), box, real
-    inputs = dict_of(atoms, dtype)
-    edges, _ = neighbor_list(*(inputs[key] for key in ("pos", "cell", "pbc")), cutoff)
-    find = bridge.edges(cutoff, int(1.15 * edges.shape[1]))
+    find = bridge.edges(cutoff, room(atoms, cutoff))
 
     def listed(r, cell):
         return potential(r, cell, **find(r, cell))

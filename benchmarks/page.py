@@ -163,20 +163,23 @@ def write(rows: list[dict], page: Path = PAGE, figures: Path = FIGURES) -> None:
 
 
 def draw(title: str, rows: list[dict], path: Path) -> None:
-    """A panel for each case: bars of its variants; or for each family of cases that differ in size:
+    """A panel for each case, with a mark for each variant; or for each family of cases that differ in size:
     a line for each variant."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    panels = {}
+    panels, sizes = {}, {}
+    for case in dict.fromkeys(split(row)[1] for row in rows):
+        if sized := SIZED.match(case):
+            sizes.setdefault(sized[1] or sized[3], {})[case] = int(sized[2].replace(",", ""))
+    families = {case: family for family, of in sizes.items() if len(of) > 1 for case in of}
     for row in rows:
         _, case, variant = split(row)
-        sized = SIZED.match(case)
-        where = panels.setdefault((sized[1] or sized[3], True) if sized else (case, False), {})
-        x = int(sized[2].replace(",", "")) if sized else 0
-        where.setdefault(variant, []).append((x, row))
+        family = families.get(case)
+        x = sizes[family][case] if family else 0
+        panels.setdefault(family or case, {}).setdefault(variant, []).append((x, row))
     columns = 2 if len(panels) > 1 else 1
     height = -(-len(panels) // columns)
     figure, axes = plt.subplots(
@@ -184,8 +187,8 @@ def draw(title: str, rows: list[dict], path: Path) -> None:
     )
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
-    for axis, ((case, sized), variants) in zip(axes.flat, panels.items()):
-        (lines if sized and max(map(len, variants.values())) > 1 else bars)(axis, variants)
+    for axis, (case, variants) in zip(axes.flat, panels.items()):
+        (lines if case in families.values() else dots)(axis, variants)
         axis.set_title(case, fontsize=9)
         axis.tick_params(labelsize=7)
     figure.suptitle(title, fontsize=10)
@@ -205,14 +208,15 @@ def lines(axis, variants: dict) -> None:
     axis.legend(fontsize=6)
 
 
-def bars(axis, variants: dict) -> None:
-    rows = [points[0][1] for points in variants.values()]
-    colours = ["C0" if r["ours"] else "0.7" for r in rows]
-    off = [[abs(r["quartiles"][k] - r["median"]) for r in rows] for k in (0, 1)]
-    axis.barh(list(variants), [r["median"] for r in rows], xerr=off, color=colours)
+def dots(axis, variants: dict) -> None:
+    for name, ((_, row),) in variants.items():
+        off = [[abs(quartile - row["median"])] for quartile in row["quartiles"]]
+        style = dict(fmt="o", ms=4, color="C0") if row["ours"] else dict(fmt="s", ms=4, color="0.5")
+        axis.errorbar([row["median"]], [name], xerr=off, **style)
     axis.invert_yaxis()
+    axis.grid(alpha=0.3)
     axis.set(xscale="log")
-    axis.set_xlabel(rows[0]["unit"], fontsize=8)
+    axis.set_xlabel(row["unit"], fontsize=8)
 
 
 def save(figure, path: Path) -> None:

@@ -12,14 +12,12 @@ import jax.numpy as jnp
 import torch
 
 import bridge
-from benchmarks.engines import salt
+from benchmarks.engines import dict_of, room, salt
 from benchmarks.harness import Case, Rival, bare, late, one_by_one
-from benchmarks.native import SLACK, rattled, structure
 from bridge.contract import ENERGY_AND_GRADIENTS
 from jax_side.potentials import strain as jax_strain
 from tests import model_cases
 from torch_side.potentials import strain
-from torch_side.potentials.neighbors import neighbor_list
 
 SIZES = {8: 1, 64: 2, 216: 3, 1000: 5}  # atoms: cells along each axis
 ROUNDS = {8: 9, 64: 9, 216: 5, 1000: 3}
@@ -67,13 +65,6 @@ def in_jax(model, atoms, lane, find=None):
     return one_by_one(call, pos, cell)
 
 
-def room(atoms, cutoff) -> int:
-    """Slots for the edges of a structure, a tenth of them to spare."""
-    x = structure(atoms)
-    edges, _ = neighbor_list(x["pos"], x["cell"], x["pbc"], cutoff)
-    return int(edges.shape[1] / (1 - SLACK)) + 1
-
-
 def native(model, atoms):
     """The compiled model, and its neighbours by bridge.edges in the same program."""
     cutoff = model.card.cutoff
@@ -115,9 +106,9 @@ def torch_sims_own(name, atoms) -> Rival:
 
 def variants(name, size) -> dict:
     make, calculator, packages = FAMILIES[name]
-    model, atoms = make(torch.float32), rattled(salt(SIZES[size]))
-    inputs = structure(atoms)
-    inputs |= {key: inputs[key].long() for key in ("batch", "atomic_numbers")}
+    model, atoms = make(torch.float32), salt(SIZES[size])
+    atoms.rattle(0.02, seed=0)  # as in benchmarks.engines: the same package serves both tables
+    inputs = dict_of(atoms, torch.float32)
     found = {
         "bare torch": in_torch(model, inputs),
         "torch.compile": late(lambda: in_torch(compiled(model), inputs), True),

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import bridge
-from benchmarks.bench import CALLBACK, WRAP
+from benchmarks.bench import WRAP
 from benchmarks.harness import Case, Rival, late
 from benchmarks.jax_in_torch import interop, jax2torch
 from benchmarks.tables.calls import called_back
@@ -55,7 +55,7 @@ def torch_in_jax() -> dict:
         "bridge, eager": lambda: through(bridge.to_jax(f), jnp.asarray),
         "bridge, jitted": lambda: through(jax.jit(bridge.to_jax(f)), jnp.asarray),
         "host, jitted": lambda: through(jax.jit(bridge.to_jax(f, lane="host")), jnp.asarray),
-        CALLBACK: lambda: through(by_hand, jnp.asarray),
+        "pure_callback by hand": lambda: through(by_hand, jnp.asarray),
     }
     found = {name: late(make) for name, make in ways.items()}
     return found | {f"{WRAP}, jitted": Rival("wrap_torch2jax", "wrap-torch2jax", wrapped)}
