@@ -119,7 +119,7 @@ bench-scale: setup  ## a batch on two devices beside one, under plain jit (ARGS=
 
 # The native lane's packages and what torch.compile makes are compiled first, into build/: 25 minutes the first time.
 bench-full: $(VENV)/bench-installed  ## every peer in one table, 11 tables: results in benchmarks/results, page and pictures in docs (35 minutes on a quiet machine; ARGS="--help")
-	$(RUN) -m benchmarks.full --prepare $(ARGS)
+	-$(RUN) -m benchmarks.full --prepare $(ARGS)
 	$(RUN) -m benchmarks.full $(ARGS)
 
 bench-compare: setup  ## two files of results: ratios, and an error where a row is slower (OLD=... NEW=..., ARGS="--bound 1.25")

@@ -19,7 +19,7 @@ HAND = {  # the ways of benchmarks.bench, whose names are not to be taken for th
     "native buffer_callback": "buffer_callback that does nothing",
     "native jax-tvm-ffi": "jax-tvm-ffi that does nothing",
 }
-NOTHING = ("empty jax loop", *list(HAND.values())[1:])
+NOTHING = ("bare torch", "empty jax loop", *list(HAND.values())[1:])  # they carry nothing over
 
 
 def native(run, f, *args, wrap=lambda f: f):

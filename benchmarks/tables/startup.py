@@ -114,7 +114,7 @@ def first_in_jax() -> dict:
 
 
 def cases(quick: bool) -> dict[str, Case]:
-    each = dict(unit="s", calls=1, rounds=5)
+    each = dict(unit="s", calls=1, rounds=5, longest=60.0)
     imports = {k: IMPORTS[k] for k in ("nothing", "bridge alone")} if quick else IMPORTS
     found = {
         "imports": Case(
