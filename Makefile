@@ -26,7 +26,7 @@ WORKERS ?= 2
 EXAMPLES ?= 100000
 SEED := $(or $(SEED),$(shell date +%s))
 
-.PHONY: help setup lint docs demo demo-jax-in-torch demo-npt demo-torch-sim demo-relax demo-mc demo-distributed demo-export test test-all test-latest test-older fuzz-files check-mc bench bench-engines bench-mc bench-native bench-scale soak-scale gpu-check fuzz clean
+.PHONY: help setup lint docs demo demo-jax-in-torch demo-npt demo-torch-sim demo-relax demo-mc demo-distributed demo-export test test-all test-latest test-older fuzz-files check-mc bench bench-engines bench-mc bench-native bench-scale soak-scale gpu-check fuzz bench-full bench-compare clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -122,6 +122,14 @@ bench-native: setup  ## the native lane beside eager torch and the ffi lane: tim
 
 bench-scale: setup  ## a batch on two devices beside one, under plain jit (ARGS="--help")
 	OMP_NUM_THREADS=1 XLA_FLAGS="--xla_force_host_platform_device_count=2 $$XLA_FLAGS" $(RUN) -m benchmarks.scale $(ARGS)
+
+# The native lane's packages and what torch.compile makes are compiled first, into build/: 25 minutes the first time.
+bench-full: $(VENV)/bench-installed  ## every peer in one table, 11 tables: results in benchmarks/results, page and pictures in docs (35 minutes on a quiet machine; ARGS="--help")
+	-$(RUN) -m benchmarks.full --prepare $(ARGS)
+	$(RUN) -m benchmarks.full $(ARGS)
+
+bench-compare: setup  ## two files of results: ratios, and an error where a row is slower (OLD=... NEW=..., ARGS="--bound 1.25")
+	$(RUN) -m benchmarks.compare $(OLD) $(NEW) $(ARGS)
 
 soak-scale: setup  ## 10,000 structures through a sharded loop on each lane: memory stays flat (20 minutes)
 	OMP_NUM_THREADS=1 XLA_FLAGS="--xla_force_host_platform_device_count=2 $$XLA_FLAGS" $(RUN) -m benchmarks.scale --soak $(ARGS)

@@ -35,6 +35,7 @@ from torch_side.engines import ase as ase_engine
 from torch_side.engines import torch_sim as torch_engine
 from torch_side.potentials.geometry import edge_vectors
 from torch_side.potentials.model import Wrapped
+from torch_side.potentials.neighbors import neighbor_list
 
 OUT = Path(__file__).parent / "out"
 FS = 1.0
@@ -78,18 +79,24 @@ CASES = {  # name: (model, atoms, steps in a round)
 MODELS = {
     "sevennet": sevennet,
     "pair": lambda: Wrapped(
-        pair, Card(cutoff=CUTOFF, neighbor_list="own", dtype="float64"), "autograd"
+        pair,
+        Card(cutoff=CUTOFF, neighbor_list="own", dtype="float64", batches=True),
+        "autograd",
     ),
 }
 
 
-def bare_model(model, atoms, dtype):
-    """The model alone: neighbours, forward, backward."""
-    inputs = {
+def dict_of(atoms, dtype) -> dict[str, torch.Tensor]:
+    """The contract's dict of one structure."""
+    return {
         "pos": torch.tensor(atoms.positions, dtype=dtype), "cell": torch.tensor(np.array(atoms.cell), dtype=dtype)[None], "pbc": torch.ones(1, 3, dtype=torch.bool),
         "batch": torch.zeros(len(atoms), dtype=torch.int64), "atomic_numbers": torch.tensor(atoms.numbers),
     }  # fmt: skip
-    return bare(model, inputs)
+
+
+def bare_model(model, atoms, dtype):
+    """The model alone: neighbours, forward, backward."""
+    return bare(model, dict_of(atoms, dtype))
 
 
 def under_ase(calculator, atoms):
@@ -118,23 +125,41 @@ def under_torch_sim(engine, atoms, dtype):
     return run
 
 
-def under_jax_md(model, atoms, dtype):
-    """A chunk of steps in one jitted loop."""
+def room(atoms, cutoff) -> int:
+    """Slots for the edges of a structure, a tenth of them to spare."""
+    x = dict_of(atoms, torch.float64)
+    edges, _ = neighbor_list(x["pos"], x["cell"], x["pbc"], cutoff)
+    return int(edges.shape[1] / 0.9) + 1
+
+
+def jax_md_energy(model, atoms, dtype, lane="auto"):
+    """(the model as jax-md's energy, the box, its dtype); neighbours are found at each call, for
+    the native lane by bridge.edges in the same program."""
     real = str(dtype).removeprefix("torch.")
     box = jnp.asarray(atoms.cell.array.T, real)
-    bridged = jax_engine.energy(
-        bridge.potential(model, atomic_numbers=atoms.numbers, pbc=True), box
-    )
-    init, step = simulate.nve(
-        bridged, space.periodic_general(box, fractional_coordinates=True)[1], FS * ase.units.fs
-    )
-    masses = jnp.asarray(atoms.get_masses(), real)[:, None]
-    state = [
-        init(
-            jax.random.key(0), jnp.asarray(atoms.get_scaled_positions(), real), kT=0.0, mass=masses
+    potential = bridge.potential(model, atomic_numbers=atoms.numbers, pbc=True, lane=lane)
+    cutoff = model.card.cutoff
+    if lane != "native":
+        return jax_engine.energy(potential, box), box, real
+    find = bridge.edges(cutoff, room(atoms, cutoff))
+
+    def listed(r, cell):
+        return potential(r, cell, **find(r, cell))
+
+    return jax_engine.energy(listed, box, cutoff=cutoff), box, real
+
+
+def under_jax_md(model, atoms, dtype, lane="auto"):
+    """A chunk of steps in one jitted loop."""
+    with jax.enable_x64(dtype == torch.float64):
+        bridged, box, real = jax_md_energy(model, atoms, dtype, lane)
+        init, step = simulate.nve(
+            bridged, space.periodic_general(box, fractional_coordinates=True)[1], FS * ase.units.fs
         )
-    ]
-    loop = jax.jit(lambda state, n: jax.lax.fori_loop(0, n, lambda _, s: step(s), state))
+        masses = jnp.asarray(atoms.get_masses(), real)[:, None]
+        places = jnp.asarray(atoms.get_scaled_positions(), real)
+        state = [init(jax.random.key(0), places, kT=0.0, mass=masses)]
+        loop = jax.jit(lambda state, n: jax.lax.fori_loop(0, n, lambda _, s: step(s), state))
 
     def run(n):
         with jax.enable_x64(dtype == torch.float64):
@@ -210,11 +235,16 @@ def own_of_each(kind, atoms, dtype) -> dict:
     }
 
 
-def variants(name):
+def system(name):
+    """(model, atoms, dtype) of a case."""
     kind, make, _ = CASES[name]
     model, atoms = MODELS[kind](), make()
     atoms.rattle(0.02, seed=0)
-    dtype = torch.float32 if kind == "sevennet" else torch.float64
+    return model, atoms, torch.float32 if kind == "sevennet" else torch.float64
+
+
+def variants(name):
+    kind, (model, atoms, dtype) = CASES[name][0], system(name)
     with jax.enable_x64(dtype == torch.float64):
         found = {
             "bare model": bare_model(model, atoms, dtype),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import re
 import statistics
 import sys
 import time
@@ -18,11 +19,39 @@ GROUPS = {}
 
 class Rival(NamedTuple):
     """Another package that offers the same, and may be absent or broken: make(its module) gives
-    what can be run."""
+    what can be run. `compiles` marks one that compiles for seconds to minutes where nothing is
+    kept of it on the disk."""
 
     package: str
     install: str
     make: Callable
+    compiles: bool = False
+
+
+class Case(NamedTuple):
+    """One comparison of a table: make() gives {variant: run(n calls), or a Rival}.
+
+    The first of the `baselines` is what one would have without the bridge; `controls` are what
+    nobody could have in its place, such as an empty loop. A figure is the time of a call / per, in
+    `unit`. A round of a variant takes about `seconds` or `calls`, whichever is less, and a variant
+    whose call takes `longest` seconds isn't timed."""
+
+    make: Callable
+    baselines: tuple = ()
+    controls: tuple = ()
+    unit: str = "us"
+    per: float = 1
+    calls: int = 1000
+    seconds: float = 0.25
+    rounds: int = 99
+    longest: float = 12.0
+
+
+WAY = re.compile(r"(, (requires_grad|\.backward\(\)|loss in JAX))?$")  # each is asked of several
+UNITS = {"us": 1.0, "ms": 1e-3, "s": 1e-6, "MB": 1.0}  # of what is measured: microseconds, MB
+OURS = re.compile(
+    r"bridge|(?<![\w-])(ffi|host|native)(,|$)"
+)  # a variant of this package, by its name
 
 
 def then(x, f):
@@ -86,22 +115,28 @@ def dispatched(f, *args):
     return run
 
 
-def attempt(rival: Rival):
+def late(make, compiles=False):
+    """A variant of our own that is made when its turn comes, and whose failure is a row."""
+    return Rival("benchmarks.harness", "", lambda _: make(), compiles)
+
+
+def attempt(rival: Rival, calls: int = 2):
     """The rival's run, seen to work; or why it can't be timed, to be reported in its place."""
     try:
         with contextlib.redirect_stdout(
             sys.stderr
         ):  # what it says of its own is not a line of ours
             run = rival.make(importlib.import_module(rival.package))
-            run(2)
+            run(calls)
         return run
     except Exception as e:
         if isinstance(e, ModuleNotFoundError) and e.name == rival.package:
             return {"status": "not installed", "error": f"pip install {rival.install}"}
-        return {
-            "status": "failing",
-            "error": f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}",
-        }
+        return {"status": "failing", "error": said(e)}
+
+
+def said(e: Exception) -> str:
+    return f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}"
 
 
 def rows_of(name: str, calls: int, rounds: int) -> list[dict]:
@@ -126,12 +161,109 @@ def verdict(name: str, value: float | None, limit: float, why: str = "") -> dict
     )
 
 
-def measure(variants: dict, calls: int, rounds: int) -> dict[str, list[float]]:
-    """Microseconds a call, for each round; every other round goes in the opposite order."""
+def case_rows(name: str, case: Case, rounds: int, quick: bool = False) -> list[dict]:
+    """Measure a case of a table: a row for each of its variants, figures or why there are none."""
+    try:
+        made = case.make()
+    except Exception as e:
+        return [{"name": name, "ours": True, "status": "failing", "error": said(e)}]
+    left = {v: run for v, run in made.items() if quick and isinstance(run, Rival) and run.compiles}
+    runs = {v: NOT_QUICK if v in left else attempt(as_rival(run), 1) for v, run in made.items()}
+    once = {v: seconds_of(run) for v, run in runs.items() if callable(run)}
+    slow = {v: too_slow(s, case.longest) for v, s in once.items() if s > case.longest}
+    calls = {v: max(1, min(case.calls, int(case.seconds / s))) for v, s in once.items()}
+    timed = {v: run for v, run in runs.items() if callable(run) and v not in slow}
+    rounds, calls = (1, dict.fromkeys(calls, 1)) if quick else (min(rounds, case.rounds), calls)
+    found = compared(name, case, measure(timed, calls, rounds, warm=False), calls)
+    return [found.get(v) or without(name, v, slow.get(v) or runs[v]) for v in made]
+
+
+def without(name: str, variant: str, why: dict) -> dict:
+    """The row of a variant without figures."""
+    return {"name": f"{name}/{variant}", "ours": bool(OURS.search(variant)), **why}
+
+
+NOT_QUICK = {"status": "left out", "error": "it compiles, and this was --quick"}
+
+
+def prepare(case: Case) -> dict[str, dict]:
+    """What a case compiles and keeps on the disk, compiled: {variant: what failed}."""
+    made = {v: run for v, run in case.make().items() if isinstance(run, Rival) and run.compiles}
+    return {v: run for v, run in ((v, attempt(r, 1)) for v, r in made.items()) if not callable(run)}
+
+
+def as_rival(run) -> Rival:
+    return run if isinstance(run, Rival) else late(lambda: run)
+
+
+def seconds_of(run) -> float:
+    start = time.perf_counter()
+    run(1)
+    return time.perf_counter() - start
+
+
+def too_slow(seconds: float, limit: float) -> dict:
+    return {"status": "not timed", "error": f"a call takes {seconds:.0f} s, over {limit:.0f} s"}
+
+
+def quartiles(xs: list[float]) -> list[float]:
+    """The first, the second (the median) and the third."""
+    return statistics.quantiles(xs, n=4, method="inclusive") if len(xs) > 1 else [xs[0]] * 3
+
+
+def compared(name: str, case: Case, times: dict, calls: dict) -> dict[str, dict]:
+    """{variant: its row}, from microseconds a call in each round: median and quartiles, and ratios
+    to the others, taken round by round, [first quartile, median, third].
+
+    `behind` are those of the ratios, for a variant of ours, that say that another is ahead."""
+    scale = UNITS[case.unit] / case.per
+    rows = {}
+    for v, ts in times.items():
+        first, middle, last = (t * scale for t in quartiles(ts))
+        against = {
+            b: quartiles([x / y for x, y in zip(ts, times[b], strict=True)])
+            for b in times
+            if b != v and (b in case.baselines or not OURS.search(b))
+        }
+        rows[v] = {
+            "name": f"{name}/{v}",
+            "unit": case.unit,
+            "median": middle,
+            "quartiles": [first, last],
+            "rounds": len(ts),
+            "calls": calls[v],
+            "ours": bool(OURS.search(v)),
+            "baselines": [b for b in case.baselines if b in against],
+            "ratios": against,
+            "behind": [
+                b
+                for b, (low, ratio, _) in against.items()
+                if OURS.search(v)
+                and not (OURS.search(b) or b in case.controls)
+                and way(v) == way(b)
+                and low > 1
+                and ratio > AHEAD
+            ],
+        }
+    return rows
+
+
+def way(variant: str) -> str:
+    """How a variant is called, where a case has several ways: only like is compared with like."""
+    return WAY.search(variant).group()
+
+
+AHEAD = 1.05  # the least ratio that is told as one
+
+
+def measure(variants: dict, calls: int | dict, rounds: int, warm=True) -> dict[str, list[float]]:
+    """Microseconds a call, for each round; every other round goes in the opposite order. `calls` of
+    a round may differ, {variant: calls}. `warm` tells that nothing was compiled yet."""
     times = {name: [] for name in variants}
-    for k in range(-1, rounds):  # the first one compiles
+    for k in range(-1 if warm else 0, rounds):  # the first one compiles
         for name in list(variants)[:: -1 if k % 2 else 1]:
-            start, n = time.perf_counter(), calls if k >= 0 else 2
+            each = calls[name] if isinstance(calls, dict) else calls
+            start, n = time.perf_counter(), each if k >= 0 else 2
             variants[name](n)
             times[name] += [(time.perf_counter() - start) / n * 1e6] * (k >= 0)
     return times

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import secrets
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -231,6 +232,16 @@ def unmapped(dim: Any) -> bool:
 def asynchronous() -> bool:
     """Returns the flag jax_cpu_enable_async_dispatch, which is no attribute of jax.config."""
     return jax.config._value_holders["jax_cpu_enable_async_dispatch"].value
+
+
+def x64_in_all_threads() -> bool:
+    """Returns whether x64 is on for threads that never asked for it, such as XLA's: a
+    `with jax.enable_x64(True)` holds for its own thread alone."""
+    found: list[bool] = []
+    thread = threading.Thread(target=lambda: found.append(config.jax_enable_x64))
+    thread.start()
+    thread.join()
+    return found[0]
 
 
 def cpu_client() -> Any:

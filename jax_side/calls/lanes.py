@@ -21,8 +21,8 @@ import numpy as np
 from bridge import failures
 from bridge.errors import message, missing
 from bridge.failures import Listener, carried
-from bridge.function import Function, Spec
-from jax_side.calls import arrays, processes
+from bridge.function import WIDE, Function, Spec
+from jax_side.calls import arrays, compat, processes
 from jax_side.calls.nesting import here
 from jax_side.calls.registry import close, functions, lock, unknown
 
@@ -163,6 +163,7 @@ class HostCall:
         self.depth = here.depth
         self._run = run or _lending(fn)
         self._outputs = [host_carrier(s) for s in fn.outputs]
+        self._wide = is_wide(*getattr(fn, "inputs", ()), *fn.outputs)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, HostCall) and self.fn == other.fn and self.depth == other.depth
@@ -171,6 +172,10 @@ class HostCall:
         return hash(self.fn)
 
     def __call__(self, *given: Any) -> list[np.ndarray]:
+        if self._wide and not compat.config.jax_enable_x64:
+            do = 'call jax.config.update("jax_enable_x64", True), which holds for all threads'
+            got = "x64 turned on for another thread alone, and values that JAX has narrowed"
+            raise ValueError(message("64-bit values of a host callback", got, do))
         return self.called(given, _wait)
 
     def called(self, given: Sequence[Any], wait: Callable[..., Any]) -> list[np.ndarray]:
@@ -221,6 +226,11 @@ _QUICK = 1e-3  # seconds: copies of the inputs of a usual call arrive earlier
 SYNCHRONOUS = (
     'call jax.config.update("jax_cpu_enable_async_dispatch", False) right after import jax'
 )
+
+
+def is_wide(*specs: Spec) -> bool:
+    """True where one has 64-bit parts, which JAX narrows in a thread where x64 is off."""
+    return any(s.dtype in WIDE for s in specs)
 
 
 def host_carrier(s: Spec) -> tuple[tuple[int, ...], np.dtype, np.dtype]:

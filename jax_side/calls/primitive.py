@@ -131,7 +131,18 @@ def _lower_host(ctx, *args, fn, lane):
                 'use lane="auto" or "host"',
             )
         )
-    return compat.lower_fun(lambda *xs: lanes.host(fn, *xs), multiple_results=True)(ctx, *args)
+    platform = ctx.module_context.platforms[0]
+    f = functools.partial(lanes.host, fn)
+    if (
+        platform in lanes.FFI_PLATFORMS
+        and lanes.is_wide(*fn.inputs, *fn.outputs)
+        and not compat.for_export(ctx)
+        and not compat.x64_in_all_threads()
+    ):
+        # JAX would narrow the inputs, in a thread of XLA's where x64 is off
+        index = compat.add_host_callback(ctx, lanes.HostPart(fn))
+        f = functools.partial(lanes.host_part, fn, index, platform)
+    return compat.lower_fun(f, multiple_results=True)(ctx, *args)
 
 
 def _lower_native(ctx, *args, fn, platform):
