@@ -2,6 +2,7 @@
 compiles), packages of the native lane kept in build/native."""
 
 import gc
+import logging
 import os
 from pathlib import Path
 
@@ -81,6 +82,16 @@ def frozen():
     yield
     gc.unfreeze()
     freeze()
+
+
+@pytest.fixture
+def unlogged():
+    """JAX logs each exception on the host lane, and pytest keeps what is logged: tracebacks with
+    arrays."""
+    logger = logging.getLogger("jax._src.callback")
+    logger.disabled = True
+    yield
+    logger.disabled = False
 
 
 @pytest.fixture

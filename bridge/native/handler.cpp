@@ -137,9 +137,12 @@ struct Package {
   std::vector<Watched> watched;
 };
 
-std::shared_mutex mutex;  // of what follows
-std::unordered_map<std::string, std::shared_ptr<Package>> packages;
-std::unordered_map<std::string, std::weak_ptr<Loader>> loaders;  // by path
+// These are never destroyed: a program may still run as the process ends.
+std::shared_mutex& mutex = *new std::shared_mutex;  // of what follows
+auto& packages = *new std::unordered_map<std::string, std::shared_ptr<Package>>;
+auto& loaders = *new std::unordered_map<std::string, std::weak_ptr<Loader>>;  // by path
+std::atomic<bool> ended{false};
+std::atomic<int64_t> refused{0};  // calls since then
 
 std::shared_ptr<Package> find(const std::string& key) {
   std::shared_lock lock(mutex);
@@ -220,8 +223,16 @@ const char* const STALE =
     "expected the weights that the program was compiled with, got some that have changed since; "
     "call bridge.to_jax or bridge.potential again and jit that, or take bridge.functional, where weights are inputs";
 
+const char* const ENDED =
+    "expected a call before the process ends, got one at its end; "
+    "wait for its results by jax.block_until_ready, and don't call it in atexit handlers";
+
 ffi::Error run(std::string_view name, const Arrays& given, const Arrays& results,
                const at::Device& device) {
+  if (ended.load()) {
+    ++refused;
+    return ffi::Error(ffi::ErrorCode::kAborted, ENDED);
+  }
   std::string key(name);
   std::string what;
   try {
@@ -398,5 +409,12 @@ void bridge_native_drop(const char* key) {
 }
 
 void bridge_native_explain(Explain ask) { explain.store(ask); }
+
+// The process ends: calls fail from now on, and ask Python nothing. Returns how many have failed so.
+int64_t bridge_native_end() {
+  ended.store(true);
+  explain.store(nullptr);
+  return refused.load();
+}
 
 }  // extern "C"

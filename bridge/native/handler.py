@@ -121,6 +121,8 @@ class Library:
         self.functions.bridge_native_drop.restype = None
         self.functions.bridge_native_explain.argtypes = [Explain]
         self.functions.bridge_native_explain.restype = None
+        self.functions.bridge_native_end.argtypes = []
+        self.functions.bridge_native_end.restype = number
 
     def target(self, platform: str) -> Any:
         """Returns the function that XLA calls on a platform."""
@@ -157,8 +159,13 @@ class Library:
         self.functions.bridge_native_drop(key.encode())
 
     def explain(self, ask: Any) -> None:
-        """Sets what is asked for the text of an error; None takes it back."""
-        self.functions.bridge_native_explain(Explain() if ask is None else ask)
+        """Sets what is asked for the text of an error."""
+        self.functions.bridge_native_explain(ask)
+
+    def end(self) -> int:
+        """Makes calls fail from now on, without a word to Python: the process ends. Returns how many
+        have failed so."""
+        return self.functions.bridge_native_end()
 
 
 def _types(specs: tuple[Spec, ...]) -> str:

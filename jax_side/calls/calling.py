@@ -69,7 +69,7 @@ class JaxCallable:
     def __init__(
         self, exporter: Exporter, outputs: Any, lane: str, name: str | None = None
     ) -> None:
-        registry.release_retired()
+        registry.release_retired(thorough=True)
         exporter.check()
         self._exporter = exporter
         self._outputs = outputs

@@ -6,10 +6,13 @@ docs/gpu.md says.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib
+import logging
 import secrets
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -229,6 +232,51 @@ def unmapped(dim: Any) -> bool:
     return dim is None
 
 
+def live_programs() -> Iterator[tuple[bytes | None, Callable[[], str]]]:
+    """Yields (fingerprint, what gives the text) of each compiled program that XLA holds."""
+    for client in (*xla_bridge.backends().values(), *_cpu_clients):
+        for program in client.live_executables():
+            text = lambda program=program: "".join(m.to_string() for m in program.hlo_modules())
+            yield program.fingerprint, text
+
+
+_cpu_clients: list[Any] = []
+
+
+def wait_for_ordered_effects() -> None:
+    """Waits for the programs of this thread that have effects in order (jax.experimental.io_callback
+    with ordered=True): JAX promises that a process does not end before them."""
+    for token in dispatch.runtime_tokens.current_tokens.values():
+        with contextlib.suppress(Exception):  # JAX raises it itself at exit
+            token.block_until_ready()
+
+
+def log_no_failed_callbacks() -> None:
+    """Keeps JAX from logging each exception of a callback of the host lane."""
+    logging.getLogger("jax._src.callback").disabled = True
+
+
+def forget_errors(tag: str) -> None:
+    """Forgets the errors with `tag` in their text that JAX keeps in order to print them at exit, where
+    nobody can do anything about them."""
+    tokens = dispatch.runtime_tokens
+    for kept in (tokens.current_tokens, tokens.output_runtime_tokens):
+        for key, token in [*kept.items()]:
+            try:
+                token.block_until_ready()
+            except Exception as error:
+                if tag in str(error):
+                    del kept[key]
+
+
+def leave_programs() -> None:
+    """Lets the process end while programs run: neither JAX's own handlers at exit nor the end of its
+    clients waits for them."""
+    dispatch.runtime_tokens.clear()
+    for client in {id(d.client): d.client for d in jax.local_devices()}.values():
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(client))
+
+
 def asynchronous() -> bool:
     """Returns the flag jax_cpu_enable_async_dispatch, which is no attribute of jax.config."""
     return jax.config._value_holders["jax_cpu_enable_async_dispatch"].value
@@ -247,7 +295,8 @@ def x64_in_all_threads() -> bool:
 def cpu_client() -> Any:
     """Returns a CPU client beside the one that JAX has. jit runs a program on the client whose
     arrays it is given."""
-    return xla_client.make_cpu_client(asynchronous=False)
+    _cpu_clients.append(xla_client.make_cpu_client(asynchronous=False))
+    return _cpu_clients[-1]
 
 
 def jaxlib_private() -> Any:

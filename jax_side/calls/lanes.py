@@ -7,7 +7,6 @@ place. The ffi lane knows a Function by its number in the registry.
 
 from __future__ import annotations
 
-import atexit
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,9 +21,9 @@ from bridge import failures
 from bridge.errors import message, missing
 from bridge.failures import Listener, carried
 from bridge.function import WIDE, Function, Spec
-from jax_side.calls import arrays, compat, processes
+from jax_side.calls import arrays, compat, ending, processes
 from jax_side.calls.nesting import here
-from jax_side.calls.registry import close, functions, lock, unknown
+from jax_side.calls.registry import functions, lock, unknown
 
 LANES = ("auto", "ffi", "host", "native")
 FFI_PLATFORMS = ("cpu", "cuda")
@@ -105,7 +104,6 @@ def _register(tensor_type: type) -> None:
         import tvm_ffi
     except ImportError as e:
         raise missing("jax-tvm-ffi", 'lane="ffi"') from e
-    atexit.register(close)
     specs = {
         "cpu": ["attrs.number", "args", "rets"],
         "gpu": ["attrs.number", "ctx.stream", "args", "rets"],
@@ -117,6 +115,7 @@ def _register(tensor_type: type) -> None:
         )
 
 
+@ending.call
 def _enter_cpu(number, *buffers):
     outside = here.depth
     try:
@@ -131,6 +130,7 @@ def _enter_cpu(number, *buffers):
     raise error  # here, where it has no context: the exception's frames must not outlive the call
 
 
+@ending.call
 def _enter_gpu(number, stream, *buffers):
     called = functions.get(number)
     try:
@@ -159,6 +159,7 @@ class HostCall:
     """
 
     def __init__(self, fn: Any, run: Callable[..., Any] | None = None) -> None:
+        ending.expect()
         self.fn = fn
         self.depth = here.depth
         self._run = run or _lending(fn)
@@ -178,11 +179,14 @@ class HostCall:
             raise ValueError(message("64-bit values of a host callback", got, do))
         return self.called(given, _wait)
 
+    @ending.call
     def called(self, given: Sequence[Any], wait: Callable[..., Any]) -> list[np.ndarray]:
         """Returns the results, having waited for what is given."""
         outs = [np.empty(shape, carrier) for shape, carrier, _ in self._outputs]
         outside, here.depth = here.depth, self.depth + 1
         try:
+            if ending.begun:
+                ending.refuse()
             wait(given)
             self._run(given, outs)
             return [

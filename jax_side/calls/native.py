@@ -6,7 +6,6 @@ this process or in another one that has loaded it.
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import functools
 import re
@@ -21,7 +20,7 @@ from bridge.errors import message
 from bridge.failures import carried
 from bridge.function import Function, Spec
 from bridge.native import handler
-from jax_side.calls import processes, registry
+from jax_side.calls import ending, processes, registry
 from jax_side.calls.lanes import host_carrier
 from jax_side.calls.nesting import here
 from jax_side.calls.registry import Owner
@@ -98,6 +97,7 @@ def register(platform: str, path: Path | None = None) -> handler.Library:
     `path` is that of the library, None for the one that is built here."""
     with registry.lock:
         library = handler.library(path)
+        ending.expect(library.end)
         _register_target(platform, library)
     return library
 
@@ -113,11 +113,11 @@ def _register_target(platform: str, library: handler.Library) -> None:
 def _explaining(library: handler.Library) -> handler.Library:
     """Makes the library ask here for the texts of errors, as long as Python lives."""
     library.explain(_explain)
-    atexit.register(library.explain, None)
     return library
 
 
 @handler.Explain
+@ending.call
 def _explain(key: bytes, what: bytes, inputs: Any, text: int, size: int) -> int:
     """Evaluates what went wrong once more, without the lane, so that the user's own exception is
     raised. Writes its text, as the other lanes would raise it, and returns the length."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from bridge.errors import message
 from bridge.failures import Carried, describe
-from jax_side.calls import compat
+from jax_side.calls import compat, ending
 
 KEY = "bridge/error"
 PERIOD = 0.5  # seconds between two looks at what other processes tell
@@ -50,7 +50,8 @@ def telling(enter: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return enter(*arguments)
         except BaseException as error:
-            tell(error)
+            if not ending.begun:
+                tell(error)
             raise
 
     return told

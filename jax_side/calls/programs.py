@@ -19,7 +19,7 @@ import jax.core
 import jax.numpy as jnp
 
 from bridge.function import Function
-from jax_side.calls import compat, processes
+from jax_side.calls import compat, ending, processes
 from jax_side.calls.arrays import KNOWN, borrow, lend
 
 tree = jax.tree_util
@@ -34,6 +34,7 @@ class Program:
     """
 
     def __init__(self, traced: Callable[..., Any], fn: Function) -> None:
+        ending.expect()
         base: Any = fn.base  # a JaxFunction
         self._first = threading.RLock()
         self._ready = False
@@ -49,6 +50,7 @@ class Program:
     def __call__(self, *groups: Any) -> list[Any]:
         return lend(self.arrays(*groups))
 
+    @ending.call
     def arrays(self, *groups: Any) -> Any:
         """Returns the results as the traced function gives them.
 
@@ -57,6 +59,8 @@ class Program:
         """
         if processes.forked:
             processes.check_own()
+        if ending.begun:
+            ending.refuse_threads()
         if compat.config.jax_enable_x64 is not self._x64:
             with jax.enable_x64(self._x64):
                 return self._run(groups)

@@ -5,18 +5,18 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 import secrets
 import threading
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn
 
 import jax
 
 from bridge.errors import message
 from bridge.function import Function
-from jax_side.calls import processes
+from jax_side.calls import compat, ending, processes
 from jax_side.calls.nesting import here
 
 
@@ -44,6 +44,9 @@ functions: dict[str, Called] = {}
 _numbers: dict[tuple[Function, int, bool], str] = {}
 _owners: weakref.WeakValueDictionary[str, Owner] = weakref.WeakValueDictionary()
 _retired: set[str] = set()
+# Their owners are gone, programs that call them are not: JAX lets go of what it keeps for a program
+# while another jitted function that equals the first (a bound method, a bridged function) runs it.
+_outliving: set[str] = set()
 _pinned: set[Owner] = set()
 # Numbers are short strings: of a numeric attribute jax-tvm-ffi 0.1.3 keeps 16 bytes for each call,
 # for ever, and strings of more than 7 bytes crash it.
@@ -79,7 +82,8 @@ def own(
 
     The number may be given, as the `key` of a package; `release` is then called when no program
     needs it any more."""
-    release_retired()
+    release_retired(thorough=True)
+    ending.expect(functions.clear)
     with lock:
         called = fn, here.depth, telling
         number = key or _numbers.setdefault(called, next(_next))
@@ -89,6 +93,7 @@ def own(
             enter = processes.telling(_entry(fn)) if telling else _entry(fn)
             functions[number] = Called(fn, here.depth, len(fn.inputs), enter, release, telling)
             _retired.discard(number)
+            _outliving.discard(number)
             weakref.finalize(owner, _retire, number).atexit = False
         return owner
 
@@ -102,6 +107,7 @@ def own_forever(fn: Function, number: str | None = None) -> Owner:
 
     `number` is one that other processes know, too (jax_side.calls.named); None makes one that no
     other process has."""
+    ending.expect(functions.clear)
     number = number or "x" + secrets.token_urlsafe(6)[:6]
     owner = _owners[number] = Owner(number)
     functions[number] = Called(fn, here.depth, len(fn.inputs), _entry(fn), _nothing)
@@ -120,44 +126,62 @@ def _retire(number: str) -> None:
     _retired.add(number)
 
 
-def release_retired() -> None:
-    """Forgets Functions whose programs are gone.
+def release_retired(thorough: bool = False) -> None:
+    """Forgets Functions whose programs are gone. `thorough` looks again at those of which a program
+    has outlived what JAX kept for it.
 
     As long as an array is being computed, which one of these programs may do, nothing is forgotten.
     This is called wherever a bridged function is made, called or lowered: a dropped model is freed
     then, not at once.
     """
+    if thorough and _outliving:
+        with lock:
+            _retired.update(_outliving)
+            _outliving.clear()
     while (gone := tuple(_retired)) and all(
         a.is_deleted() or a.is_ready() for a in jax.live_arrays()
     ):
         # Only those that were noted before the arrays were looked at: what another thread drops
         # meanwhile may still be running.
         with lock:
+            called = _called_by_programs()
             for number in gone:
                 _retired.discard(number)
-                if number in functions and number not in _owners:
+                if number not in functions or number in _owners:
+                    continue
+                if called is None or number in called:
+                    _outliving.add(number)
+                else:
                     functions.pop(number).release()
+
+
+_called: dict[bytes, frozenset[str]] = {}  # by the fingerprint of a program
+
+
+def _called_by_programs() -> set[str] | None:
+    """Returns the numbers that the programs of this process call; None where XLA does not say."""
+    found: set[str] = set()
+    known = dict(_called)
+    _called.clear()
+    for fingerprint, text in compat.live_programs():
+        if fingerprint is None:
+            return None
+        numbers = known.get(fingerprint)
+        if numbers is None:
+            numbers = frozenset(re.findall(r'\b(?:number|package) = "([^"]+)"', text()))
+        _called[fingerprint] = numbers
+        found |= numbers
+    return found
 
 
 def unknown(number: str) -> NoReturn:
     """Raises RuntimeError for a number that stands for nothing in this process."""
+    if ending.begun:
+        ending.refuse()
     raise RuntimeError(
         message(
             "a program compiled in this process",
-            f"a call of Function {number}, which this process does not know (or no longer, as it "
-            "ends)",
+            f"a call of Function {number}, which this process does not know",
             "trace and compile it here",
         )
     )
-
-
-def close() -> None:
-    """Ends, at exit, the programs that may still run in XLA's threads (after Ctrl-C, for example).
-
-    Their next call fails, and Python waits for that: a thread that asks for the GIL of an
-    interpreter that is gone would end the process with SIGABRT.
-    """
-    functions.clear()
-    for array in jax.live_arrays():
-        with suppress(Exception):
-            array.block_until_ready()

@@ -229,3 +229,41 @@ def test_calls_in_flight_x_result(size, lane):
         np.testing.assert_allclose(y[:1], 2 * np.sin(i + 1), rtol=1e-5)
         np.testing.assert_allclose(total, size * 4 * np.sin(i + 1), rtol=1e-3)
         np.testing.assert_allclose(again, 2 * np.sin(y[:1] + 1), rtol=1e-5)
+
+
+class Model:
+    """Its bound methods are equal, and not the same object, each time they are asked for."""
+
+    def __init__(self, lane):
+        self.doubled = bridge.to_jax(Double(), lane=lane)
+
+    def energy(self, x):
+        return self.doubled(x) + 1
+
+
+EQUAL = {  # functions that are equal, each time they are made
+    "bridged": lambda lane: lambda: bridge.to_jax(doubled, lane=lane),
+    "method": lambda lane: lambda m=Model(lane): m.energy,
+}
+
+
+def doubled(x):
+    return x * 2
+
+
+@pytest.mark.parametrize("lane", ["ffi", "host", pytest.param("native", marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", EQUAL)
+def test_a_program_that_two_equal_functions_share(name, lane):
+    """JAX lets the second one run what was compiled for the first, and with the first one dropped
+    keeps nothing but the program alive."""
+    make = EQUAL[name](lane)
+    first = jax.jit(make())
+    want = np.array(first(X))
+    second = jax.jit(make())
+    for program in (first, second, first, second):
+        np.testing.assert_array_equal(program(X), want)
+    del first, program
+    for _ in range(3):
+        forget()
+        np.testing.assert_array_equal(second(X), want)
+    del second

@@ -96,12 +96,16 @@ def compiled(fn: Function, device: str) -> Compiled:
     Raises: NotImplementedError for code that can't be traced or compiled, naming what is in the
     way; RuntimeError without a C++ compiler; ValueError for a folder that can't be written to;
     OSError where the disk is full."""
-    with _interruptible():
+    with _one, _interruptible():
         found = _found(fn, device)
     # What tracing leaves behind holds the weights in circles. A weight must die when its module lets
     # it go, for that is how a replaced one is noticed.
     gc.collect()
     return found
+
+
+# What traces and compiles in torch keeps its state in globals: one thread at a time.
+_one = threading.RLock()
 
 
 @contextmanager
