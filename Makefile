@@ -23,7 +23,7 @@ VERSIONS ?= torch jax
 PYTHON312 ?= $(or $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12)),python3.12)
 WORKERS ?= 2
 
-.PHONY: help setup lint docs demo demo-jax-in-torch demo-npt demo-torch-sim demo-relax demo-mc demo-distributed demo-export test test-all test-latest test-older check-mc bench bench-engines bench-mc bench-native bench-scale soak-scale gpu-check clean
+.PHONY: help setup lint docs demo demo-jax-in-torch demo-npt demo-torch-sim demo-relax demo-mc demo-distributed demo-export test test-all test-latest test-older check-mc bench bench-engines bench-mc bench-native bench-scale soak-scale soak gpu-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -119,6 +119,9 @@ bench-scale: setup  ## a batch on two devices beside one, under plain jit (ARGS=
 
 soak-scale: setup  ## 10,000 structures through a sharded loop on each lane: memory stays flat (20 minutes)
 	OMP_NUM_THREADS=1 XLA_FLAGS="--xla_force_host_platform_device_count=2 $$XLA_FLAGS" $(RUN) -m benchmarks.scale --soak $(ARGS)
+
+soak: setup  ## 10^6 calls on each lane and both ways, with faults among them: numbers right, memory flat (20 minutes; ARGS="--help")
+	OMP_NUM_THREADS=1 $(RUN) -m tests.soak $(ARGS)
 
 gpu-check: setup  ## checks on a CUDA GPU, report in benchmarks/gpu/<date>.json; says plainly when there is none
 	$(RUN) -m benchmarks.gpu_check $(ARGS)
