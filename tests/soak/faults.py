@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 
@@ -60,7 +61,8 @@ def expect(kind: Any, text: str = "") -> Iterator[None]:
 # somebody else's that swallows it.
 interrupts = {"raised": 0, "as an error": 0, "lost in a finalizer": 0, "lost elsewhere": 0}
 _places: list[str] = []  # where Python was when Ctrl-C came, the innermost frame last
-_OURS = re.compile(r"/(bridge|jax_side|torch_side)/")
+_ROOT = Path(__file__).resolve().parents[2]
+_OURS = tuple(str(_ROOT / package) for package in ("bridge", "jax_side", "torch_side"))
 _AS_ERROR = "KeyboardInterrupt|^INTERNAL: $"
 
 
@@ -117,7 +119,7 @@ def interrupted(
         return
     if as_error and re.search(_AS_ERROR, str(error)):
         interrupts["as an error"] += 1
-    elif error is None and _places and not _OURS.search(_places[-1]):
+    elif error is None and _places and not any(p in _places[-1] for p in _OURS):
         interrupts["lost elsewhere"] += 1
         print("Ctrl-C was lost in", "".join(_places[-4:]), file=sys.stderr)
     else:
