@@ -11,11 +11,12 @@ from __future__ import annotations
 import _thread
 import contextlib
 import itertools
+import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -57,6 +58,32 @@ class Listener:
         if found is not None:
             release(found)
         return found
+
+
+@contextlib.contextmanager
+def noting_interrupts() -> Iterator[list[int]]:
+    """Gives a list in which each Ctrl-C of the block is noted, beside what Python does with it.
+
+    One that comes while a program runs in the main thread may be raised in the first frame above
+    the foreign runtime, before any `try` in it, and is then an error of that runtime that tells
+    nothing of it. Where the user has a handler of his own, and in other threads, nothing is
+    noted."""
+    noted: list[int] = []
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield noted
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        if signal.getsignal(signal.SIGINT) is note:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Carried(RuntimeError):

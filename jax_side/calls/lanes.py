@@ -8,6 +8,7 @@ place. The ffi lane knows a Function by its number in the registry.
 from __future__ import annotations
 
 import functools
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -311,7 +312,8 @@ def raising() -> Iterator[None]:
 
     JAX hands a callback's exception on as text. Inside this context the exception itself is kept
     beside the text and raised in its place. This holds for computations that are still running when
-    the block ends, too: the block waits for all arrays.
+    the block ends, too: the block waits for all arrays. So is a Ctrl-C: without this context, one
+    that comes between two calls of a program is a JaxRuntimeError.
 
         >>> import bridge, jax, torch
         >>> def broken(x): raise KeyError("no such species")
@@ -321,12 +323,14 @@ def raising() -> Iterator[None]:
         Traceback (most recent call last):
         KeyError: 'no such species'
     """
-    with Listener() as listener:
+    with Listener() as listener, failures.noting_interrupts() as interrupts:
         try:
             yield
             error = _first(listener, _errors_of_running())
         except Exception as e:
             error = _first(listener, [e])
+            if error is None and interrupts and _INTERRUPTED.search(str(e)):
+                raise KeyboardInterrupt from e
             if error is None:
                 raise
         original = None if error is None else listener.original(error)
@@ -335,6 +339,10 @@ def raising() -> Iterator[None]:
         for found in failures.late:
             if late := found():
                 raise late
+
+
+# What XLA says of a KeyboardInterrupt that no lane saw: nothing, or JAX's own frames.
+_INTERRUPTED = re.compile(r"^INTERNAL: $|\nKeyboardInterrupt")
 
 
 def _first(listener: Listener, errors: Iterable[BaseException]) -> BaseException | None:

@@ -1,6 +1,7 @@
 """Exceptions of torch reach the person: text, type and frame on every path; the object itself where
 it can."""
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -188,6 +189,69 @@ def test_keyboard_interrupt_ends_the_program(lane, size, how):
     assert done.returncode in (-signal.SIGINT, 130, 1) and done.stderr.rstrip().splitlines()[
         -1
     ].startswith("KeyboardInterrupt"), done.stderr[-2000:]
+
+
+BETWEEN = """
+    import os, signal, sys, threading, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    import jax, jax.numpy as jnp, bridge
+    f = bridge.to_jax(lambda x: x * 1.0, lane=sys.argv[1], outputs=lambda x: x)
+    # a program that XLA runs in the main thread, most of the time in code of its own
+    much = lambda x: jax.lax.fori_loop(0, 200, lambda _, x: jnp.sin(x), x)
+    program = jax.jit(lambda x, n: jax.lax.fori_loop(0, n, lambda i, x: much(f(x)), x))
+    x = jnp.ones(64)
+    jax.block_until_ready(program(x, 1))
+    for k in range(8):
+        timer = threading.Timer(0.2 + 0.01 * k, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        try:
+            with bridge.raising():
+                jax.block_until_ready(program(x, 10**6))
+        except KeyboardInterrupt:
+            print("interrupted")
+        except Exception as e:
+            print(f"an error: {e}")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        timer.join()
+    assert program(x, 1).shape == x.shape
+"""
+
+
+def test_raising_tells_an_interrupt_between_two_calls(lane):
+    """There it meets a frame above any `try`: of JAX, or the first one of a lane."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(BETWEEN), lane],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0 and done.stdout.split() == ["interrupted"] * 8, (
+        done.stdout[-1000:],
+        done.stderr[-1000:],
+    )
+
+
+def test_raising_leaves_a_handler_of_the_users_alone():
+    handler, before = lambda *_: None, signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, handler)
+    try:
+        with bridge.raising():
+            assert signal.getsignal(signal.SIGINT) is handler
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_raising_takes_no_other_error_for_an_interrupt(lane):
+    """The user has caught Ctrl-C inside of the block; what comes later stays what it is."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(NoSuchSpecies), bridge.raising():
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            jax.block_until_ready(jax.jit(bridged(broken, lane=lane))(X))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # What a call must not do: each names the culprit.
