@@ -134,17 +134,13 @@ bench-compare: setup  ## two files of results: ratios, and an error where a row 
 soak-scale: setup  ## 10,000 structures through a sharded loop on each lane: memory stays flat (20 minutes)
 	OMP_NUM_THREADS=1 XLA_FLAGS="--xla_force_host_platform_device_count=2 $$XLA_FLAGS" $(RUN) -m benchmarks.scale --soak $(ARGS)
 
-<<<<<<< HEAD
 fuzz: setup  ## hypothesis state machines over arrays, functions, potentials: EXAMPLES=100000 in all, shared out by tests/fuzz/conftest.py; SEED=... is printed (25 minutes)
 	@echo "the same again: make fuzz EXAMPLES=$(EXAMPLES) SEED=$(SEED)"
 	OMP_NUM_THREADS=1 XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(RUN) -m pytest -n $(WORKERS) --dist worksteal --timeout 3600 --full --fuzz $(EXAMPLES) $(SEED) tests/fuzz $(ARGS)
 
-||||||| b705469
-=======
 soak: setup  ## 10^6 calls on each lane and both ways, with faults among them: numbers right, memory flat (20 minutes; ARGS="--help")
 	OMP_NUM_THREADS=1 $(RUN) -m tests.soak $(ARGS)
 
->>>>>>> soak
 gpu-check: setup  ## checks on a CUDA GPU, report in benchmarks/gpu/<date>.json; says plainly when there is none
 	$(RUN) -m benchmarks.gpu_check $(ARGS)
 
