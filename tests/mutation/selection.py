@@ -14,6 +14,7 @@ from tests.mutation.rooms import ROOT
 REACHING = """tests/calls tests/potentials tests/models/test_static_models.py
     tests/models/test_models_vmap.py""".split()
 Timed = tuple[float, str]  # seconds, name of a test
+COLLECTING = 0.5  # seconds that the tests of one more file take to be found
 
 
 class Selection:
@@ -47,10 +48,12 @@ class Selection:
         return self._within(first), self._within(rest)
 
     def _within(self, tests: list[Timed]) -> list[Timed]:
-        found = []
+        found, files = [], set()
         left = self.seconds
         for timed in tests:
-            left -= timed[0]
+            file = timed[1].split("::")[0]
+            left -= timed[0] + (0 if file in files else COLLECTING)
+            files.add(file)
             if left < 0 and found:
                 break
             found.append(timed)
