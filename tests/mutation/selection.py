@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import accumulate, zip_longest
 
 from tests.mutation.covering import covered
 from tests.mutation.mutants import Mutant
@@ -48,16 +49,14 @@ class Selection:
         return self._within(first), self._within(rest)
 
     def _within(self, tests: list[Timed]) -> list[Timed]:
-        found, files = [], set()
-        left = self.seconds
+        """As many as there is time for, of each file the quickest, then of each the second."""
+        of_file: dict[str, list[Timed]] = defaultdict(list)
         for timed in tests:
-            file = timed[1].split("::")[0]
-            left -= timed[0] + (0 if file in files else COLLECTING)
-            files.add(file)
-            if left < 0 and found:
-                break
-            found.append(timed)
-        return found
+            of_file[timed[1].split("::")[0]].append(timed)
+        in_turn = [x for row in zip_longest(*of_file.values()) for x in row if x is not None]
+        spent = list(accumulate(seconds for seconds, _ in in_turn))
+        left = max(self.seconds - COLLECTING * len(of_file), 0.5 * self.seconds)
+        return [timed for at, timed in zip(spent, in_turn) if at < left] or tests[:1]
 
     def _reaching(self, mutant: Mutant) -> set[Timed]:
         tree = self._trees.get(mutant.file) or ast.parse((ROOT / mutant.file).read_text())

@@ -114,7 +114,7 @@ def test_tests_of_a_line_one_of_each_function_first(monkeypatch):
     )
     tests = [line("a[1]", 2.0, [1, 33]), line("a[2]", 1.0, [33]), line("b", 9.0, [33])]
     monkeypatch.setattr("tests.mutation.selection.covered", lambda: {t["test"]: t for t in tests})
-    first, second = Selection(6.0).waves(place)
+    first, second = Selection(5.0).waves(place)
     assert [test for _, test in first] == ["a[2]"] and [test for _, test in second] == ["a[1]"]
 
 
