@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -135,6 +136,7 @@ def main(arguments: list[str]) -> int:
     if not args.report:
         selection = Selection(args.seconds)
         running.preload()
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and ends the tests that run
         for i, mutant in enumerate(chosen):
             old = done.get(mutant.key)
             if old is None or (args.again and survives(old) and not reason(old)):

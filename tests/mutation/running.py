@@ -144,19 +144,19 @@ def _be_child(place: Path, file: str, tests: list[str], arguments: str) -> None:
 
 
 def _wait(child: int, until: float) -> str | None:
-    """Waits for a child, and ends it and its children where it takes too long or too much memory:
-    then it says which."""
+    """Waits for a child, and ends it where it takes too long or too much memory: then it says which.
+    What the child has started and left behind is ended in any case."""
     how = None
-    while os.waitpid(child, os.WNOHANG) == (0, 0):
-        with contextlib.suppress(psutil.Error):
-            how = "memory" if psutil.Process(child).memory_info().rss > MEMORY else None
-        if time.monotonic() > until:
-            how = "time"
-        if how:
+    try:
+        while how is None and os.waitpid(child, os.WNOHANG) == (0, 0):
+            with contextlib.suppress(psutil.Error):
+                how = "memory" if psutil.Process(child).memory_info().rss > MEMORY else None
+            if time.monotonic() > until:
+                how = "time"
+            time.sleep(0.05)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
             os.waitpid(child, 0)
-            break
-        time.sleep(0.05)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)  # what tests have started and left behind
     return how
