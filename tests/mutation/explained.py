@@ -86,6 +86,16 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "return any(_differ(a, b) for a, b in zip(found, gradients, strict=False) if b.numel())",
     ): BOTH,
     (
+        "torch_side/calls/rewriting.py",
+        "if schema is None or schema.is_mutable or not isinstance(known, torch.Tensor):",
+        "if schema is None or schema.is_mutable and not isinstance(known, torch.Tensor):",
+    ): "a graph that changes something in place is refused before it comes here",
+    (
+        "jax_side/calls/processes.py",
+        "PERIOD = 0.5  # seconds between two looks at what other processes tell",
+        "PERIOD = 1.5  # seconds between two looks at what other processes tell",
+    ): COST + ": an error is told a second later",
+    (
         "torch_side/calls/running.py",
         "b.copy_(r.detach() if inside and r.requires_grad else r)",
         "b.copy_(r.detach() if inside or r.requires_grad else r)",
