@@ -14,7 +14,7 @@ import math
 import signal
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 from tests.mutation import running
@@ -58,6 +58,8 @@ def tried(mutant: Mutant, selection: Selection) -> Line:
             limit = 90 + 5 * sum(time for time, _ in tests)
             names = [test for _, test in tests]
             outcome = running.run(mutant.file, mutant.source, names, limit)
+            if outcome.how == "crash" and not outcome.test:
+                check_tests(names[:1])
             seconds += outcome.seconds
             number += len(tests)
     return dict(
@@ -76,21 +78,36 @@ def tried(mutant: Mutant, selection: Selection) -> Line:
     )
 
 
+def check_tests(tests: list[str]) -> None:
+    """Ends this program where tests can't even start without a mutant, which would be killed by it."""
+    file = next(iter(FILES))
+    if running.run(file, (ROOT / file).read_text(), tests, 300).how == "crash":
+        raise SystemExit(f"{tests} can't start without a mutant either: is .venv as it was?")
+
+
 def survives(line: Line) -> bool:
     """True for a mutant that no test has killed."""
     return line["how"] in ("passed", "no test")
 
 
 def unfit(lines: list[Line]) -> list[Line]:
-    """Returns the results that count for nothing: whose test fails without the mutant, too."""
-    killers = sorted({line["test"] for line in lines if not survives(line) if "::" in line["test"]})
+    """Returns the results that count for nothing: whose test fails without the mutant, too. The tests
+    of a file are run together."""
+    of_file: dict[str, set[str]] = defaultdict(set)
+    for line in lines:
+        if "::" in line["test"] and not survives(line):
+            of_file[line["test"].split("::")[0]].add(line["test"])
     bad: set[str] = set()
     file = next(iter(FILES))
-    while left := [test for test in killers if test not in bad]:
-        outcome = running.run(file, (ROOT / file).read_text(), left, 120 + 60 * len(left))
-        if outcome.how == "passed":
-            break
-        bad.add(outcome.test)
+    for left in of_file.values():
+        while left:
+            limit = 120 + 60 * len(left)
+            outcome = running.run(file, (ROOT / file).read_text(), sorted(left), limit)
+            if outcome.how == "passed":
+                break
+            found = {outcome.test} & left or set(left)  # all of them where none can be named
+            left -= found
+            bad |= found
     return [line for line in lines if line["test"] in bad]
 
 
