@@ -17,6 +17,8 @@ APART := zarr==3.1.6 donfig==0.8.1.post1 google-crc32c==1.9.0 plum-dispatch==2.1
 RIVALS := torch-jax-interop==0.0.8 jax2torch==0.0.7 chex==0.1.92 wrap-torch2jax==0.9.0
 # torchani allows torch up to 2.13 only, but runs with later ones: on Python 3.12 it comes without dependencies, and these beside it.
 BESIDE_TORCHANI := h5py ninja typer rich pandas pyarrow 'zarr<3' huggingface_hub
+# What `make mutate` makes its mutants with: in a folder of its own, for cosmic-ray's dependencies are many and it needs few.
+MUTATION := cosmic-ray==8.4.3 parso==0.8.7 stevedore==5.10.0
 LATEST ?= .venv-latest
 # What `make test-latest` installs there: VERSIONS='torch==2.11.* jax==0.11.2' LATEST=.venv-2.11 for what many clusters have.
 VERSIONS ?= torch jax
@@ -26,7 +28,7 @@ WORKERS ?= 2
 EXAMPLES ?= 100000
 SEED := $(or $(SEED),$(shell date +%s))
 
-.PHONY: help setup lint docs demo demo-jax-in-torch demo-npt demo-torch-sim demo-relax demo-mc demo-distributed demo-export test test-all test-latest test-older fuzz-files check-mc bench bench-engines bench-mc bench-native bench-scale soak-scale gpu-check fuzz bench-full bench-compare soak clean
+.PHONY: help setup lint docs demo demo-jax-in-torch demo-npt demo-torch-sim demo-relax demo-mc demo-distributed demo-export test test-all test-latest test-older fuzz-files check-mc bench bench-engines bench-mc bench-native bench-scale soak-scale gpu-check fuzz bench-full bench-compare soak mutate clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -90,7 +92,7 @@ test-latest:  ## the whole suite, and kUPS, on Python 3.12 with the newest jax, 
 	$(LATEST)/bin/pip install --quiet --disable-pip-version-check --upgrade $(VERSIONS) kups $(BESIDE_TORCHANI) -e '.[test,kups]'
 	$(LATEST)/bin/pip install --quiet --disable-pip-version-check --no-deps $(BARE) torchani==2.9.0
 	$(LATEST)/bin/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(LATEST)/nvalchemi $(APART)
-	OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal -o norecursedirs='.* long full' $(ARGS)
+	OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal -o norecursedirs='.* long full mutation' $(ARGS)
 
 test-older:  ## the same with torch 2.11 and jax 0.11.2, as many clusters have them
 	$(MAKE) test-latest LATEST=.venv-2.11 VERSIONS="'torch==2.11.*' jax==0.11.2"
@@ -143,6 +145,13 @@ soak: setup  ## 10^6 calls on each lane and both ways, with faults among them: n
 
 gpu-check: setup  ## checks on a CUDA GPU, report in benchmarks/gpu/<date>.json; says plainly when there is none
 	$(RUN) -m benchmarks.gpu_check $(ARGS)
+
+mutate: $(VENV)/mutation/installed  ## are wrong lines found by the tests? a sample of mutants of the core rooms (ARGS="--help"; the first time with ARGS=--record, for an hour)
+	@PYTHONPATH=$(VENV)/mutation OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests/mutation
+	PYTHONPATH=$(VENV)/mutation OMP_NUM_THREADS=1 XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(RUN) -m tests.mutation $(ARGS)
+
+$(VENV)/mutation/installed: $(VENV)/installed
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/mutation $(MUTATION) && touch $@
 
 clean:  ## remove .venv and what was built
 	rm -rf $(VENV) $(LATEST) build site *.egg-info demos/out benchmarks/out .pytest_cache .hypothesis

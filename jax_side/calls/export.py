@@ -85,11 +85,6 @@ class JaxFunction(Function):
         return tuple(map(jnp.asarray, self.call(xs)[0]))
 
     @property
-    def output_names(self) -> tuple[str, ...]:
-        """How error texts call the outputs."""
-        return output_names(self.out_tree)
-
-    @property
     def compilations(self) -> int:
         """How many programs were compiled for this Function and its derivatives."""
         return programs.compilations(self)

@@ -811,6 +811,15 @@ def test_import_into_torch_passes_on_why_memory_was_not_lent():
         torch_arrays.import_(jnp.ones(3, jnp.float8_e3m4))
 
 
+def test_what_lends_a_capsule_of_the_cpu_says_so():
+    """(kDLCPU, 0), as the standard of the array API has it."""
+    from jax_side.calls.arrays import _Capsule
+    from torch_side.calls.buffers import _Loan
+
+    for lender in (_Capsule(None), _Loan(torch.ones(2))):
+        assert lender.__dlpack_device__() == (1, 0)
+
+
 @pytest.mark.parametrize(
     "import_", [torch_arrays.import_, lambda x: jax_arrays.import_(x, "float32")]
 )

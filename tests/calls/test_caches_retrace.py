@@ -18,6 +18,8 @@ import torch
 from hypothesis import given
 
 import bridge
+from jax_side.calls import lanes
+from jax_side.calls.signature import sign
 
 ROOT = Path(__file__).resolve().parents[2]
 X = jnp.arange(4.0)
@@ -78,6 +80,16 @@ def test_equality_x_options(name):
     assert [other for other, make in SAME.items() if make() == f and hash(make()) == hash(f)] == [
         name
     ]
+
+
+def test_equality_x_callbacks_of_the_host_lane():
+    """JAX finds a program again by them: those of other functions, or of another depth, must not be
+    equal."""
+    of = lambda f: bridge.to_jax(f).base(sign((X,), {})[0])
+    a, b, other = (lanes.HostCall(of(f)) for f in (double, double, torch.sin))
+    assert a == b and hash(a) == hash(b) and a != other and a != a.fn
+    b.depth += 1
+    assert a != b
 
 
 @pytest.mark.parametrize(

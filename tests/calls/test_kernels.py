@@ -225,6 +225,26 @@ def test_torch_force_losses_in_weights_beside_a_kernel(name):
     )
 
 
+@pytest.mark.parametrize("name", [*CUT, *HONEST])
+def test_torch_force_losses_in_weights_that_scale_a_kernel(name):
+    """The weights are in the cotangent that the kernel's backward is given: a backward that is cut
+    off from it would make the forces a constant to them, one that is cut off from its input not."""
+    cls = CUT.get(name) or HONEST[name][0]
+    weight = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    forces = lambda: with_gradients(lambda x: weight * model_of(cls)(x))(
+        STRUCTURE, create_graph=True
+    )["position_gradients"]
+    if cls in (Once, WhollyByNumpy, Transformable):
+        with pytest.raises(NotImplementedError, match=TEXT.format(name)):
+            forces()
+    else:
+        pos = STRUCTURE["pos"]
+        kernel = {Triple: 3, Straight: 1}.get(cls, 3 * pos**2)
+        of_one = kernel + 2 * pos.sum(-1, keepdim=True) + 0 * pos
+        found = torch.autograd.grad((forces() ** 2).sum(), weight)[0]
+        torch.testing.assert_close(found, (4 * of_one**2).sum())
+
+
 def test_own_gradients_without_a_graph():
     """gradients="model": g from NumPy, or detached, is no constant."""
 

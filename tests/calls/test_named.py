@@ -238,6 +238,24 @@ def test_an_altered_recipe(tmp_path):
         bridge.native.load(folder, trust=True)
 
 
+SIZE = [3]
+
+
+def test_the_same_code_with_other_results(tmp_path):
+    """What a global name stands for is in no fingerprint, but in the types of the results."""
+    make = lambda: bridge.to_jax(lambda x: x[: SIZE[0]], name="cut")
+    exported = bridge.native.export(jax.jit(make()), jnp.ones(3))
+    folder = bridge.native.save(exported, tmp_path / "cut")
+    SIZE[0] = 2
+    again = make()
+    try:
+        with pytest.raises(ValueError, match=r"name='cut', .* got one with float64\[2\]; bridge"):
+            bridge.native.load(folder)
+    finally:
+        SIZE[0] = 3
+    assert again.name == "cut"
+
+
 @pytest.mark.parametrize("name", ["", 5])
 def test_names_that_are_none(name):
     with pytest.raises(ValueError, match="name as one of a text that is not empty"):

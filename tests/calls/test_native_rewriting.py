@@ -86,10 +86,12 @@ def test_a_product_and_its_derivative_with_a_scaled_block():
 
 
 WEIGHT = torch.randn(3, 3, dtype=torch.float64)
+NOTHING = torch.zeros(3, 3, dtype=torch.float64)
 LEFT_ALONE = {  # what has as many terms that a library is faster, or values that nobody knows yet
     "few rows": (lambda x: x @ WEIGHT, (ROWS - 1, 3)),
     "many terms": (lambda x: x @ torch.ones(9, 9, dtype=x.dtype), (ROWS, 9)),
     "zeros": (lambda x: x @ torch.zeros(3, 3, dtype=x.dtype), (ROWS, 3)),
+    "a weight of zeros": (lambda x: x @ NOTHING, (ROWS, 3)),
     "wide": (lambda x: x @ torch.eye(3, 65, dtype=x.dtype), (ROWS, 3)),
     "of the inputs": (lambda x: x @ x[:3], (ROWS, 3)),
     "random": (lambda x: x @ torch.rand_like(WEIGHT), (ROWS, 3)),

@@ -1,8 +1,11 @@
 """Torch in JAX in torch and JAX in torch in JAX: values and derivatives through all of it, in
 threads, without a deadlock."""
 
+import contextlib
+import logging
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,7 @@ import torch
 
 import bridge
 from jax_side.calls import lanes
+from jax_side.calls.nesting import here
 from tests.cases import close
 
 JAX_TRANSFORMS = {
@@ -137,6 +141,57 @@ def test_an_exception_deep_inside_has_its_text_and_type():
         f(torch.ones(3))
     with pytest.raises(KeyError, match="no such species"), bridge.raising():
         f(torch.ones(3))
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["works", "fails"])
+def test_a_call_leaves_the_depth_as_it_was(lane, fails, monkeypatch):
+    """Programs are compiled for the depth of the thread that runs them: each call adds one, whether
+    it fails or not."""
+    # JAX logs the exception, and pytest keeps it with all frames and their tensors.
+    monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)
+    depths = []
+
+    def inner(x):
+        depths.append(here.depth)
+        if fails:
+            raise KeyError("on purpose")
+        return x
+
+    same = lambda x: x
+    middle = bridge.to_torch(jax.jit(bridge.to_jax(inner, outputs=same, lane=lane)))
+
+    def outer(x):
+        depths.append(here.depth)
+        for _ in range(2):
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                middle(x)
+            depths.append(here.depth)
+        return x
+
+    f = jax.jit(bridge.to_jax(outer, outputs=same, lane=lane))
+    jax.block_until_ready(f(jnp.asarray(X)))
+    assert depths == [1, 2, 1, 2, 1] and here.depth == 0
+
+
+def test_programs_beneath_a_callback_run_in_its_thread(lane):
+    """At once, and in no queue behind computations that may wait for the callback."""
+    threads = []
+
+    def inner(x):
+        threads.append(threading.get_ident())
+        return x
+
+    same = lambda x: x
+    middle = bridge.to_torch(lambda x: bridge.to_jax(inner, outputs=same, lane=lane)(x @ x + 1))
+
+    def outer(x):
+        threads.append(threading.get_ident())
+        return middle(x)
+
+    n = 200  # large enough for XLA to run it elsewhere
+    f = jax.jit(bridge.to_jax(outer, outputs=same, lane=lane))
+    jax.block_until_ready(f(jnp.ones((n, n))))
+    assert len(threads) == 2 and len(set(threads)) == 1
 
 
 THREADS = """

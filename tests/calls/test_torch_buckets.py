@@ -138,6 +138,21 @@ def test_the_ladder(n, start, growth):
     assert n <= rung and (rung == start or rung <= growth * n + 1) and b.rung(rung) == rung
 
 
+def test_equality_x_buckets():
+    """Padded callables are equal where the callable and the buckets are, and never to one without
+    buckets."""
+    f = lambda shapes, **options: bridge.to_torch(masked, buckets=bridge.Buckets(shapes, **options))
+    a, b = f(MASKED, mask={"E": "edge_mask"}), f(MASKED, mask={"E": "edge_mask"})
+    assert a == b and hash(a) == hash(b)
+    for other in (
+        f(MASKED, mask={"E": "edge_mask"}, growth=1.5),
+        f({"shift": "E 3"}, mask={"E": "edge_mask"}),
+        bridge.to_torch(masked),
+        bridge.to_torch(by_torch, buckets=bridge.Buckets(MASKED, mask={"E": "edge_mask"})),
+    ):
+        assert a != other and other != a
+
+
 def test_module_x_buckets():
     def apply(params, x, mask):
         return ((x @ params["w"]) * mask[:, None]).sum(0)

@@ -164,6 +164,30 @@ def test_equality_x_callable():
     assert bridge.to_torch(Scale(jnp.ones(4)).method) != a
 
 
+def test_names_x_callable():
+    """As messages and tracers call it."""
+    named, nameless = bridge.to_torch(jnp.sin), bridge.to_torch(functools.partial(jnp.sin))
+    assert named.__name__ == "sin" and repr(named) == "bridge.to_torch(sin)"
+    assert nameless.__name__ == "partial"
+
+
+def test_value_x_structures_of_the_same_types():
+    """Positional tensors are looked up by their types alone; other calls with the same types are
+    other calls."""
+
+    def f(x, y=None):
+        if isinstance(x, tuple):
+            return x[0] - x[1]
+        return {"sum": x["a"] + 3 * x["b"]} if isinstance(x, dict) else x + y
+
+    f, a, b = bridge.to_torch(f), X.clone(), 10 * X
+    for _ in range(2):
+        close(f((a, b)), a - b)
+        close(f({"a": a, "b": b})["sum"], a + 3 * b)
+        close(f(a, b), a + b)
+        close(f(a, y=b), a + b)
+
+
 @pytest.mark.parametrize("scalar", [True, False])
 def test_compilations_x_calls(scalar):
     """One program for values, two for a gradient, whatever the values and as often as they are

@@ -38,6 +38,12 @@ TRANSFORMS = {
     "jvp": lambda f: lambda *xs: jax.jvp(f, xs, tuple(map(jnp.cos, xs))),
     "vjp": lambda f: lambda *xs: (lambda y, pull: pull(CT(y)))(*jax.vjp(f, *xs)),
     "linearize": lambda f: lambda *xs: jax.linearize(f, *xs)[1](*map(jnp.sin, xs)),
+    "jvp_of_tangents": lambda f: (
+        lambda *xs: jax.jvp(lambda *ts: jax.jvp(f, xs, ts)[1], xs, tuple(map(jnp.cos, xs)))
+    ),
+    "jvp_of_cotangents": lambda f: (
+        lambda *xs: (lambda y, pull: jax.jvp(pull, (CT(y),), (jnp.sin(CT(y)),)))(*jax.vjp(f, *xs))
+    ),
     "jacfwd": lambda f: lambda *xs: jax.jacfwd(f, ALL(f, xs))(*xs),
     "jacrev": lambda f: lambda *xs: jax.jacrev(f, ALL(f, xs))(*xs),
     "hessian": lambda f: lambda *xs: jax.hessian(f, ALL(f, xs))(*xs),

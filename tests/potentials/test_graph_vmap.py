@@ -143,6 +143,14 @@ def test_graph_batching_of_other_callables_is_refused():
         match='expected one dict of the contract as argument of .*batched="graph", got 0; use these keys, or batched="sequential"',
     ):
         f(R)
+    structure = {"pos": R, "cell": H[None]}
+    two = bridge.to_jax(lambda x, y: {"energy": (x["pos"] + y["pos"]).sum()[None]}, batched="graph")
+    by_name = bridge.to_jax(
+        lambda x, scale: {"energy": scale * x["pos"].sum()[None]}, batched="graph"
+    )
+    for call in (lambda: two(structure, structure), lambda: by_name(structure, scale=R[0, :1])):
+        with pytest.raises(TypeError, match="one dict of the contract as argument of"):
+            call()
     g = bridge.to_jax(
         lambda x: {"energy": x["pos"].sum()[None], "gap": x["pos"].sum()[None]}, batched="graph"
     )

@@ -1,0 +1,119 @@
+"""Mutants that no test has to kill, and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+GPU = "runs on CUDA only: make gpu-check"
+# Functions that do nothing on a CPU: (file, function).
+ELSEWHERE: dict[tuple[str, str], str] = {
+    ("jax_side/calls/lanes.py", "_enter_gpu"): GPU,
+    ("torch_side/calls/buffers.py", "on_stream"): GPU,
+    ("torch_side/calls/buffers.py", "external"): GPU,
+    ("torch_side/calls/buffers.py", "_events"): GPU,
+    ("torch_side/calls/buffers.py", "finish"): GPU,
+    ("torch_side/calls/arrays.py", "_outlive"): GPU,
+    ("torch_side/calls/arrays.py", "_mark"): GPU,
+}
+
+COST = "the same numbers at another cost"
+BOTH = "both lists were made of the same one: strict= guards against errors of our own"
+# (file, the first line that differs before, and after), as python -m tests.mutation prints them.
+EXPLAINED: dict[tuple[str, str, str], str] = {
+    (
+        "jax_side/calls/arrays.py",
+        "return jax.device_put(dense, cpu_device(here.depth), may_alias=True)",
+        "return jax.device_put(dense, cpu_device(here.depth), may_alias=False)",
+    ): COST + ": a copy",
+    (
+        "jax_side/calls/export.py",
+        "for x, name in zip(leaves, output_names(out_tree), strict=True):",
+        "for x, name in zip(leaves, output_names(out_tree), strict=False):",
+    ): BOTH,
+    (
+        "jax_side/calls/lanes.py",
+        "if waited > limit:",
+        "if waited >= limit:",
+    ): "no clock shows the limit itself",
+    (
+        "jax_side/calls/lanes.py",
+        "time.sleep(0 if waited < _QUICK else 1e-5)  # the shortest real sleep takes 60 us",
+        "time.sleep(0 if waited > _QUICK else 1e-5)  # the shortest real sleep takes 60 us",
+    ): COST,
+    (
+        "jax_side/calls/lanes.py",
+        "self._sized = functools.lru_cache(maxsize=64)(self._sized)",
+        "self._sized = functools.lru_cache(maxsize= 65)(self._sized)",
+    ): COST,
+    (
+        "jax_side/calls/primitive.py",
+        "if fn.linear and all(i >= fixed for i in wrt):",
+        "if not fn.linear and all(i >= fixed for i in wrt):",
+    ): COST + ": the rule below gives the same, and differentiates where that is not needed",
+    (
+        "jax_side/calls/signature.py",
+        "for s, name in zip(inputs, names, strict=True):",
+        "for s, name in zip(inputs, names, strict=False):",
+    ): BOTH,
+    (
+        "torch_side/calls/arrays.py",
+        "_outlive(tensor, owner=shared())",
+        "pass",
+    ): GPU,
+    (
+        "torch_side/calls/batching.py",
+        "for s, m in zip(self.of.inputs, self.mapped, strict=True)",
+        "for s, m in zip(self.of.inputs, self.mapped, strict=False)",
+    ): BOTH,
+    (
+        "torch_side/calls/batching.py",
+        "x = x.clamp(0, n_systems - 1)",
+        "x = x.clamp(0, n_systems + 1)",
+    ): "the results of this call are not given: the status has the error",
+    (
+        "torch_side/calls/calling.py",
+        "if not isinstance(other, TorchCallable) or type(other) is not type(self):",
+        "if not isinstance(other, TorchCallable) and type(other) is not type(self):",
+    ): "Python asks the subclass, Padded, first",
+    (
+        "torch_side/calls/kernels.py",
+        "return t.detach() + _MOVE * (1 + t.detach().abs()) * direction.to(t.dtype)",
+        "return t.detach() + _MOVE / (1 + t.detach().abs()) * direction.to(t.dtype)",
+    ): "any small move will do",
+    (
+        "torch_side/calls/kernels.py",
+        "return any(_differ(a, b) for a, b in zip(found, gradients, strict=True) if b.numel())",
+        "return any(_differ(a, b) for a, b in zip(found, gradients, strict=False) if b.numel())",
+    ): BOTH,
+    (
+        "torch_side/calls/rewriting.py",
+        "if schema is None or schema.is_mutable or not isinstance(known, torch.Tensor):",
+        "if schema is None or schema.is_mutable and not isinstance(known, torch.Tensor):",
+    ): "a graph that changes something in place is refused before it comes here",
+    (
+        "jax_side/calls/processes.py",
+        "PERIOD = 0.5  # seconds between two looks at what other processes tell",
+        "PERIOD = 1.5  # seconds between two looks at what other processes tell",
+    ): COST + ": an error is told a second later",
+    (
+        "torch_side/calls/running.py",
+        "b.copy_(r.detach() if inside and r.requires_grad else r)",
+        "b.copy_(r.detach() if inside or r.requires_grad else r)",
+    ): COST,
+    (
+        "torch_side/calls/running.py",
+        "if found and into is None:",
+        "if not found and into is None:",
+    ): GPU,
+    (
+        "torch_side/calls/wrap.py",
+        "outs = over_rows(_batched(fn, mapped, size), tensors, level - 1)",
+        "outs = over_rows(_batched(fn, mapped, size), tensors, level - 0)",
+    ): COST + ": a level without a batch is passed over",
+}
+
+
+def reason(line: dict[str, Any]) -> str | None:
+    """Returns why the mutant of a result may survive, None if it may not."""
+    place = (line["file"], line["inside"])
+    return ELSEWHERE.get(place) or EXPLAINED.get((line["file"], line["before"], line["after"]))
