@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections import defaultdict
 from collections.abc import Iterable
-from itertools import accumulate, zip_longest
+from itertools import accumulate
 
 from tests.mutation.covering import covered
 from tests.mutation.mutants import Mutant
@@ -49,12 +49,15 @@ class Selection:
         return self._within(first), self._within(rest)
 
     def _within(self, tests: list[Timed]) -> list[Timed]:
-        """As many as there is time for, of each file the quickest, then of each the second."""
-        of_file: dict[str, list[Timed]] = defaultdict(list)
-        for timed in tests:
-            of_file[timed[1].split("::")[0]].append(timed)
-        in_turn = [x for row in zip_longest(*of_file.values()) for x in row if x is not None]
-        spent = list(accumulate(seconds for seconds, _ in in_turn))
+        """As many as there is time for, of which each file gets the same share."""
+        of_file: dict[str, float] = defaultdict(float)  # the time that its tests have taken
+        due = []
+        for seconds, test in tests:
+            file = test.split("::")[0]
+            of_file[file] += seconds
+            due.append((of_file[file], seconds, test))
+        in_turn = [(seconds, test) for _, seconds, test in sorted(due)]
+        spent = accumulate(seconds for seconds, _ in in_turn)
         left = max(self.seconds - COLLECTING * len(of_file), 0.5 * self.seconds)
         return [timed for at, timed in zip(spent, in_turn) if at < left] or tests[:1]
 
