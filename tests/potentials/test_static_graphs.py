@@ -207,6 +207,14 @@ def test_note_x_boundaries(card, text):
     assert static(model_of(**card), x)[1].startswith(f"expected {text}")
 
 
+@pytest.mark.parametrize("number", [2, 5, 13, 15, 100])
+def test_note_x_elements_with_gaps(number):
+    model = model_of(elements=[1, 6, 7, 8, 14])
+    assert static(model, E)[1] is None
+    _, text = static(model, changed(E, atomic_numbers=(5, number)))
+    assert text.startswith(f"expected one of the 5 elements of model, got Z = {number} for atom 5")
+
+
 def test_note_x_charge():
     _, text = static(model_of(), E | {"charge": torch.tensor([0.0, 2.0], dtype=F64)})
     assert "no charge, or zero, since model has no use for one, got charge 2 in system 1" in text
