@@ -14,6 +14,8 @@ from tests.mutation.rooms import ROOT
 # What is recorded: folders and files whose tests reach the core in the process of the test.
 REACHING = """tests/calls tests/potentials tests/models/test_static_models.py
     tests/models/test_models_vmap.py""".split()
+# Tests that reach a file in processes that they start: of lines that no test reaches in its own.
+STARTING = {"jax_side/calls/processes.py": "tests/calls/test_processes.py"}
 Timed = tuple[float, str]  # seconds, name of a test
 COLLECTING = 0.5  # seconds that the tests of one more file take to be found
 
@@ -23,14 +25,16 @@ class Selection:
 
     A statement of a module or of a class, which runs once, is reached by the tests of the functions that
     name what it defines; the head of a function by those of its body; and where that gives none, a
-    statement by all tests of its file. `seconds` are allowed for the first wave, which has one variant of
+    statement by all tests of its file (or by those of STARTING). `seconds` are allowed for the first wave, which has one variant of
     each test function, and again for the second, which has others."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
+        self._all: set[Timed] = set()
         self._of_line: dict[tuple[str, int], set[Timed]] = defaultdict(set)
         for line in covered().values():
             if line["passed"]:
+                self._all.add((line["seconds"], line["test"]))
                 for file, lines in line["lines"].items():
                     for n in lines:
                         self._of_line[file, n].add((line["seconds"], line["test"]))
@@ -66,8 +70,10 @@ class Selection:
         self._trees[mutant.file] = tree
         around = [n for n in ast.walk(tree) if isinstance(n, ast.stmt) and _holds(n, mutant)]
         found = self._of(mutant.file, _statements(around, tree))
-        whole = set().union(*(_lines(f.body) for f in _functions(tree)))
-        return found or self._of(mutant.file, whole)
+        if found or mutant.file not in STARTING:
+            whole = set().union(*(_lines(f.body) for f in _functions(tree)))
+            return found or self._of(mutant.file, whole)
+        return {timed for timed in self._all if timed[1].startswith(STARTING[mutant.file])}
 
     def _of(self, file: str, lines: Iterable[int]) -> set[Timed]:
         return set().union(*(self._of_line.get((file, n), set()) for n in lines))
