@@ -3,6 +3,7 @@ The same of the models of packages is in tests/models/test_static_models.py."""
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -57,10 +58,10 @@ STRUCTURES = {
     "padding at the ends": without(TWO, 0, 7),
     "padding in between": without(TWO, 2, 4, 5),
     "a system of padding": without(TWO, 4, 5, 6, 7),
-    "an open axis without a vector": system(cell=torch.eye(3).mul(4) * torch.tensor([1, 1, 0])[:, None], pbc=(True, True, False)),
-    "an open axis, others in a plane": system(cell=torch.tensor([[0, 4, 0], [0, 0, 0], [0, 0, 4]]), pbc=(True, False, True)),
-    "an open axis along another one": system(cell=4 * torch.eye(3)[[0, 1, 1]], pbc=(True, True, False)),
-    "no axis": system(cell=torch.zeros(3, 3), pbc=(False, False, False)),
+    "an open axis without a vector": system(cell=np.diag([4, 4, 0]), pbc=(True, True, False)),
+    "an open axis, others in a plane": system(cell=np.array([[0, 4, 0], [0, 0, 0], [0, 0, 4]]), pbc=(True, False, True)),
+    "an open axis along another one": system(cell=4 * np.eye(3)[[0, 1, 1]], pbc=(True, True, False)),
+    "no axis": system(cell=np.zeros((3, 3)), pbc=(False, False, False)),
 }  # fmt: skip
 
 
