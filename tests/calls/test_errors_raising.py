@@ -370,6 +370,22 @@ def test_what_a_call_must_not_do(culprit, way):
     kept.clear()
 
 
+@pytest.mark.parametrize("way", ["eager", "ffi", "host"])
+def test_a_change_in_place_that_values_decide(way):
+    """No look at types sees it before the call."""
+
+    def changing(x):
+        if float(x.sum()) > 0:
+            x.add_(1)
+        return x * 2
+
+    g = bridge.to_jax(changing, outputs=SAME, lane="auto" if way == "eager" else way)
+    f = g if way == "eager" else jax.jit(g)
+    assert f(-X - 1).tolist() == (-2 * X - 2).tolist()
+    with pytest.raises(ValueError, match="in place"), bridge.raising():
+        f(X + 1)
+
+
 def test_a_look_at_the_storage_is_no_crime(lane):
     def looking(x):
         assert x.untyped_storage().nbytes() >= 8 * x.numel() and x.numpy().shape == x.shape

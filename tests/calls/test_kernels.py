@@ -168,6 +168,18 @@ def test_error_x_hessian_as_an_output(name):
         potential(CUT[name], card=card, outputs=("hessian",)).outputs(X)
 
 
+@pytest.mark.parametrize("name", ["Detached", "Triple"])
+def test_error_x_compiled(name):
+    """There are no values there, by which a constant is told from what was cut off."""
+    cls = CUT.get(name) or HONEST[name][0]
+    f = bridge.to_jax(energy_of(cls), lane="native")
+    with pytest.raises(
+        NotImplementedError,
+        match=f"a backward of {name} that .* got one that may be cut off from its input, which can't be told while it is compiled; take this derivative once outside of jit",
+    ):
+        jax.jit(jax.hessian(f))(X)
+
+
 @pytest.mark.parametrize("name", CUT)
 def test_first_order_cards_say_so_before_anything_runs(name):
     energy = potential(CUT[name], card=Card(derivative_order=1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections import defaultdict
 from collections.abc import Iterable
-from itertools import accumulate, zip_longest
+from itertools import accumulate
 
 from tests.mutation.covering import covered
 from tests.mutation.mutants import Mutant
@@ -14,6 +14,8 @@ from tests.mutation.rooms import ROOT
 # What is recorded: folders and files whose tests reach the core in the process of the test.
 REACHING = """tests/calls tests/potentials tests/models/test_static_models.py
     tests/models/test_models_vmap.py""".split()
+# Tests that reach a file in processes that they start: of lines that no test reaches in its own.
+STARTING = {"jax_side/calls/processes.py": "tests/calls/test_processes.py"}
 Timed = tuple[float, str]  # seconds, name of a test
 COLLECTING = 0.5  # seconds that the tests of one more file take to be found
 
@@ -23,14 +25,16 @@ class Selection:
 
     A statement of a module or of a class, which runs once, is reached by the tests of the functions that
     name what it defines; the head of a function by those of its body; and where that gives none, a
-    statement by all tests of its file. `seconds` are allowed for the first wave, which has one variant of
+    statement by all tests of its file (or by those of STARTING). `seconds` are allowed for the first wave, which has one variant of
     each test function, and again for the second, which has others."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
+        self._all: set[Timed] = set()
         self._of_line: dict[tuple[str, int], set[Timed]] = defaultdict(set)
         for line in covered().values():
             if line["passed"]:
+                self._all.add((line["seconds"], line["test"]))
                 for file, lines in line["lines"].items():
                     for n in lines:
                         self._of_line[file, n].add((line["seconds"], line["test"]))
@@ -49,12 +53,15 @@ class Selection:
         return self._within(first), self._within(rest)
 
     def _within(self, tests: list[Timed]) -> list[Timed]:
-        """As many as there is time for, of each file the quickest, then of each the second."""
-        of_file: dict[str, list[Timed]] = defaultdict(list)
-        for timed in tests:
-            of_file[timed[1].split("::")[0]].append(timed)
-        in_turn = [x for row in zip_longest(*of_file.values()) for x in row if x is not None]
-        spent = list(accumulate(seconds for seconds, _ in in_turn))
+        """As many as there is time for, of which each file gets the same share."""
+        of_file: dict[str, float] = defaultdict(float)  # the time that its tests have taken
+        due = []
+        for seconds, test in tests:
+            file = test.split("::")[0]
+            of_file[file] += seconds
+            due.append((of_file[file], seconds, test))
+        in_turn = [(seconds, test) for _, seconds, test in sorted(due)]
+        spent = accumulate(seconds for seconds, _ in in_turn)
         left = max(self.seconds - COLLECTING * len(of_file), 0.5 * self.seconds)
         return [timed for at, timed in zip(spent, in_turn) if at < left] or tests[:1]
 
@@ -63,8 +70,10 @@ class Selection:
         self._trees[mutant.file] = tree
         around = [n for n in ast.walk(tree) if isinstance(n, ast.stmt) and _holds(n, mutant)]
         found = self._of(mutant.file, _statements(around, tree))
-        whole = set().union(*(_lines(f.body) for f in _functions(tree)))
-        return found or self._of(mutant.file, whole)
+        if found or mutant.file not in STARTING:
+            whole = set().union(*(_lines(f.body) for f in _functions(tree)))
+            return found or self._of(mutant.file, whole)
+        return {timed for timed in self._all if timed[1].startswith(STARTING[mutant.file])}
 
     def _of(self, file: str, lines: Iterable[int]) -> set[Timed]:
         return set().union(*(self._of_line.get((file, n), set()) for n in lines))

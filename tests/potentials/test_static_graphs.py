@@ -3,6 +3,7 @@ The same of the models of packages is in tests/models/test_static_models.py."""
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -52,13 +53,15 @@ def static(model, x):
 TWO = joined(system(), system(POS * 1.05, pbc=(True, False, True)))
 STRUCTURES = {
     "one": system(),
+    "one with padding": without(system(), 2),
     "two": TWO,
     "padding at the ends": without(TWO, 0, 7),
     "padding in between": without(TWO, 2, 4, 5),
     "a system of padding": without(TWO, 4, 5, 6, 7),
-    "an open axis without a vector": system(cell=torch.eye(3).mul(4) * torch.tensor([1, 1, 0])[:, None], pbc=(True, True, False)),
-    "an open axis along another one": system(cell=4 * torch.eye(3)[[0, 1, 1]], pbc=(True, True, False)),
-    "no axis": system(cell=torch.zeros(3, 3), pbc=(False, False, False)),
+    "an open axis without a vector": system(cell=np.diag([4, 4, 0]), pbc=(True, True, False)),
+    "an open axis, others in a plane": system(cell=np.array([[0, 4, 0], [0, 0, 0], [0, 0, 4]]), pbc=(True, False, True)),
+    "an open axis along another one": system(cell=4 * np.eye(3)[[0, 1, 1]], pbc=(True, True, False)),
+    "no axis": system(cell=np.zeros((3, 3)), pbc=(False, False, False)),
 }  # fmt: skip
 
 
@@ -100,6 +103,35 @@ def test_what_the_model_sees(name, elements):
     assert torch.equal(i[ghosts], n + slots % 2) and torch.equal(j[ghosts], n + (slots + 1) % 2)
     lone = torch.cdist(got["pos"][k:n], got["pos"][k:]) + 1e3 * torch.eye(n - k, n + 2 - k)
     assert (lone > CUTOFF).all()
+
+
+EDGELESS = {
+    "cutoff": None,
+    "neighbor_list": None,
+    "outputs": {"energy", "position_gradients", "cell_gradients"},
+}
+
+
+def springs(x):
+    nodes = x["pos"].square().sum(-1)
+    return {"energy": nodes.new_zeros(len(x["cell"])).index_add(0, x["batch"], nodes)}
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_outputs_x_no_edges(name):
+    x, model = STRUCTURES[name], model_of(springs, **EDGELESS)
+    out, text = static(model, x)
+    assert text is None
+    torch.testing.assert_close(out, model(x), rtol=1e-11, atol=1e-11)
+
+
+def test_note_x_padding_for_a_model_of_one_structure():
+    """It has no edges, and no second system in which padding could be."""
+    model = model_of(springs, **EDGELESS, batches=False)
+    x = system()
+    torch.testing.assert_close(static(model, x)[0], model(x))
+    _, text = static(model, without(x, 2))
+    assert text.startswith("expected no padding atoms for model, which has no edges, got atom 2")
 
 
 def changed(x, **changes):
@@ -174,6 +206,14 @@ def test_the_first_thing_that_is_wrong_is_told():
 def test_note_x_boundaries(card, text):
     x = with_edges(joined(system(), system(pbc=(False, False, False))))
     assert static(model_of(**card), x)[1].startswith(f"expected {text}")
+
+
+@pytest.mark.parametrize("number", [2, 5, 13, 15, 100])
+def test_note_x_elements_with_gaps(number):
+    model = model_of(elements=[1, 6, 7, 8, 14])
+    assert static(model, E)[1] is None
+    _, text = static(model, changed(E, atomic_numbers=(5, number)))
+    assert text.startswith(f"expected one of the 5 elements of model, got Z = {number} for atom 5")
 
 
 def test_note_x_charge():

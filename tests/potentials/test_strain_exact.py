@@ -202,6 +202,19 @@ def test_no_cell_gradient_from_the_virial_of_a_singular_cell(side):
         )
 
 
+@pytest.mark.parametrize("size", [1e-2, 1.0, 1e2, 1e4])
+@pytest.mark.parametrize("side", SIDES)
+def test_a_determinant_that_is_rounding_is_none(side, size):
+    """Whatever the size of the cell, and however small the angle of a sound one."""
+    axes = np.random.default_rng(0).normal(size=(2, 3, 3))
+    axes[1, 2] = axes[1, 0] / 3 - axes[1, 1] / 7
+    sound = size * np.stack([axes[0], axes[1] + np.diag([0, 0, 1e-9])])
+    W, pbc = np.ones((2, 3, 3)), np.ones((2, 3), bool)
+    assert np.isfinite(apply(side, "stress", W, sound, pbc)).all()
+    with pytest.raises(ValueError, match="got a singular cell in system 1"):
+        apply(side, "stress", W, size * axes, pbc)
+
+
 def test_under_tracing_what_has_no_stress_is_nan():
     W = jnp.ones((2, 3, 3))
     for cell, pbc, _ in (OPEN, FLAT):
