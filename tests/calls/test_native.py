@@ -78,6 +78,21 @@ def test_threads_call_one_package_at_once():
         assert all(pool.map(work, range(4)))
 
 
+@pytest.mark.timeout(60, method="thread")
+def test_threads_make_programs_at_once():
+    """torch's tracer is one for all threads."""
+    jax.jit(ENERGY)(X)  # the package is there
+    want = float(ENERGY(X))
+
+    def work(k):
+        programs = [jax.jit(lambda x, i=i: ENERGY(x) + k + i) for i in range(10)]
+        return [float(program(X)) for program in programs]
+
+    with ThreadPoolExecutor(4) as pool:
+        for k, found in enumerate(pool.map(work, range(4))):
+            np.testing.assert_allclose(found, want + k + np.arange(10), rtol=1e-12)
+
+
 @pytest.mark.parametrize("of", [lambda f: f, jax.grad], ids=["call", "grad"])
 def test_two_devices_under_shard_map(of):
     mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
