@@ -4,6 +4,7 @@ what can't be compiled."""
 import gc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -118,6 +119,24 @@ def test_memory_x_many_calls(n):
     rss()
     before = rss()
     assert rss() - before < 2 * 2**20
+
+
+def test_code_is_mapped_once_x_program():
+    """What is loaded stays mapped: one program after another of the same code adds nothing."""
+    mapped = lambda: sum(".so" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+    def again(k):
+        module = Scaled(1.25)
+        program = jax.jit(lambda x: bridge.to_jax(module, lane="native")(x) + k)
+        (number,) = native.keys_in(program.lower(X).as_text())
+        program(X).block_until_ready()
+        del program, module
+        gc.collect()
+        bridge.to_jax(torch.sin)  # lets go of packages whose programs are gone
+        assert number not in native.packages
+        return mapped()
+
+    assert again(0) == again(1) == again(2)
 
 
 # Weights

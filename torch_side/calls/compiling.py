@@ -71,8 +71,6 @@ class Compiled:
 
 _numbers: Any = WeakTensorKeyDictionary()  # unlike addresses, they are never used again
 _next = itertools.count()
-# torch.fx has one state of its tracer for all threads, and so has the hook of `_interruptible`.
-_one_at_a_time = threading.RLock()
 
 
 def state(tensor: torch.Tensor) -> tuple[int, int, int]:
@@ -96,7 +94,7 @@ def compiled(fn: Function, device: str) -> Compiled:
 
     Raises: NotImplementedError for code that can't be traced or compiled, naming what is in the
     way; RuntimeError without a C++ compiler; ValueError for a folder that can't be written to."""
-    with _one_at_a_time, _interruptible():
+    with _interruptible():
         found = _found(fn, device)
     # What tracing leaves behind holds the weights in circles. A weight must die when its module lets
     # it go, for that is how a replaced one is noticed.
