@@ -11,6 +11,8 @@ import importlib.util
 import os
 import shutil
 import sys
+import tempfile
+import zipfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,8 +142,12 @@ class Library:
 
         Raises: RuntimeError with torch's own text."""
         at_once = max(os.cpu_count() or 1, 2)  # calls of one package, for several devices
-        texts = [s.encode() for s in (key, str(path), _types(inputs), _types(outputs))]
-        wrong = self.functions.bridge_native_load(*texts, has_status, at_once)
+        wrong: bytes | None = b""
+        for place in (_unpacked(path), path):  # a torch that takes no folder takes the file
+            texts = [s.encode() for s in (key, str(place), _types(inputs), _types(outputs))]
+            wrong = self.functions.bridge_native_load(*texts, has_status, at_once)
+            if not wrong:
+                break
         if wrong:
             do = "compile it again, in this environment"
             raise RuntimeError(
@@ -166,6 +172,28 @@ class Library:
         """Makes calls fail from now on, without a word to Python: the process ends. Returns how many
         have failed so."""
         return self.functions.bridge_native_end()
+
+
+# where packages lie unpacked, by path, size and time of the file, until the process ends
+_folders: dict[tuple[str, int, int], tempfile.TemporaryDirectory] = {}
+
+
+def _unpacked(path: Path) -> Path:
+    """Returns a folder with what is in a package; the file itself where it can't be unpacked.
+
+    Code that was loaded once stays mapped until the process ends. torch unpacks a file anew each
+    time that it loads it, and so maps it anew; in one folder the same code is found again."""
+    try:
+        known = path.stat()
+        key = str(path), known.st_size, known.st_mtime_ns
+        if key not in _folders:
+            made = tempfile.TemporaryDirectory(prefix="bridge-", ignore_cleanup_errors=True)
+            with zipfile.ZipFile(path) as packed:
+                packed.extractall(made.name)
+            _folders.setdefault(key, made)
+        return Path(_folders[key].name)
+    except (OSError, zipfile.BadZipFile):
+        return path
 
 
 def _types(specs: tuple[Spec, ...]) -> str:

@@ -4,6 +4,7 @@ what can't be compiled."""
 import gc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +79,21 @@ def test_threads_call_one_package_at_once():
         assert all(pool.map(work, range(4)))
 
 
+@pytest.mark.timeout(60, method="thread")
+def test_threads_make_programs_at_once():
+    """torch's tracer is one for all threads."""
+    jax.jit(ENERGY)(X)  # the package is there
+    want = float(ENERGY(X))
+
+    def work(k):
+        programs = [jax.jit(lambda x, i=i: ENERGY(x) + k + i) for i in range(10)]
+        return [float(program(X)) for program in programs]
+
+    with ThreadPoolExecutor(4) as pool:
+        for k, found in enumerate(pool.map(work, range(4))):
+            np.testing.assert_allclose(found, want + k + np.arange(10), rtol=1e-12)
+
+
 @pytest.mark.parametrize("of", [lambda f: f, jax.grad], ids=["call", "grad"])
 def test_two_devices_under_shard_map(of):
     mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -103,6 +119,24 @@ def test_memory_x_many_calls(n):
     rss()
     before = rss()
     assert rss() - before < 2 * 2**20
+
+
+def test_code_is_mapped_once_x_program():
+    """What is loaded stays mapped: one program after another of the same code adds nothing."""
+    mapped = lambda: sum(".so" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+    def again(k):
+        module = Scaled(1.25)
+        program = jax.jit(lambda x: bridge.to_jax(module, lane="native")(x) + k)
+        (number,) = native.keys_in(program.lower(X).as_text())
+        program(X).block_until_ready()
+        del program, module
+        gc.collect()
+        bridge.to_jax(torch.sin)  # lets go of packages whose programs are gone
+        assert number not in native.packages
+        return mapped()
+
+    assert again(0) == again(1) == again(2)
 
 
 # Weights

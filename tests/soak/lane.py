@@ -38,6 +38,7 @@ def soak(lane: str, calls: int, seed: int) -> list[dict[str, Any]]:
     rounds = max(LEAST, -(-calls // each) - warm)
     done, count, failed = 0, Counter(), []
     series = defaultdict(list)
+    side.prepare(lane)
     gc.collect()
     gc.freeze()  # what was imported is no garbage, and takes a second to look through
     start = time.monotonic()
