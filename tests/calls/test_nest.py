@@ -5,7 +5,6 @@ import contextlib
 import logging
 import subprocess
 import sys
-import threading
 
 import jax
 import jax.numpy as jnp
@@ -171,27 +170,6 @@ def test_a_call_leaves_the_depth_as_it_was(lane, fails, monkeypatch):
     f = jax.jit(bridge.to_jax(outer, outputs=same, lane=lane))
     jax.block_until_ready(f(jnp.asarray(X)))
     assert depths == [1, 2, 1, 2, 1] and here.depth == 0
-
-
-def test_programs_beneath_a_callback_run_in_its_thread(lane):
-    """At once, and in no queue behind computations that may wait for the callback."""
-    threads = []
-
-    def inner(x):
-        threads.append(threading.get_ident())
-        return x
-
-    same = lambda x: x
-    middle = bridge.to_torch(lambda x: bridge.to_jax(inner, outputs=same, lane=lane)(x @ x + 1))
-
-    def outer(x):
-        threads.append(threading.get_ident())
-        return middle(x)
-
-    n = 200  # large enough for XLA to run it elsewhere
-    f = jax.jit(bridge.to_jax(outer, outputs=same, lane=lane))
-    jax.block_until_ready(f(jnp.ones((n, n))))
-    assert len(threads) == 2 and len(set(threads)) == 1
 
 
 THREADS = """
