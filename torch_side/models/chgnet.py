@@ -48,10 +48,10 @@ class CHGNet(Model):
 
     `model` is a version whose weights lie in the wheel of chgnet ("0.3.0", "r2scan", "0.2.0"), the
     path of a checkpoint, or a chgnet.model.model.CHGNet, which is copied. Of a checkpoint, tensors
-    and plain values are read; `trust=True` runs whatever else is pickled in it. Weights are converted to
-    `dtype` (float32 as trained, float64 for Hessians and finite differences) and frozen.
-    `requires_grad_(True)` makes them trainable, and gradients then keep their graph. The model is
-    in eval mode, on `device`. It takes the dict of the contract, with N atoms in B systems,
+    and plain values are read; `trust=True` runs whatever else is pickled in it. Weights are
+    converted to `dtype` (float32 as trained, float64 for Hessians and finite differences) and
+    frozen. `requires_grad_(True)` makes them trainable, and gradients then keep their graph. The
+    model is in eval mode, on `device`. It takes the dict of the contract, with N atoms in B systems,
 
         pos (N,3) float, atomic_numbers (N,) int, cell (B,3,3) float by rows, pbc (B,3) bool, batch
         (N,) int sorted
@@ -77,9 +77,9 @@ class CHGNet(Model):
 
     Raises: ValueError for inputs outside the contract as torch_side.potentials.graph.evaluate does,
     for an element beyond Pu, for given edges that lack one direction, for an unknown version, for a
-    checkpoint that can't be read or that holds more than plain values without trust=True, and, with the weights of 0.2.0 only, for a system without angles (no atom with two bonds below 3
-    Angstrom) in one call with others, or in a program that is compiled as a whole;
-    NotImplementedError in such a program for a readout by attention; ImportError without chgnet or
+    checkpoint that can't be read or that holds more than plain values without trust=True, and, with
+    the weights of 0.2.0 only, for a system without angles (no atom with two bonds below 3 Angstrom)
+    in one call with others, or in a program that is compiled as a whole; NotImplementedError in such a program for a readout by attention; ImportError without chgnet or
     vesin.
 
     >>> model = CHGNet("0.3.0").asking("magmoms")                                           # doctest: +SKIP

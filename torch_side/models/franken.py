@@ -44,9 +44,10 @@ class Franken(Model):
     and `energy` (B,) is the mean over the M models. `potential` is a
     franken.rf.model.FrankenPotential with a MACE or a SevenNet backbone, which is copied, or the
     path of one that was saved by it. Franken unpickles such a file, and the backbone that it names,
-    so `trust=True` says that you would run a program from where it came from. `weights` (M,F) or (F,) are by default those of the potential,
-    or all that were saved with it. They become the Parameter `weights` (M,F). All is converted to
-    `dtype`, frozen and in eval mode, on `device`; `requires_grad_(True)` makes it trainable.
+    so `trust=True` says that you would run a program from where it came from. `weights` (M,F) or
+    (F,) are by default those of the potential, or all that were saved with it. They become the
+    Parameter `weights` (M,F). All is converted to `dtype`, frozen and in eval mode, on `device`;
+    `requires_grad_(True)` makes it trainable.
 
     It takes the dict of the contract (see torch_side.potentials.model.Model), with many systems in
     one pass, and returns energy, g and G in eV and Angstrom. `model.asking(...)` adds
@@ -75,8 +76,9 @@ class Franken(Model):
     known.
 
     Raises: TypeError for what is no FrankenPotential; ValueError for another backbone, for weights
-    of another shape, for unknown `derivatives`, for a path without trust=True, and as every Model; NotImplementedError for a
-    backbone that torch.func refuses, with the cause; ImportError without franken.
+    of another shape, for unknown `derivatives`, for a path without trust=True, and as every Model;
+    NotImplementedError for a backbone that torch.func refuses, with the cause; ImportError without
+    franken.
 
     >>> model = Franken("franken.pt", derivatives="func").asking("member_energies", "position_gradients_std")   # doctest: +SKIP
     >>> phi = bridge.to_jax(model.features)                                                                      # doctest: +SKIP

@@ -30,8 +30,9 @@ class MACE(Model):
     `model` is a module of mace-torch (MACE, ScaleShiftMACE or EnergyDipolesMACE), which is copied,
     or the path of a file in which one was saved: torch.save of the whole module, as MACE's training
     writes it. Such a file runs the Python code that is pickled in it: `trust=True` says that you
-    would run a program from where it came from. `head` names the head of a model with several. Weights are frozen, and converted to `dtype`: None keeps them as they are,
-    and float64 is for Hessians and finite differences. `requires_grad_(True)` makes them trainable.
+    would run a program from where it came from. `head` names the head of a model with several.
+    Weights are frozen, and converted to `dtype`: None keeps them as they are, and float64 is for
+    Hessians and finite differences. `requires_grad_(True)` makes them trainable.
     The model is in eval mode, on `device`.
 
     Called with the dict of the contract, with N atoms in B systems, it makes edges where none are
@@ -51,9 +52,9 @@ class MACE(Model):
     double backward, and bridge.to_jax needs derivatives="autograd". `import mace` sets
     TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD in the environment.
 
-    Raises: what every Model raises; ValueError for a path without trust=True; TypeError for what is no MACE model with an energy; ValueError
-    for a head that is missing or unknown, and for a model that needs inputs that the contract does
-    not have; ImportError for a path without mace-torch.
+    Raises: what every Model raises; ValueError for a path without trust=True, for a head that is
+    missing or unknown, and for a model that needs inputs that the contract does not have; TypeError
+    for what is no MACE model with an energy; ImportError for a path without mace-torch.
 
     >>> model = MACE("MACE_model_swa.model", dtype=torch.float64, trust=True)               # doctest: +SKIP
     >>> model({"pos": torch.zeros(1, 3), "atomic_numbers": torch.tensor([8]), "cell": torch.zeros(1, 3, 3),

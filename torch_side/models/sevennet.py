@@ -25,8 +25,8 @@ class SevenNet(Model):
 
     `model` is a name that the package sevenn knows ("7net-0", "7net-l3i5" and "7net-mf-0" lie in
     its wheel, and it downloads others) or the path of a checkpoint. Of a file, tensors and plain
-    values are read; `trust=True` runs whatever else is pickled in it. `modal` names the fidelity of a
-    multi-modal one. Weights are converted to `dtype` (float32 as trained, float64 for Hessians and
+    values are read; `trust=True` runs whatever else is pickled in it. `modal` names the fidelity of
+    a multi-modal one. Weights are converted to `dtype` (float32 as trained, float64 for Hessians and
     finite differences) and frozen. `requires_grad_(True)` makes them trainable, and gradients then
     keep their graph. The model is in eval mode, on `device`. It takes a dict of tensors, with N
     atoms in B systems,
