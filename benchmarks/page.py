@@ -8,9 +8,10 @@ import io
 import re
 from pathlib import Path
 
-from benchmarks.full import ROOT, TABLES
+from benchmarks.tables import TABLES
 
-PAGE, FIGURES = ROOT / "docs/benchmarks.md", ROOT / "docs/figures"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGE, FIGURES = DOCS / "benchmarks.md", DOCS / "figures"
 SIZED = re.compile(r"(.*?),? ?(\d[\d,]*) (atoms|systems)$")  # a case that is one size of several
 
 HOST = "the host lane is `jax.pure_callback`, for devices without another: JAX copies what goes in and comes out"
