@@ -40,11 +40,13 @@ def sine(weight):
     return lambda x: jnp.asarray(weight, x.dtype) * jnp.sin(x).sum()
 
 
+SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
+
 def mirror(x):
-    """x from behind, of any dtype: as bytes where torch has no operation for it."""
-    if x.dtype.itemsize == 1:
-        return x.view(torch.uint8).flip(0).view(x.dtype)
-    return x.flip(0)
+    """x from behind, of any dtype: as one of the same size where torch has no operation for it."""
+    known = torch.uint8 if x.dtype.itemsize == 1 else SIGNED.get(x.dtype, x.dtype)
+    return x.view(known).flip(0).view(x.dtype)
 
 
 class Springs(torch.nn.Module):
