@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
@@ -152,8 +151,10 @@ def check(place: Path) -> Record:
 
 
 def remove(folder: Path, key: str) -> None:
-    """Removes a package, if it is there."""
-    shutil.rmtree(folder / key, ignore_errors=True)
+    """Removes a package, if it is there: at once, so that nobody finds a part of it."""
+    if (folder / key).exists():
+        with contextlib.suppress(OSError), writing.folder(folder) as new:
+            os.rename(folder / key, new / key)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 threads, without a deadlock."""
 
 import contextlib
-import logging
 import subprocess
 import sys
 
@@ -143,11 +142,9 @@ def test_an_exception_deep_inside_has_its_text_and_type():
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["works", "fails"])
-def test_a_call_leaves_the_depth_as_it_was(lane, fails, monkeypatch):
+def test_a_call_leaves_the_depth_as_it_was(lane, fails, unlogged):
     """Programs are compiled for the depth of the thread that runs them: each call adds one, whether
     it fails or not."""
-    # JAX logs the exception, and pytest keeps it with all frames and their tensors.
-    monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)
     depths = []
 
     def inner(x):

@@ -42,7 +42,7 @@ class Held:
 
     def values(self):
         """A copy of what the array must hold."""
-        return self.stored(np.array(self.view))
+        return self.stored(np.array(self.view, order="C"))
 
     def stored(self, x):
         """x as the memory holds it where the array holds x; and the other way round."""
@@ -253,14 +253,16 @@ class Arrays(RuleBasedStateMachine):
         if x is None:
             return
         t, v = x.array, x.view
+        # a JAX array may lie in another order than the model's
+        plain = t.is_contiguous() and v.flags.c_contiguous
         if kind == "T":
             axes = tuple(range(v.ndim))[::-1]
             t, v = t.permute(axes), v.transpose(axes)
         elif kind == "move" and v.ndim > 1:
             t, v = t.movedim(0, -1), np.moveaxis(v, 0, -1)
-        elif kind == "flat" and t.is_contiguous():
+        elif kind == "flat" and plain:
             t, v = t.view(-1), v.reshape(-1)
-        elif kind == "square" and t.is_contiguous() and v.size % 4 == 0:
+        elif kind == "square" and plain and v.size % 4 == 0:
             t, v = t.view(4, -1) if v.size else t.view(4, 0), v.reshape(4, v.size // 4)
         elif kind == "expand" and v.ndim < 3:
             t, v = t.expand(2, *t.shape), np.broadcast_to(v, (2, *v.shape))
@@ -277,7 +279,8 @@ class Arrays(RuleBasedStateMachine):
             return
         t, v, wanted = x.array, x.view, DTYPES[dtype]
         fits = v.shape[-1] * v.dtype.itemsize % wanted.itemsize == 0
-        if v.dtype.kind == "b" or not (fits and v.flags.c_contiguous and t.stride()[-1] == 1):
+        dense = t.stride() == torch.empty(t.shape, device="meta").stride()
+        if v.dtype.kind == "b" or not (fits and v.flags.c_contiguous and dense):
             return
         if t.requires_grad or t.storage_offset() * t.itemsize % wanted.itemsize:
             return
@@ -319,7 +322,7 @@ class Arrays(RuleBasedStateMachine):
         if x is None or (name == "rest" and not x.view.ndim):
             return
         f, wanted = OF_JAX[name]
-        self.add(jax.block_until_ready(f(x.array)), np.array(wanted(x.view)))
+        self.add(jax.block_until_ready(f(x.array)), np.array(wanted(x.view), order="C"))
 
     @rule(i=which, name=st.sampled_from(list(BRIDGED)))
     def call(self, i, name):
@@ -331,7 +334,7 @@ class Arrays(RuleBasedStateMachine):
         f = (IN_TORCH if x.of_torch else IN_JAX)[name]
         y = f(x.array)
         y = y.detach() if x.of_torch else y.block_until_ready()
-        self.add(y, np.array(BRIDGED[name](x.values())))
+        self.add(y, np.array(BRIDGED[name](x.values()), order="C"))
 
     @rule(i=which, donate=st.booleans())
     def delete(self, i, donate):
@@ -341,7 +344,7 @@ class Arrays(RuleBasedStateMachine):
             return
         self.pool.remove(x)
         if donate:
-            self.add(donated(x.array).block_until_ready(), np.array(np.flip(x.view)))
+            self.add(donated(x.array).block_until_ready(), np.array(np.flip(x.view), order="C"))
         if not x.array.is_deleted():
             x.array.delete()
         self.deleted.append(x.array)
