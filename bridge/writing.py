@@ -63,7 +63,8 @@ def folder(parent: Path) -> Iterator[Path]:
             with lock:
                 yield new
         finally:
-            shutil.rmtree(new, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                _clear(new)
 
 
 def move(new: Path, place: Path) -> None:
@@ -135,9 +136,10 @@ def _begun_folder(parent: Path) -> tuple[Path, IO[bytes]]:
     """A new folder inside of `parent`, and its lock, which holds for as long as it is open."""
     while True:
         new = Path(tempfile.mkdtemp(prefix=".new-", dir=parent))
-        lock = open(new / LOCK, "wb")  # noqa: SIM115
-        if _locked(lock):
-            return new, lock
+        with contextlib.suppress(FileNotFoundError):  # it was empty, and swept
+            lock = open(new / LOCK, "wb")  # noqa: SIM115
+            if _locked(lock):
+                return new, lock
 
 
 def _locked(file: IO[bytes]) -> bool:
@@ -160,9 +162,22 @@ def _remove_file(old: Path) -> None:
 def _remove_folder(old: Path) -> None:
     """Removes a folder that nobody holds any more."""
     with contextlib.suppress(OSError):
+        old.rmdir()  # it is empty where its maker was killed before the lock, or after it
+        return
+    with contextlib.suppress(OSError):
         if (old / LOCK).exists():
             with open(old / LOCK, "r+b") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(old)
+                _clear(old)
         elif time.time() - old.stat().st_mtime > ABANDONED:
-            shutil.rmtree(old)
+            _clear(old)
+
+
+def _clear(folder: Path) -> None:
+    """Removes a folder, its lock last: what is left where that is interrupted can be swept."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != LOCK:
+            path.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)

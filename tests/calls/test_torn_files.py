@@ -92,6 +92,7 @@ def test_what_another_process_is_making_stays(tmp_path):
 def test_a_folder_of_older_versions_goes_after_an_hour(tmp_path):
     for name, age in ((".new-young", 0), (".new-old", 2 * writing.ABANDONED)):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "part").touch()
         os.utime(tmp_path / name, times=(time.time() - age,) * 2)
     with writing.folder(tmp_path):
         assert (tmp_path / ".new-young").exists() and not (tmp_path / ".new-old").exists()
