@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import sys
-from importlib.metadata import PackageNotFoundError, version
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +38,7 @@ from benchmarks.harness import (
     table,
 )
 from benchmarks.jax_in_torch import ATOMS, soft_spheres  # and its groups
+from benchmarks.machine import installed
 
 ADDED_US, OF_HOST = 5.0, 0.1
 PACKAGES = (
@@ -282,13 +282,6 @@ def pass_counts() -> list[dict]:
         jax.block_until_ready(step(arg))
         rows.append({"name": f"passes/{name}", **Counted.passes})
     return rows
-
-
-def installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def main(argv=None) -> int:

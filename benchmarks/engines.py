@@ -149,6 +149,17 @@ def jax_md_energy(model, atoms, dtype, lane="auto"):
     return jax_engine.energy(listed, box, cutoff=cutoff), box, real
 
 
+def stepping(loop, state, dtype):
+    """Chunks of n steps of a jitted loop(state, n), each from where the last one ended."""
+    held = [state]
+
+    def run(n):
+        with jax.enable_x64(dtype == torch.float64):
+            held[0] = jax.block_until_ready(loop(held[0], n))
+
+    return run
+
+
 def under_jax_md(model, atoms, dtype, lane="auto"):
     """A chunk of steps in one jitted loop."""
     with jax.enable_x64(dtype == torch.float64):
@@ -158,14 +169,10 @@ def under_jax_md(model, atoms, dtype, lane="auto"):
         )
         masses = jnp.asarray(atoms.get_masses(), real)[:, None]
         places = jnp.asarray(atoms.get_scaled_positions(), real)
-        state = [init(jax.random.key(0), places, kT=0.0, mass=masses)]
+        state = init(jax.random.key(0), places, kT=0.0, mass=masses)
         loop = jax.jit(lambda state, n: jax.lax.fori_loop(0, n, lambda _, s: step(s), state))
 
-    def run(n):
-        with jax.enable_x64(dtype == torch.float64):
-            state[0] = jax.block_until_ready(loop(state[0], n))
-
-    return run
+    return stepping(loop, state, dtype)
 
 
 def jax_md_alone(atoms, dtype):
@@ -189,7 +196,7 @@ def jax_md_alone(atoms, dtype):
         jnp.asarray(atoms.get_masses(), real)[:, None],
     )
     found = neighbors.allocate(places)
-    state = [(init(jax.random.key(0), places, kT=0.0, mass=masses, neighbor=found), found)]
+    state = init(jax.random.key(0), places, kT=0.0, mass=masses, neighbor=found), found
 
     def move(_, carried):
         now, found = carried
@@ -198,11 +205,7 @@ def jax_md_alone(atoms, dtype):
 
     loop = jax.jit(lambda carried, n: jax.lax.fori_loop(0, n, move, carried))
 
-    def run(n):
-        with jax.enable_x64(dtype == torch.float64):
-            state[0] = jax.block_until_ready(loop(state[0], n))
-
-    return run
+    return stepping(loop, state, dtype)
 
 
 def own_of_each(kind, atoms, dtype) -> dict:

@@ -9,6 +9,8 @@ from pathlib import Path
 from bridge.errors import message
 
 StrPath = str | os.PathLike[str]
+# what to do, in the errors of all doors
+TRUST = "pass trust=True if you would run a program from where this file came from"
 
 
 def ask(path: StrPath, runs: str, trust: bool) -> None:
@@ -28,10 +30,7 @@ def ask(path: StrPath, runs: str, trust: bool) -> None:
         raise TypeError(message("trust as True or False", repr(trust), "pass one of them"))
     if not trust:
         got = f"trust=False, while loading it runs {runs}, with all your rights"
-        do = (
-            "pass trust=True if you would run a program from where this file came from "
-            f"({_whose(path)})"
-        )
+        do = f"{TRUST} ({_whose(path)})"
         raise ValueError(message(f"trust=True for {os.fspath(path)}", got, do))
 
 

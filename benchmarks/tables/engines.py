@@ -10,7 +10,7 @@ import torch
 from jax_md import minimize, space
 
 from benchmarks import engines
-from benchmarks.engines import CASES, jax_md_energy, under_jax_md
+from benchmarks.engines import CASES, jax_md_energy, stepping, under_jax_md
 from benchmarks.harness import Case, bare, late
 from torch_side.engines import ase as ase_engine
 from torch_side.engines import torch_sim as torch_engine
@@ -42,14 +42,9 @@ def fire_in_jax_md(model, atoms, dtype, lane):
         energy, box, real = jax_md_energy(model, atoms, dtype, lane)
         _, shift = space.periodic_general(box, fractional_coordinates=True)
         init, step = minimize.fire_descent(energy, shift)
-        state = [init(jnp.asarray(atoms.get_scaled_positions(), real))]
+        state = init(jnp.asarray(atoms.get_scaled_positions(), real))
         loop = jax.jit(lambda s, n: jax.lax.fori_loop(0, n, lambda _, s: step(s), s))
-
-    def run(n):
-        with jax.enable_x64(dtype == torch.float64):
-            state[0] = jax.block_until_ready(loop(state[0], n))
-
-    return run
+    return stepping(loop, state, dtype)
 
 
 def fire_in_ase(calculator, atoms):

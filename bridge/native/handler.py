@@ -143,7 +143,8 @@ class Library:
         Raises: RuntimeError with torch's own text."""
         at_once = max(os.cpu_count() or 1, 2)  # calls of one package, for several devices
         wrong: bytes | None = b""
-        for place in (_unpacked(path), path):  # a torch that takes no folder takes the file
+        # a torch that takes no folder takes the file
+        for place in dict.fromkeys((_unpacked(path), path)):
             texts = [s.encode() for s in (key, str(place), _types(inputs), _types(outputs))]
             wrong = self.functions.bridge_native_load(*texts, has_status, at_once)
             if not wrong:

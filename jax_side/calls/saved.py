@@ -150,10 +150,10 @@ def load(folder: str | os.PathLike[str], *, trust: bool = False) -> Loaded:
     exported with its own.
 
     Raises: ValueError without trust=True; ValueError, naming what is wrong, where a file is missing
-    or altered, for versions of
-    jaxlib or torch other than those that it was written with, and for a processor that lacks
-    something that the code may use; also where a bridged function that it calls by name is not
-    there, or has other weights, other code or other options; ImportError without torch."""
+    or altered, for versions of jaxlib or torch other than those that it was written with, and for a
+    processor that lacks something that the code may use; also where a bridged function that it
+    calls by name is not there, or has other weights, other code or other options; ImportError
+    without torch."""
     place = Path(folder)
     manifest = _manifest(place)
     trusting.ask(place, _runs(manifest), trust)

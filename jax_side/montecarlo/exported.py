@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from bridge.archive import Kind, Odd, fits, said, words
 from bridge.errors import message, spec
+from bridge.trust import TRUST
 
 # custom calls that every jaxlib serves: what XLA itself makes of shapes, shardings and so on
 OWN_TARGETS = re.compile(
@@ -68,7 +69,7 @@ def read(
     if kernels and not trust:
         raise Odd(
             f"with {kernels[0]}, machine code that believes what the file says of its sizes",
-            "pass trust=True if you would run a program from where this file came from",
+            TRUST,
         )
     if order is not None and len(programs) <= order:
         raise Odd(

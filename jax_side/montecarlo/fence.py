@@ -34,9 +34,7 @@ IDLE = 60.0  # seconds without a program after which it ends
 ROWS = 5  # with which a program is tried
 ROOT = Path(__file__).resolve().parents[2]
 START = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from jax_side.montecarlo import fence; fence.serve()"
-ANEW = (
-    "export it anew, or pass trust=True if you would run a program from where this file came from"
-)
+ANEW = f"export it anew, or {trust.TRUST}"
 
 
 def known(blob: bytes) -> bool:

@@ -79,8 +79,8 @@ class CHGNet(Model):
     for an element beyond Pu, for given edges that lack one direction, for an unknown version, for a
     checkpoint that can't be read or that holds more than plain values without trust=True, and, with
     the weights of 0.2.0 only, for a system without angles (no atom with two bonds below 3 Angstrom)
-    in one call with others, or in a program that is compiled as a whole; NotImplementedError in such a program for a readout by attention; ImportError without chgnet or
-    vesin.
+    in one call with others, or in a program that is compiled as a whole; NotImplementedError in
+    such a program for a readout by attention; ImportError without chgnet or vesin.
 
     >>> model = CHGNet("0.3.0").asking("magmoms")                                           # doctest: +SKIP
     >>> model({"pos": torch.zeros(1, 3), "atomic_numbers": torch.tensor([26]), "cell": 2.5 * torch.eye(3)[None],

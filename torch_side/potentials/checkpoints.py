@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bridge import archive
 from bridge import trust as trusting
 from bridge.errors import message
 
@@ -45,7 +46,7 @@ def read(path: str | os.PathLike[str], trust: bool) -> Any:
         if strange := _classes(path):
             shown = ", ".join(strange[:3])
             trusting.ask(path, f"{PICKLE} ({shown})", trust)
-        got = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
+        got = archive.said(error)
         do = "copy or save it again, by torch.save"
         raise ValueError(message(f"a checkpoint of torch in {os.fspath(path)}", got, do)) from error
 
@@ -69,7 +70,7 @@ def of(package: str, path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        got = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
+        got = archive.said(error)
         do = f"pass a file that this version of {package} wrote"
         raise ValueError(
             message(f"a checkpoint of {package} in {os.fspath(path)}", got, do)
