@@ -30,6 +30,7 @@ PROPERTIES = {  # ASE's name: the outputs of the contract that it is made of
     "forces": ("position_gradients",),
     "stress": ("position_gradients", "cell_gradients"),
     "energies": ("node_energies",),
+    "stresses": ("node_virials",),
     "charges": ("charges",),
     "magmoms": ("magmoms",),
     "dipole": ("dipole",),
@@ -100,7 +101,8 @@ def results(
 ) -> dict[str, Any]:
     """Returns ASE's results from outputs of one system, all of them float64.
 
-    Energies are in eV, forces are -g, and the stress is W/V in Voigt order. Outputs that ASE has no
+    Energies are in eV, forces are -g, and the stress is W/V in Voigt order. The stresses of atoms are
+    the symmetric parts of their virials w_i / V, which add up to the stress. Outputs that ASE has no
     name for (energy_std, hessian, ...) have the contract's name, unit and sign, and its shape
     without the axis of systems.
 
@@ -129,7 +131,14 @@ def results(
             except ValueError:
                 if "stress" in asked:
                     raise
+    if "node_virials" in out and has_stress(atoms):
+        each = out["node_virials"]
+        found["stresses"] = (each + each.swapaxes(1, 2))[:, *_VOIGT] / (2 * atoms.cell.volume)
     return found
+
+
+# the two axes of xx, yy, zz, yz, xz, xy
+_VOIGT = ([0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1])
 
 
 def _of_one_system(name: str, x: np.ndarray) -> np.ndarray | float:

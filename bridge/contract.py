@@ -59,6 +59,11 @@ OUTPUTS: dict[str, Row] = {
     ),
     "cell_gradients": (("B", 3, 3), "float", "G = dE/dh at fixed Cartesian positions, eV/Angstrom"),
     "node_energies": (("N",), "float", "eV, atom by atom"),
+    "node_virials": (
+        ("N", 3, 3),
+        "float",
+        "eV, what each atom adds to W = dE/de: w_j = sum of r_ij (dE/dr_ij)^T over the edges to j",
+    ),
     "charges": (("N",), "float", "partial charges in e"),
     "magmoms": (("N",), "float", "magnetic moments in Bohr magnetons"),
     "dipole": (("B", 3), "float", "e Angstrom"),
@@ -80,6 +85,7 @@ ADDITIVE = (
     "position_gradients",
     "cell_gradients",
     "node_energies",
+    "node_virials",
     "hessian",
     "dipole",
 )
@@ -316,6 +322,11 @@ def _fits(shape: tuple[int, ...], wanted: tuple[Any, ...], sizes: MutableMapping
     )
 
 
+# What to do where a virial has parts that no edge has.
+PARTS_OF_VIRIAL = (
+    "compute r_ij as r_j - r_i + cell_offsets @ cell, with cell_offsets cast to the dtype of cell, "
+    "and all of the energy from these"
+)
 _RETURN = "return energies (B,) in eV, one for each system, or a dict with them as energy"
 _REMEDY = {
     "energy": (

@@ -204,6 +204,7 @@ def torch_potential(
     params: Any = None,
     *,
     gradients: Literal["model", "autodiff"] = "model",
+    outputs: Iterable[str] = (),
     cutoff: float | None = None,
     buckets: BucketsOrShapes | Literal[False] | None = None,
     card: Card | None = None,
@@ -223,7 +224,8 @@ def torch_potential(
     position_gradients g = dE/dr at fixed cell (N,3) and cell_gradients G = dE/dh at fixed Cartesian
     positions (B,3,3), in eV and Angstrom. With `gradients="autodiff"` it returns energy (B,), or a
     dict that has it, and JAX makes g and G in the same program. Further outputs are passed on.
-    Forces are -g.
+    Forces are -g. `outputs` names further outputs of bridge.contract.OUTPUTS that the model has, for
+    the card; node_virials are made by JAX with gradients="autodiff".
 
     `cutoff` (Angstrom) is for graph models. edge_index (2,E) and cell_offsets (E,3) are then made
     by torch_side.potentials.neighbors.neighbor_list at each call, unless the caller passes
@@ -259,7 +261,9 @@ def torch_potential(
     tensor(48.)
     """
     one_of("gradients", gradients, ("model", "autodiff"))
-    outputs = Outputs(model, gradients, params is not None)
+    names = set(outputs)
+    made = "node_virials" in names and gradients == "autodiff"
+    whole = Outputs(model, gradients, params is not None, made)
     ladder = as_buckets(buckets) if buckets else None
     if buckets is None and cutoff is not None:
         ladder = EDGES
@@ -271,14 +275,16 @@ def torch_potential(
         raise ValueError(message("one cutoff", got, "pass the same with both"))
     if card is None:
         card = Card(
+            outputs={*contract.ENERGY_AND_GRADIENTS, *names},
             cutoff=cutoff,
             neighbor_list=None if cutoff is None else "own",
             optional_inputs=contract.INFO,
             batches=getattr(model, "batches", False),
         )
+    card = card.asking(*names)
     if params is None:
-        return JaxPotential(to_torch(outputs, buckets=ladder), cutoff, card)
-    return JaxPotential(module(outputs, params, buckets=ladder), cutoff, card)
+        return JaxPotential(to_torch(whole, buckets=ladder), cutoff, card)
+    return JaxPotential(module(whole, params, buckets=ladder), cutoff, card)
 
 
 def _model(

@@ -75,7 +75,7 @@ class Outputs:
     which returns the dict of the model, checked while it is traced.
 
     `gradients` says whether the model gives g and G itself ("model") or its energy alone
-    ("autodiff"). The energy differentiates in pos and cell by g and G, and all else by JAX, as
+    ("autodiff"). `node_virials` has them made from an energy, too. The energy differentiates in pos and cell by g and G, and all else by JAX, as
     jax_side.potentials.derivatives has it. Outputs of equal models are equal, so that jit caches
     hit.
 
@@ -85,6 +85,7 @@ class Outputs:
     model: Callable[..., Any]
     gradients: Literal["model", "autodiff"]
     parametric: bool
+    node_virials: bool = False
 
     @property
     def __name__(self) -> str:
@@ -107,7 +108,7 @@ class Outputs:
         *params, inputs = args
         model = partial(self.model, *params)
         if self.gradients == "autodiff":
-            return with_gradients(model)(inputs)
+            return with_gradients(model, node_virials=self.node_virials)(inputs)
         out = called(model, inputs, self.__name__)
         needed = ENERGY_AND_GRADIENTS
         if not isinstance(out, dict) or any(name not in out for name in needed):

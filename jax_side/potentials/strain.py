@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from bridge.contract import check_outputs, named
 from bridge.errors import message
+from jax_side.potentials import virials
 from jax_side.potentials.derivatives import Inputs, Model, Named
 
 Vectors = Float[jax.Array, "N 3"]  # of each atom
@@ -94,7 +95,9 @@ def stress(virial: Matrices, cell: Matrices, pbc: Bool[jax.Array, "B 3"]) -> Mat
     return virial / volume[:, None, None]
 
 
-def with_gradients(energy: Callable[[Inputs], jax.Array | Named]) -> Model:
+def with_gradients(
+    energy: Callable[[Inputs], jax.Array | Named], *, node_virials: bool = False
+) -> Model:
     """Turns `energy(inputs)` into a model of the contract, which gives the energy, g and G from one
     forward and one backward pass.
 
@@ -105,28 +108,53 @@ def with_gradients(energy: Callable[[Inputs], jax.Array | Named]) -> Model:
     Cartesian positions (B,3,3), and the other outputs. It is pure, and differentiable again. Models
     made from equal energies are equal and hash alike, so that jit caches hit.
 
-    Raises, when it is called: ValueError for an energy that is not (B,) or is missing.
+    `node_virials` adds node_virials (N,3,3) in eV from the same backward pass, unless `energy`
+    gives its own: w_j = sum of r_ij (dE/dr_ij)^T over the edges i -> j, which add up to W. `energy`
+    then takes all distances from edge_index and cell_offsets, and is given cell_offsets as floats,
+    and unit vectors on open axes of singular cells. This is the convention of Fan et al., PRB 92,
+    094301 (2015), whose W_i is -w_i.
+
+    Raises, when it is called: ValueError for an energy that is not (B,) or is missing, and, with
+    node_virials, for inputs without edges and an energy with a virial that is not that of edges
+    (under tracing, where values can't be seen, node_virials are NaN in such a system).
 
     >>> model = with_gradients(lambda x: (x["pos"] ** 2).sum()[None])
     >>> model({"pos": jnp.ones((1, 3)), "cell": jnp.zeros((1, 3, 3))})["position_gradients"].tolist()
     [[2.0, 2.0, 2.0]]
     """
-    return _WithGradients(energy)
+    return _WithGradients(energy, node_virials)
 
 
 @dataclass(frozen=True)
 class _WithGradients:
     energy: Callable[[Inputs], jax.Array | Named]
+    node_virials: bool
 
     def __call__(self, inputs: Inputs) -> Named:
-        def total(pos, cell):
-            out = named(self.energy(inputs | {"pos": pos, "cell": cell}))
-            check_outputs(out, pos.shape[0], cell.shape[0])
-            return out["energy"].sum(), out
+        pos, cell = inputs["pos"], inputs["cell"]
+        if not self.node_virials:
+            total = lambda pos, cell: self._total(inputs | {"pos": pos, "cell": cell})
+            (_, out), (g, G) = jax.value_and_grad(total, (0, 1), has_aux=True)(pos, cell)
+            return out | {"position_gradients": g, "cell_gradients": G}
+        given = virials.by_edges(inputs)
 
-        differentiate = jax.value_and_grad(total, (0, 1), has_aux=True)
-        (_, out), (g, G) = differentiate(inputs["pos"], inputs["cell"])
-        return out | {"position_gradients": g, "cell_gradients": G}
+        def total(pos, cell, offsets):
+            changed = virials.by_edges(inputs | {"pos": pos, "cell": cell})
+            return self._total(changed | {"cell_offsets": offsets})
+
+        differentiate = jax.value_and_grad(total, (0, 1, 2), has_aux=True)
+        (_, out), (g, G, in_offsets) = differentiate(pos, cell, given["cell_offsets"])
+        out = out | {"position_gradients": g, "cell_gradients": G}
+        if "node_virials" not in out:
+            each = virials.node_virials(given, in_offsets)
+            W = virial(g, G, pos, inputs["batch"], cell)
+            out["node_virials"] = virials.checked(each, W, inputs["batch"])
+        return out
+
+    def _total(self, inputs):
+        out = named(self.energy(inputs))
+        check_outputs(out, inputs["pos"].shape[0], inputs["cell"].shape[0])
+        return out["energy"].sum(), out
 
 
 def _moments(positions: Vectors, vectors: Vectors, batch: Batch, cell: Matrices) -> Matrices:

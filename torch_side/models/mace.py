@@ -91,7 +91,7 @@ class MACE(Model):
             more, sizes = "embeddings", (("F", n_features),)
         self.card = Card(
             batches=True,
-            outputs={*ENERGY_AND_GRADIENTS, "node_energies", "hessian", more},
+            outputs={*ENERGY_AND_GRADIENTS, "node_energies", "node_virials", "hessian", more},
             required_inputs=Card().required_inputs | set(self.needs.values()),
             cutoff=cutoff,
             neighbor_list="own",

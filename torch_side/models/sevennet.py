@@ -84,7 +84,7 @@ class SevenNet(Model):
         n_convolutions = sum("convolution" in name for name, _ in network.named_children())
         self.card = Card(
             batches=True,
-            outputs={*ENERGY_AND_GRADIENTS, "node_energies", "hessian"},
+            outputs={*ENERGY_AND_GRADIENTS, "node_energies", "node_virials", "hessian"},
             cutoff=cutoff,
             neighbor_list="own",
             elements=elements,

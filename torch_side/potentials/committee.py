@@ -34,7 +34,7 @@ class Committee(Model):
 
     Called with the dict of the contract for N atoms in B systems, it returns the outputs of the
     members averaged over these, in eV and Angstrom: energy (B,), position_gradients g (N,3) and
-    cell_gradients G (B,3,3) at least, and never embeddings. It adds
+    cell_gradients G (B,3,3) at least, and never embeddings; node_virials with vmap=False alone. It adds
 
         energy_std (B,), position_gradients_std (N,3)
 
@@ -77,7 +77,7 @@ class Committee(Model):
     def __init__(self, models: Iterable[Model], vmap: bool = True) -> None:
         super().__init__()
         models = list(models)
-        self.card = _card(models)
+        self.card = _card(models, vmap)
         self.vmap = vmap
         if vmap:
             self.members, self.stacked = _stack(models)
@@ -193,7 +193,7 @@ class _Joint(nn.Module):
         return self.model.energies(inputs)
 
 
-def _card(models: Sequence[Model]) -> Card:
+def _card(models: Sequence[Model], vmap: bool) -> Card:
     """The members' card, with what a committee adds."""
     if not models:
         raise ValueError(message("at least one model", "none", "pass a list of models of one card"))
@@ -213,7 +213,8 @@ def _card(models: Sequence[Model]) -> Card:
                 got = f"{name} {ours} and {theirs}"
                 do = "take models that were trained alike"
                 raise ValueError(message("members of one card", got, do))
-    outputs = card.outputs - NOT_AVERAGED
+    # the edges of all members are the same variables
+    outputs = card.outputs - NOT_AVERAGED - ({"node_virials"} if vmap else set())
     spread = [names for name, names in SPREAD.items() if name in outputs]
     others = [(axis, n) for axis, n in card.sizes if axis != "M"]
     return replace(

@@ -104,7 +104,8 @@ class Model(nn.Module):
         """The energies with g and G, and the Hessian if it is active, by torch.autograd."""
         if trained is None:
             trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        evaluate = with_gradients(self.energies)
+        asked = "node_virials" in self.card.active_outputs
+        evaluate = with_gradients(self.energies, node_virials=asked)
         if "hessian" not in self.card.active_outputs:
             return evaluate(inputs, create_graph=trained or None)
         return hessian(lambda x: evaluate(x, create_graph=True), inputs, keep=trained)

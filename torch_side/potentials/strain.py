@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from bridge.contract import named
 from bridge.errors import message
 from torch_side.calls import kernels, modes, status
+from torch_side.potentials import virials
 
 
 def virial(
@@ -93,6 +94,8 @@ def stress(
 
 def with_gradients(
     energy: Callable[[dict[str, torch.Tensor]], torch.Tensor | dict[str, torch.Tensor]],
+    *,
+    node_virials: bool = False,
 ) -> Callable[..., dict[str, torch.Tensor]]:
     """Turn `energy(inputs)` into a model of the contract, with g and G from one backward pass.
 
@@ -102,6 +105,12 @@ def with_gradients(
     `model(inputs, create_graph=None)`, which returns dict(energy (B,), position_gradients g = dE/dr
     at fixed cell (N,3), cell_gradients G = dE/dh at fixed Cartesian positions (B,3,3), ...). What
     the energy does not depend on has the gradient zero.
+
+    `node_virials` adds node_virials (N,3,3) in eV from the same backward pass, unless `energy` gives
+    its own: w_j = sum of r_ij (dE/dr_ij)^T over the edges i -> j, which add up to W. `energy` then
+    takes all distances from edge_index and cell_offsets (`torch_side.potentials.geometry` does), and
+    is given cell_offsets as floats that require grad, and unit vectors on open axes of singular
+    cells. This is the convention of Fan et al., PRB 92, 094301 (2015), whose W_i is -w_i.
 
     `create_graph=None` keeps the graph only if grad mode is on and an input requires grad, that is
     if someone differentiates further (Hessians by double backward). True always keeps it, for
@@ -130,16 +139,25 @@ def with_gradients(
             create_graph = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
         with torch.enable_grad():
             inputs = inputs | {name: _variable(inputs[name]) for name in ("pos", "cell")}
-            out = named(energy(inputs))
             variables = [inputs["pos"], inputs["cell"]]
+            if node_virials:
+                inputs = virials.by_edges(inputs)
+            edges = [inputs["cell_offsets"]] if node_virials else []
+            out = named(energy(inputs))
             if create_graph:
                 _check_kernels(energy, inputs, out["energy"])
-            found = _gradients(out["energy"], variables, create_graph)
+            found = _gradients(out["energy"], [*variables, *edges], create_graph)
+            found, in_edges = found[:2], found[2:]
             _check_reached(energy, inputs, out["energy"], found)
             g, G = (
                 torch.zeros_like(x) if dx is None else dx
                 for x, dx in zip(variables, found, strict=True)
             )
+            if edges and "node_virials" not in out:
+                batch = inputs["batch"].long()
+                out["node_virials"] = virials.node_virials(inputs, *in_edges)
+                total = virial(g, G, variables[0], batch, variables[1])
+                virials.check_sum(out["node_virials"], total, batch)
         out |= {"position_gradients": g, "cell_gradients": G}
         return out if create_graph else {name: x.detach() for name, x in out.items()}
 
