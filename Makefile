@@ -28,7 +28,7 @@ WORKERS ?= 2
 EXAMPLES ?= 100000
 SEED := $(or $(SEED),$(shell date +%s))
 
-.PHONY: help setup lint docs demo demo-jax-in-torch demo-npt demo-torch-sim demo-relax demo-mc demo-distributed demo-export test test-all test-latest test-older fuzz-files check-mc bench bench-engines bench-mc bench-native bench-scale soak-scale gpu-check fuzz bench-full bench-compare soak mutate clean
+.PHONY: help setup lint docs demo demo-jax-in-torch demo-npt demo-torch-sim demo-relax demo-mc demo-distributed demo-export demo-conductivity test test-all test-latest test-older fuzz-files check-mc bench bench-engines bench-mc bench-native bench-scale soak-scale gpu-check fuzz bench-full bench-compare soak mutate clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -80,6 +80,9 @@ demo-mc: setup  ## order and disorder in Cu3Au: a torch potential in jitted Mont
 
 demo-export: setup  ## a whole MD loop with SevenNet-0 in it, written by one process and run by another without Python's torch (ARGS="--help")
 	$(RUN) -m demos.export $(ARGS)
+
+demo-conductivity: setup  ## thermal conductivity of solid argon by Green and Kubo, a potential in JAX and one in torch: table and picture in demos/out (ARGS="--help")
+	$(RUN) -m demos.conductivity $(ARGS)
 
 # Most programs of the tests run once: LLVM need not optimise them (make test-latest and all else compile as users do).
 test: setup  ## all tests on the CPU
