@@ -29,7 +29,7 @@ from benchmarks.tables import TABLES
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, QUICK = ROOT / "benchmarks/results", ROOT / "benchmarks/out/quick.jsonl"
-TIMEOUT = 1200  # seconds for a table
+TIMEOUT, PREPARING = 1200, 7200  # seconds for a table, and for all that it wants compiled
 PACKAGES = tuple(
     "jax jaxlib torch jax-tvm-ffi numpy wrap-torch2jax torch-jax-interop jax2torch jax-md ase "
     "torch-sim-atomistic sevenn mace-torch chgnet vesin".split()
@@ -66,8 +66,9 @@ def rows_of(table: str, options) -> Iterator[dict]:
     command = [sys.executable, "-m", "benchmarks.full", "--child", table]
     command += ["--rounds", str(options.rounds)] + ["--quick"] * options.quick
     command += ["--prepare"] * options.prepare
+    limit = PREPARING if options.prepare else TIMEOUT
     with subprocess.Popen(
-        ["timeout", str(TIMEOUT), *command],
+        ["timeout", str(limit), *command],
         cwd=ROOT,
         env=settings(),
         stdout=subprocess.PIPE,
@@ -75,7 +76,7 @@ def rows_of(table: str, options) -> Iterator[dict]:
     ) as process:
         yield from map(json.loads, process.stdout)
     if process.returncode:
-        why = f"over {TIMEOUT} s" if process.returncode == 124 else f"exit {process.returncode}"
+        why = f"over {limit} s" if process.returncode == 124 else f"exit {process.returncode}"
         error = f"its process ended early: {why}"
         yield {"name": table, "ours": True, "status": "failing", "error": error}
 

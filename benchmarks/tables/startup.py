@@ -57,7 +57,7 @@ SAVED = (
     "bridge.native.save(bridge.native.export(g, x), {folder!r})"
 )
 LOADED = (
-    f"import jax, bridge; {X} g = bridge.native.load({{folder!r}}); g(x).block_until_ready();"
+    f"import jax, bridge; {X} g = bridge.native.load({{folder!r}}, trust=True); g(x).block_until_ready();"
     "import sys; assert 'torch' not in sys.modules"
 )
 Y = "x = torch.arange(64.0).requires_grad_();"

@@ -48,7 +48,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(argv=None) -> int:
-    """Returns 1 where something was wrong, has grown, or died."""
+    """Returns 1 where something was wrong, has grown, or died. What grows in the control is not ours."""
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     parser.add_argument("--calls", type=int, default=1_000_000, help="on each lane")
     parser.add_argument("--lanes", choices=LANES, nargs="+", default=[*LANES])
@@ -60,7 +60,8 @@ def main(argv=None) -> int:
             print(json.dumps(row), flush=True)
             found.append(row)
     print(table(found))
-    return int(any(not r["name"].startswith("soak/") for r in found))
+    ours = [r for r in found if r["name"] != "grown/control"]
+    return int(any(not r["name"].startswith("soak/") for r in ours))
 
 
 if __name__ == "__main__":

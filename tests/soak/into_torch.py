@@ -22,8 +22,10 @@ from tests.soak.into_jax import sines, slopes
 from tests.soak.values import ALL, COMPLEX, FLOATS, WIDE, Sine, compare, draw, sine
 from tests.soak.watch import settle
 
-LANES = ("torch", "compile")
+# "control" is "compile" without the bridge: what grows there as well is torch's own.
+LANES = ("torch", "compile", "control")
 EAGER = ("torch",)
+TRACED = ("compile", "control")
 func = torch.func
 
 
@@ -125,7 +127,7 @@ def inside(f):
 # The other backends of torch 2.13 keep 13 tensors for each function that they compile, for ever,
 # also of torch alone.
 compiled = partial(torch.compile, fullgraph=True, backend="eager")
-COMPILED = ("torch", "compile")
+COMPILED = ("torch", *TRACED)
 CASES = {
     "energy": Case(energy, sines, FLOATS, COMPILED, 3.0),
     "amid operations": Case(
@@ -165,13 +167,28 @@ CASES = {
 }
 
 
+# What the control calls in the place of JAX's functions.
+ALONE = {
+    "energy": Sine,
+    "amid operations": lambda w: inside(Sine(w)),
+    "func.grad": lambda w: func.grad(Sine(w)),
+    "vmap": lambda w: two(Sine(w)),
+    "mirror": lambda w: (
+        lambda x: x.view(torch.uint8).reshape(*x.shape, -1).flip(0).view(x.dtype)[..., 0]
+    ),
+}
+
+
 def prepare(lane: str) -> None:
     """Nothing has to be made ahead."""
 
 
 def cases(lane: str) -> dict[str, Case]:
     """Those that a lane has."""
-    return {name: c for name, c in CASES.items() if lane in c.lanes}
+    found = {name: c for name, c in CASES.items() if lane in c.lanes}
+    if lane == "control":
+        return {name: c._replace(of=ALONE[name]) for name, c in found.items()}
+    return found
 
 
 def good(rng: np.random.Generator, lane: str, case: Case, n: int) -> int:
@@ -182,13 +199,11 @@ def good(rng: np.random.Generator, lane: str, case: Case, n: int) -> int:
     xs = draw(rng, dtype, (n, size))
     wide = xs if xs.dtype.kind in "iubcV" else xs.astype(np.float64)
     f = case.of(w)
-    if lane == "compile":
+    if lane in TRACED:
         torch._dynamo.reset()  # or it stops to compile after some shapes
         f = compiled(f)
     given = bridge.to_torch(jnp.asarray(xs), copy=True)
-    if (
-        lane == "compile"
-    ):  # torch 2.13 keeps two tensors for each view that it compiles for, for ever
+    if lane in TRACED:  # torch 2.13 keeps two tensors for each view that it compiles for, for ever
         given = [x.clone() for x in given]
     outs = [f(x) for x in given]
     rows = zip(*outs) if isinstance(outs[0], tuple) else (outs,)
@@ -342,7 +357,7 @@ def narrow(rng, lane):
 
 
 FAULTS: dict[str, tuple[Callable, tuple[str, ...]]] = {
-    f.__name__.replace("_", " "): (f, LANES)
+    f.__name__.replace("_", " "): (f, ("torch", "compile"))
     for f in (
         raises_as_it_is_traced,
         raises_as_it_runs,
