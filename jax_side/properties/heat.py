@@ -11,7 +11,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from bridge.errors import message, spec
 from jax_side.potentials.potential import Named, Potential, array, potential
@@ -65,7 +65,7 @@ def by_virials(
     >>> from bridge.card import Card
     >>> def springs(x):
     ...     i, j = x["edge_index"]
-    ...     r = x["pos"][j] - x["pos"][i]
+    ...     r = x["pos"][j] - x["pos"][i] + x["cell_offsets"] @ x["cell"][0]
     ...     nodes = jax.ops.segment_sum(0.5 * (jnp.linalg.norm(r, axis=-1) - 1) ** 2, i, len(x["pos"]))
     ...     return {"energy": nodes.sum()[None], "node_energies": nodes}
     >>> names = {"energy", "position_gradients", "cell_gradients", "node_energies", "node_virials"}
@@ -82,9 +82,7 @@ def by_virials(
     if card.receptive_field is None or card.receptive_field != card.cutoff:
         got = f"a receptive field of {card.receptive_field} and a cutoff of {card.cutoff} Angstrom"
         do = "take Unfolded, which is exact for any range (a model without messages of your own says so: card=bridge.Card(receptive_field=cutoff, ...))"
-        raise ValueError(
-            message("energies of atoms that depend on their own edges alone", got, do)
-        )
+        raise ValueError(message("energies of atoms that depend on their own edges alone", got, do))
     r = array("positions", positions)
     v, m = _moving(r, velocities, masses)
     out = energy.outputs(r, cell, **changing)
@@ -155,9 +153,7 @@ class Unfolded:
         """How many atoms the open system has."""
         return len(self.owner)
 
-    def __call__(
-        self, positions: Positions, velocities: Positions, masses: Masses
-    ) -> HeatFlux:
+    def __call__(self, positions: Positions, velocities: Positions, masses: Masses) -> HeatFlux:
         """Returns the heat flux, for positions and velocities (N,3) and masses (N,) as `by_virials`
         takes them."""
         r = array("positions", positions)
@@ -209,7 +205,9 @@ def conductivity(
     J = np.asarray(fluxes, "float64")
     if J.ndim != 2 or J.shape[1] != 3 or len(J) < 2:
         do = "give the fluxes of one run, one in a row"
-        raise ValueError(message(f"fluxes as {spec(('T', 3), 'float')}", spec(J.shape, J.dtype), do))
+        raise ValueError(
+            message(f"fluxes as {spec(('T', 3), 'float')}", spec(J.shape, J.dtype), do)
+        )
     numbers = {"interval": interval, "volume": volume, "temperature": temperature}
     for name, x in numbers.items():
         if not 0 < x < float("inf"):
@@ -262,8 +260,6 @@ def _images(
 ) -> tuple[Int[np.ndarray, " K"], Int[np.ndarray, "K 3"]]:
     """The atom and the shift of each image within `reach` of an atom of the cell, the atoms
     themselves first."""
-    from scipy.spatial import cKDTree
-
     if cell.shape != (3, 3) or not abs(np.linalg.det(cell)) > 1e-9:
         do = "give the three lattice vectors as rows; an open system needs no images"
         raise ValueError(message("a cell with a volume", str(cell.tolist()), do))
@@ -274,10 +270,14 @@ def _images(
     ranges = [np.arange(-n, n + 1) for n in counts]
     shifts = np.stack(np.meshgrid(*ranges, indexing="ij"), -1).reshape(-1, 3)
     shifts = shifts[np.argsort(abs(shifts).sum(1), kind="stable")]  # no shift comes first
-    tree = cKDTree(positions)
-    all_r = positions[None] + (shifts @ cell)[:, None]
-    near = np.isfinite(tree.query(all_r.reshape(-1, 3), distance_upper_bound=reach)[0])
-    near = near.reshape(len(shifts), len(positions))
-    near[0] = True
+    near = np.array([_within(positions + shift, positions, reach) for shift in shifts @ cell])
     which, owner = np.nonzero(near)
     return owner, shifts[which]
+
+
+def _within(
+    images: Float[np.ndarray, "N 3"], atoms: Float[np.ndarray, "N 3"], reach: float
+) -> Bool[np.ndarray, " N"]:
+    """Which of the images are within reach of an atom."""
+    apart = images[:, None] - atoms
+    return (apart * apart).sum(-1).min(1) <= reach * reach
