@@ -11,6 +11,7 @@ from benchmarks.engines import salt
 from benchmarks.harness import Case, bare, late, one_by_one
 from benchmarks.native import rattled, structure, with_edges
 from benchmarks.potentials import CUTOFF, bound, crystal, dict_of, embedded, wide
+from jax_side.potentials.second import hvp
 from tests import model_cases
 from torch_side.potentials.neighbors import neighbor_list
 
@@ -70,11 +71,16 @@ def products(repeats: int) -> dict:
             along = lambda r, h: jax.jvp(lambda r: force(r, h), (r,), (jnp.ones_like(r),))[1]
             return wide(one_by_one(jax.jit(along), r, h))
 
+        def pulled():
+            energy = bound(len(pos), lane="ffi")
+            return wide(one_by_one(jax.jit(lambda r, h: hvp(energy, r, h, jnp.ones_like(r))), r, h))
+
         along = lambda p: torch.func.jvp(torch.func.grad(energy), (p,), (v,))[1]
         return {
             "torch.autograd, backward twice": bare(double),
             "torch.func.jvp of grad": late(lambda: bare(along, p)),
             "ffi": ours("ffi"),
+            "ffi, second.hvp": pulled(),
             "host": ours("host"),
         }
 
@@ -105,10 +111,16 @@ def of_model(name: str) -> dict:
         along = lambda r, h: jax.jvp(lambda r: force(r, h), (r,), (jnp.asarray(v),))[1]
         return one_by_one(jax.jit(along), given["pos"], given["cell"][0])
 
+    def pulled():
+        energy = bridge.potential(model, atomic_numbers=given["atomic_numbers"], pbc=True, **edges)
+        along = lambda r, h: hvp(energy, r, h, jnp.asarray(v))
+        return one_by_one(jax.jit(along), given["pos"], given["cell"][0])
+
     found = {
         "torch.autograd, backward twice": bare(double),
         "torch.func.jvp of grad": late(functional),
         "ffi": late(lambda: ours("ffi")),
+        "ffi, second.hvp": late(pulled),
         "host": late(lambda: ours("host")),
     }
     return found | ({"native": late(lambda: ours("native"), True)} if compiles else {})
