@@ -48,6 +48,7 @@ OWN = {
     "jax_side/calls/lanes.py": {"jax_tvm_ffi", "tvm_ffi"},
     "jax_side/models/nequip.py": {"jax_md", "jraph"},  # jax-md depends on jraph
     "torch_side/potentials/neighbors.py": {"vesin"},
+    "torch_side/models/d3.py": {"torch_dftd"},
     "torch_side/models/sevennet.py": {"sevenn"},
 }
 # It builds the library in C++, with torch's tools and JAX's headers: it may ask both, in a function.
