@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -178,10 +179,29 @@ def _evaluated(atoms: Atoms, virial: bool) -> Results:
     return energy, forces, minus_W
 
 
-def _connected(unix: str | None, host: str, port: int, wait: float) -> socket.socket:
+@contextlib.contextmanager
+def _connected(unix: str | None, host: str, port: int, wait: float) -> Iterator[socket.socket]:
     """A socket that is connected to a server that may have yet to start.
 
+    At the end the server learns that no more will come, and what it has sent ahead is read. A
+    socket that is closed with something unread resets the connection, and i-PI then waits forever.
+
     Raises: ConnectionError where there is none after `wait` seconds."""
+    with _connect(unix, host, port, wait) as connection:
+        try:
+            yield connection
+        finally:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_WR)
+                connection.settimeout(1.0)
+                while connection.recv(2**16):
+                    pass
+
+
+def _connect(unix: str | None, host: str, port: int, wait: float) -> socket.socket:
+    """The socket, connected.
+
+    Raises: ConnectionError where nobody listens after `wait` seconds."""
     if unix is None:
         kind, address, where = socket.AF_INET, (host, port), f"{host}:{port}"
     else:

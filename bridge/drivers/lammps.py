@@ -44,10 +44,9 @@ def driven(lmp: Any, atoms: Atoms, *, virial: bool = True) -> Iterator[None]:
     says of NaN.
 
     Raises: ValueError for other units than metal, several processes, a potential that LAMMPS has
-    already, IDs that are not 1 to N,
-    another number of atoms than these, also later in a run, other periodic axes, a type with two
-    elements, atoms without a calculator, and for a calculator without a stress where one is needed;
-    and what the calculator and LAMMPS raise.
+    already, IDs that are not 1 to N, another number of atoms than these, also later in a run, other
+    periodic axes, a type with two elements, atoms without a calculator, and for a calculator
+    without a stress where one is needed; and what the calculator and LAMMPS raise.
 
     >>> lmp = lammps.lammps()                                                   # doctest: +SKIP
     >>> lmp.file("in.box")                                                      # doctest: +SKIP
