@@ -54,7 +54,14 @@ def main(arguments: list[str]) -> int:
         return int(end.code or 0)
     try:
         return run(options)
-    except (ConnectionError, ImportError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        ConnectionError,
+        ImportError,
+        NotImplementedError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         print(f"python -m bridge {name}: {error}", file=sys.stderr)
         return 2
 

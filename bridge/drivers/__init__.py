@@ -1,2 +1,1 @@
-"""The one room that imports both sides: calls.py bridges functions, modules and arrays,
-potentials.py bridges potentials of the contract."""
+"""Other codes that drive a potential of either bank, by its ASE calculator."""

@@ -5,7 +5,6 @@ import functools
 import socket
 import threading
 import time
-import uuid
 
 import numpy as np
 import pytest
@@ -16,48 +15,20 @@ from ase.units import GPa, fs
 
 from bridge.card import Card
 from bridge.drivers.ipi import drive
-from jax_side.engines import ase as in_jax
-from jax_side.potentials.strain import with_gradients as jax_with_gradients
-from tests.drivers import ipi_cases
-from tests.planted import CUTOFF, right, right_jax
+from tests import driver_cases
+from tests.driver_cases import BANKS, CRYSTAL, failing, with_calculator
+from tests.planted import CUTOFF, right
 from torch_side.engines import ase as in_torch
 from torch_side.potentials.model import Wrapped
-
-CARD = Card(cutoff=CUTOFF, neighbor_list="own", dtype="float64")
-OPEN = Card(cutoff=CUTOFF, neighbor_list="own", supports_pbc=False)
-BANKS = {
-    "torch": lambda: in_torch.calculator(Wrapped(right, CARD, "autograd")),
-    "jax": lambda: in_jax.calculator(jax_with_gradients(right_jax), cutoff=CUTOFF),
-}
-CRYSTAL = Atoms(
-    "SiOSiO",
-    positions=[[0, 0, 0.1], [1.9, 0.1, 0], [0.2, 2.0, 0.1], [2.1, 1.8, 0.3]],
-    cell=[[4.0, 0, 0], [0.5, 4.2, 0], [0.1, -0.3, 3.1]],
-    pbc=True,
-)
-
-
-def with_calculator(bank="torch", atoms=CRYSTAL, **changed):
-    atoms = atoms.copy()
-    atoms.calc = BANKS[bank]()
-    for name, value in changed.items():
-        setattr(atoms.calc, name, value)
-    return atoms
-
-
-@pytest.fixture
-def name():
-    """Of a Unix socket, whose file is gone afterwards."""
-    found = f"bridge_{uuid.uuid4().hex}"
-    yield found
-    with contextlib.suppress(FileNotFoundError):
-        __import__("os").unlink(f"/tmp/ipi_{found}")
 
 
 def free_port():
     with socket.socket() as found:
         found.bind(("localhost", 0))
         return found.getsockname()[1]
+
+
+OPEN = Card(cutoff=CUTOFF, neighbor_list="own", supports_pbc=False)
 
 
 class Driver(threading.Thread):
@@ -162,20 +133,6 @@ def test_another_number_of_atoms(name, there):
     assert str(driver.ended()).startswith(text)
 
 
-def failing(calculator, good):
-    """The calculator, which raises an error after `good` calculations."""
-    calculate, done = calculator.calculate, []
-
-    def broken(*given):
-        done.append(1)
-        if len(done) > good:
-            raise RuntimeError("the model broke")
-        calculate(*given)
-
-    calculator.calculate = broken
-    return calculator
-
-
 def test_the_model_raises_x_the_server_is_told(name):
     atoms = CRYSTAL.copy()
     atoms.calc = failing(BANKS["torch"](), 2)  # the first before anybody is asked
@@ -255,7 +212,7 @@ def test_nve_x_the_same_run_in_ase(name, tmp_path):
     """Positions after 20 steps of i-PI, energies at each, and its virial (times a volume)."""
     atoms = with_calculator("jax")
     atoms.calc = None
-    run = ipi_cases.start(tmp_path, atoms, steps=20, unix=name)
+    run = driver_cases.start(tmp_path, atoms, steps=20, unix=name)
     try:
         driver = Driver(with_calculator("jax"), unix=name, wait=60)
         out = run.communicate(timeout=120)[0]
@@ -265,22 +222,22 @@ def test_nve_x_the_same_run_in_ase(name, tmp_path):
     assert driver.ended() == 21
     atoms.calc = BANKS["torch"]()
     stress = atoms.get_stress()[[0, 1, 2, 5, 4, 3]]  # i-PI's order: xx, yy, zz, xy, xz, yz
-    np.testing.assert_allclose(ipi_cases.columns(tmp_path, "virial")[0], -stress, rtol=1e-6)
+    np.testing.assert_allclose(driver_cases.columns(tmp_path, "virial")[0], -stress, rtol=1e-6)
     energies = [atoms.get_potential_energy()]
     dynamics = VelocityVerlet(atoms, fs)
     for _ in range(20):
         dynamics.run(1)
         energies.append(atoms.get_potential_energy())
-    _, potential, conserved, _ = ipi_cases.columns(tmp_path).T
+    _, potential, conserved, _ = driver_cases.columns(tmp_path).T
     np.testing.assert_allclose(potential, energies, atol=1e-6)
     assert abs(conserved - conserved[0]).max() < 0.01 * np.ptp(potential)
     # the codes' constants differ in the eighth digit
-    assert abs(ipi_cases.positions(tmp_path) - atoms.positions).max() < 1e-6
+    assert abs(driver_cases.positions(tmp_path) - atoms.positions).max() < 1e-6
     assert abs(atoms.positions - CRYSTAL.positions).max() > 0.01
 
 
 def test_npt_x_the_virial_of_the_last_cell(name, tmp_path):
-    run = ipi_cases.start(
+    run = driver_cases.start(
         tmp_path, CRYSTAL, steps=10, dt=0.5, ensemble="npt", npt="flexible", unix=name
     )
     try:
@@ -291,17 +248,17 @@ def test_npt_x_the_virial_of_the_last_cell(name, tmp_path):
         run.kill()
     assert run.returncode == 0, out
     assert driver.ended() >= 11
-    volumes = ipi_cases.columns(tmp_path)[:, 3]
+    volumes = driver_cases.columns(tmp_path)[:, 3]
     assert abs(volumes[-1] / volumes[0] - 1) > 1e-3
     assert abs(volumes[-1] / atoms.get_volume() - 1) < 1e-6
     stress = atoms.get_stress()[[0, 1, 2, 5, 4, 3]]
-    np.testing.assert_allclose(ipi_cases.columns(tmp_path, "virial")[-1], -stress, rtol=1e-6)
+    np.testing.assert_allclose(driver_cases.columns(tmp_path, "virial")[-1], -stress, rtol=1e-6)
     assert abs(stress).max() > 0.01 * GPa
 
 
 def test_the_model_raises_x_i_pi_ends(name, tmp_path):
     """With <exit_on_disconnect>."""
-    run = ipi_cases.start(tmp_path, CRYSTAL, steps=1000, unix=name)
+    run = driver_cases.start(tmp_path, CRYSTAL, steps=1000, unix=name)
     try:
         atoms = CRYSTAL.copy()
         atoms.calc = failing(BANKS["torch"](), 6)
@@ -310,4 +267,4 @@ def test_the_model_raises_x_i_pi_ends(name, tmp_path):
     finally:
         run.kill()
     assert str(driver.ended()) == "the model broke"
-    assert 3 <= len(ipi_cases.columns(tmp_path)) <= 7
+    assert 3 <= len(driver_cases.columns(tmp_path)) <= 7

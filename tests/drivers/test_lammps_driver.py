@@ -6,7 +6,7 @@ import pytest
 from ase import Atoms
 
 from bridge.drivers.lammps import driven
-from tests.drivers.test_ipi_driver import BANKS, CRYSTAL, failing, with_calculator
+from tests.driver_cases import BANKS, CRYSTAL, failing, with_calculator
 
 ORDER = [2, 0, 3, 1]  # of the atoms in LAMMPS's memory
 
@@ -184,10 +184,11 @@ def test_what_does_not_fit(name):
 
 
 def test_atoms_that_can_not_be_served():
-    with pytest.raises(ValueError, match="expected atoms with a calculator, got atoms.calc = None"):
-        with driven(Lammps(CRYSTAL), CRYSTAL.copy()):
-            pass
     lacking = with_calculator(implemented_properties=["energy", "forces"])
-    with pytest.raises(ValueError, match="expected a potential with a stress, for the virial of"):
-        with driven(Lammps(CRYSTAL), lacking):
+    texts = {
+        "expected atoms with a calculator, got atoms.calc = None": CRYSTAL.copy(),
+        "expected a potential with a stress, for the virial of periodic atoms": lacking,
+    }
+    for text, atoms in texts.items():
+        with pytest.raises(ValueError, match=text), driven(Lammps(CRYSTAL), atoms):
             pass

