@@ -52,7 +52,7 @@ def drive(
     server that sends several structures at once (batch_size); ConnectionError where nobody listens,
     or for what is no i-PI; ImportError without ase; and what the calculator raises.
 
-    >>> from ase import Atoms                                                   # doctest: +SKIP
+    >>> import ase.io                                                           # doctest: +SKIP
     >>> atoms = ase.io.read("init.xyz")                                         # doctest: +SKIP
     >>> atoms.calc = calculator(SevenNet("7net-0"))                             # doctest: +SKIP
     >>> drive(atoms, unix="driver")                                             # doctest: +SKIP
@@ -113,7 +113,7 @@ class _Server:
         Raises: ValueError for several structures at once, and for positions that are not finite;
         ConnectionError for a message that i-PI does not send here."""
         while True:
-            said = self.protocol.recvmsg()
+            said = self._heard()
             if said == "EXIT":
                 return None
             if said == "STATUS":
@@ -129,6 +129,13 @@ class _Server:
             else:
                 do = "look at who listens there, and at the version of i-PI"
                 raise ConnectionError(message("a message of i-PI's protocol", repr(said), do))
+
+    def _heard(self) -> str:
+        """The next message."""
+        try:
+            return self.protocol.recvmsg()
+        except UnicodeDecodeError:
+            return "bytes that are no text"
 
     def _told(self) -> None:
         """Reads what the server says of itself."""

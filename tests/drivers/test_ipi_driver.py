@@ -191,6 +191,13 @@ def test_another_protocol(name, said):
         assert isinstance(driver.ended(), ConnectionError) and text in str(driver.result)
 
 
+def test_another_protocol_x_no_text(name):
+    driver = Driver(with_calculator(), unix=name)
+    with protocol(name) as server:
+        server.socket.sendall(b"\xff" * 12)
+        assert "got 'bytes that are no text'; look" in str(driver.ended())
+
+
 @pytest.mark.parametrize("when", ["at once", "in a message", "before the forces"])
 def test_a_server_that_goes(name, when):
     """It is the end of the run, as in ASE's own client."""
