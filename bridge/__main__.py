@@ -3,6 +3,7 @@
 doctor     says what this machine, these versions and these settings will do
 check      checks whether a potential is right
 compile    compiles a torch potential for the native lane ahead of time, and compares it
+ipi        drives a running i-PI with a potential
 --version  prints the version of this package
 """
 
@@ -27,7 +28,9 @@ USAGE = """usage: python -m bridge doctor
        python -m bridge check module:factory [--kind torch|jax] [--gradients model|autograd] [--cutoff X] [--elements Si,O]
                               [--dtype float64|float32] [--examples N] [--native]
        python -m bridge compile module:factory structure [--cutoff X] [--capacity E] [--gradients model|autograd]
-                              [--dtype float32|float64] [--hvp] [--folder F]"""
+                              [--dtype float32|float64] [--hvp] [--folder F]
+       python -m bridge ipi module:factory structure [--unix NAME | --host H --port P] [--wait S] [--no-virial]
+                              [--kind torch|jax|ase] [--gradients model|autograd] [--cutoff X] [--dtype float32|float64]"""
 
 
 def main(arguments: list[str]) -> int:
@@ -51,7 +54,14 @@ def main(arguments: list[str]) -> int:
         return int(end.code or 0)
     try:
         return run(options)
-    except (ImportError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        ConnectionError,
+        ImportError,
+        NotImplementedError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         print(f"python -m bridge {name}: {error}", file=sys.stderr)
         return 2
 
@@ -232,6 +242,47 @@ def _parsed_for_compile(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def ipi(options: argparse.Namespace) -> int:
+    """Drives a running i-PI until that ends, and prints how many structures it asked for.
+
+    Returns 0; what is wrong is raised."""
+    from bridge.drivers.ipi import drive
+    from bridge.join.calculators import calculator
+    from jax_side.engines.ase import read
+
+    model, atoms = model_of(options.model), read(options.structure)
+    given = {name: getattr(options, name) for name in ("kind", "gradients", "cutoff", "dtype")}
+    atoms.calc = calculator(model, **given)
+    where = {name: getattr(options, name) for name in ("unix", "host", "port", "wait", "virial")}
+    print(f"{drive(atoms, **where)} structures", flush=True)
+    return 0
+
+
+def _parsed_for_ipi(arguments: list[str]) -> argparse.Namespace:
+    """The options of ipi. Raises SystemExit for what it does not know."""
+    parser = argparse.ArgumentParser(
+        "python -m bridge ipi",
+        description="Serve energies, forces and virials of a potential to a running i-PI: "
+        "bridge.drivers.ipi.drive.",
+    )
+    parser.add_argument("model", help="module:factory, which gives the model, or a calculator")
+    parser.add_argument(
+        "structure", help="a file that ase.io.read reads, with the atoms in i-PI's order"
+    )
+    parser.add_argument("--unix", help="name or path of a Unix socket: <address> with mode='unix'")
+    parser.add_argument("--host", default="localhost")
+    parser.add_argument("--port", type=int, default=31415)
+    parser.add_argument("--wait", type=float, default=10.0, help="seconds until i-PI listens")
+    parser.add_argument(
+        "--no-virial", dest="virial", action="store_false", help="send zeros, at constant volume"
+    )
+    parser.add_argument("--kind", choices=("torch", "jax", "ase"))
+    parser.add_argument("--gradients", choices=("model", "autograd"), default="model")
+    parser.add_argument("--cutoff", type=float, help="Angstrom, for a model of your own with edges")
+    parser.add_argument("--dtype", choices=("float32", "float64"))
+    return parser.parse_args(arguments)
+
+
 def _elements(text: str) -> tuple[int, ...]:
     """The atomic numbers of a text such as Si,O or 14,8."""
     known = {symbol(z).split()[0]: z for z in range(1, 119)}
@@ -244,7 +295,11 @@ def _elements(text: str) -> tuple[int, ...]:
 
 
 # name: (reads its options, runs it)
-_COMMANDS = {"check": (_parsed, check), "compile": (_parsed_for_compile, compile_ahead)}
+_COMMANDS = {
+    "check": (_parsed, check),
+    "compile": (_parsed_for_compile, compile_ahead),
+    "ipi": (_parsed_for_ipi, ipi),
+}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -187,6 +187,31 @@ def torchani_calculator():
     return ani().ase(stress_kind="fdotr")
 
 
+# PBE's with damping="zero", 40 times as strong, so that forces are of about 1 eV/Angstrom
+D3_PARAMETERS = {"s6": 40.0, "rs6": 1.217, "s18": 28.88, "rs18": 1.0, "alp": 14.0}
+D3_CUTOFFS = 9.0, 7.0
+
+
+@quiet
+def d3(dtype):
+    from torch_side.models.d3 import D3
+
+    cutoff, counted = D3_CUTOFFS
+    options = dict(cutoff=cutoff, coordination_cutoff=counted, smooth=True)
+    return D3(D3_PARAMETERS, "zero", dtype=dtype, **options)
+
+
+@quiet
+def d3_calculator():
+    from torch_dftd.torch_dftd3_calculator import TorchDFTD3Calculator
+
+    cutoff, counted = D3_CUTOFFS
+    options = dict(cutoff=cutoff, cnthr=counted, cutoff_smoothing="poly")
+    calculator = TorchDFTD3Calculator(damping="zero", dtype=torch.float64, **options)
+    calculator.dftd_module.params = D3_PARAMETERS
+    return calculator
+
+
 MODELS = {
     "sevennet": Case(sevennet, sevennet_calculator),
     "chgnet": Case(
@@ -196,6 +221,7 @@ MODELS = {
     "mace": Case(
         mace, mace_calculator, {k: a for k, a in (CRYSTALS | MOLECULES).items() if k != "slab"}
     ),  # slabs: tests/models/test_mace_values.py
+    "d3": Case(d3, d3_calculator),
 }
 
 

@@ -35,6 +35,7 @@ STOREYS = {"calls": 0, "potentials": 1, "montecarlo": 2, "engines": 3, "models":
 ATTIC = 4  # testing.py and doctor.py of a bank see all of it
 PACKAGES = {
     *BANKS,
+    "bridge.drivers",
     "bridge.join",
     "bridge.native",
     "bridge.testing",
@@ -45,9 +46,11 @@ SHAPES = {"jaxtyping"}  # in annotations; it loads numpy and no framework
 # what a file may import beyond its bank; an adapter of an engine or a model: the package of its own
 # name
 OWN = {
+    "bridge/drivers/ipi.py": {"ase"},
     "jax_side/calls/lanes.py": {"jax_tvm_ffi", "tvm_ffi"},
     "jax_side/models/nequip.py": {"jax_md", "jraph"},  # jax-md depends on jraph
     "torch_side/potentials/neighbors.py": {"vesin"},
+    "torch_side/models/d3.py": {"torch_dftd"},
     "torch_side/models/sevennet.py": {"sevenn"},
 }
 # It builds the library in C++, with torch's tools and JAX's headers: it may ask both, in a function.

@@ -330,6 +330,22 @@ def _of_ase() -> tuple[type, type]:
 _kind, __getattr__ = calculators(__name__, _of_ase)
 
 
+def read(path: str) -> Any:
+    """Returns the ase.Atoms of a file that ase.io.read reads, the last ones of several.
+
+    Raises: ValueError for a file that ASE can't read; ImportError without ase."""
+    try:
+        import ase.io
+    except ImportError as error:
+        raise missing("ase", "structures") from error
+    try:
+        return ase.io.read(path)
+    except Exception as error:
+        do = "pass a file that ase.io.read reads (extxyz, cif, POSCAR, ...)"
+        got = f"{path}: {type(error).__name__}: {error}"
+        raise ValueError(message("a file with a structure", got, do)) from error
+
+
 def structure(path: str, dtype: str = "float32") -> Arrays:
     """Returns a structure as the contract's dict for one system, in NumPy, from a file that
     ase.io.read reads (extxyz, cif, POSCAR, ...), the last one of several.
@@ -338,16 +354,7 @@ def structure(path: str, dtype: str = "float32") -> Arrays:
     atomic_numbers (N,) int32.
 
     Raises: ValueError for a file that ASE can't read; ImportError without ase."""
-    try:
-        import ase.io
-    except ImportError as error:
-        raise missing("ase", "structures") from error
-    try:
-        atoms: Any = ase.io.read(path)
-    except Exception as error:
-        do = "pass a file that ase.io.read reads (extxyz, cif, POSCAR, ...)"
-        got = f"{path}: {type(error).__name__}: {error}"
-        raise ValueError(message("a file with a structure", got, do)) from error
+    atoms = read(path)
     return {
         "pos": np.asarray(atoms.positions, dtype),
         "cell": np.asarray(atoms.cell.array, dtype)[None],

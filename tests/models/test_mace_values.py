@@ -77,6 +77,14 @@ def own_virial(out, x):
     )
 
 
+def test_node_energies_x_float32():
+    """MACE's own are float64 in any dtype."""
+    mine = MACE(network("scale-shift"), dtype=torch.float32).asking("node_energies")
+    out = mine(inputs(CRYSTALS["skewed"]))
+    assert out["node_energies"].dtype == torch.float32
+    assert abs(out["node_energies"].sum() - out["energy"]) < 1e-3
+
+
 @pytest.mark.parametrize("name", SYSTEMS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_x_own_calculator(kind, name):

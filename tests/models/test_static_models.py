@@ -18,6 +18,7 @@ from tests.model_cases import CRYSTALS, MODELS, MOLECULES, ani, boxed, inputs
 from tests.models.test_chgnet_values import random_network
 from torch_side.calls import status
 from torch_side.models.chgnet import CHGNet
+from torch_side.models.d3 import D3
 from torch_side.models.torchani import TorchANI
 from torch_side.potentials.neighbors import Padded
 
@@ -68,8 +69,16 @@ BUILD = {
     "torchani, merged": (lambda: torchani("simple_aniq", merge_charge_networks=True), ORGANIC),
     "torchani, pairs": (with_pair_potential, ORGANIC),
     "torchani, shared": (lambda: torchani(container="SingleNN"), ORGANIC),
+    "d3": (lambda: D3(cutoff=7.0, dtype=F64), ORGANIC),
 }
-TRACED = ("sevennet", "mace", "chgnet", "torchani", "torchani, pairs")  # franken reads a value
+TRACED = (
+    "sevennet",
+    "mace",
+    "chgnet",
+    "torchani",
+    "torchani, pairs",
+    "d3",
+)  # franken reads a value
 
 
 def built(name):

@@ -112,7 +112,9 @@ class MACE(Model):
         """Returns the energies (B,) and (N,), and embeddings or dipole where these are active, of
         inputs without padding."""
         out = self.network(self._graph(inputs), compute_force=False)
-        found = {"energy": out["energy"], "node_energies": out["node_energy"]}
+        # ScaleShiftMACE's node energies are always float64
+        nodes = out["node_energy"].to(inputs["pos"].dtype)
+        found = {"energy": out["energy"], "node_energies": nodes}
         if "embeddings" in self.card.active_outputs:
             found["embeddings"] = out["node_feats"]
         if "dipole" in self.card.active_outputs:
