@@ -205,9 +205,7 @@ class Umbrella(Bias):
         if centre.shape != s.shape or k.shape not in ((), s.shape):
             got = f"centre {spec(centre.shape, s.dtype)}, stiffness {spec(k.shape, s.dtype)}"
             do = "give one centre for each variable, and for windows use jax.vmap"
-            raise ValueError(
-                message(f"an umbrella of variables {spec(s.shape, s.dtype)}", got, do)
-            )
+            raise ValueError(message(f"an umbrella of variables {spec(s.shape, s.dtype)}", got, do))
         return (k / 2 * apart(s, centre, self.period) ** 2).sum()
 
 

@@ -175,6 +175,8 @@ def _counted(positions: Any, mask: Bool[np.ndarray, " N"]) -> Float[jax.Array, "
     r = array("positions", positions)
     if r.shape != (len(mask), 3):
         do = "give the mask one entry for each atom"
-        expected = f"positions of the {len(mask)} atoms of the mask, {spec((len(mask), 3), r.dtype)}"
+        expected = (
+            f"positions of the {len(mask)} atoms of the mask, {spec((len(mask), 3), r.dtype)}"
+        )
         raise ValueError(message(expected, spec(r.shape, r.dtype), do))
     return r

@@ -37,7 +37,7 @@ class Hills:
               `Metadynamics.check` makes an error of it
     """
 
-    centres: Float[jax.Array, "M *K"]
+    centres: Float[jax.Array, M * K]
     heights: Float[jax.Array, " M"]
     count: Int[jax.Array, ""]
     refused: Int[jax.Array, ""]
@@ -130,9 +130,7 @@ class Metadynamics(Bias):
         s = jax.eval_shape(self.variables, positions, cell)
         if len(self.width) not in (1, s.size):
             do = "give one width for all, or one for each variable"
-            raise ValueError(
-                message(f"{s.size} widths of hills", f"{len(self.width)} of them", do)
-            )
+            raise ValueError(message(f"{s.size} widths of hills", f"{len(self.width)} of them", do))
         zero = jnp.zeros((), jnp.int32)
         return Hills(
             jnp.zeros((capacity, *s.shape), s.dtype), jnp.zeros(capacity, s.dtype), zero, zero
@@ -204,7 +202,7 @@ class Metadynamics(Bias):
             heights=jnp.pad(hills.heights, (0, more)),
         )
 
-    def free_energy(self, hills: Hills, s: Float[ArrayLike, "G *K"]) -> Float[jax.Array, " G"]:
+    def free_energy(self, hills: Hills, s: Float[ArrayLike, G * K]) -> Float[jax.Array, " G"]:
         """Returns the free energy in eV at values of the variables, (G,) or (G,K), as the hills of a
         run estimate it. Its lowest value is 0.
 
