@@ -37,7 +37,7 @@ class Hills:
               `Metadynamics.check` makes an error of it
     """
 
-    centres: Float[jax.Array, M * K]
+    centres: Float[jax.Array, "M ..."]
     heights: Float[jax.Array, " M"]
     count: Int[jax.Array, ""]
     refused: Int[jax.Array, ""]
@@ -202,7 +202,7 @@ class Metadynamics(Bias):
             heights=jnp.pad(hills.heights, (0, more)),
         )
 
-    def free_energy(self, hills: Hills, s: Float[ArrayLike, G * K]) -> Float[jax.Array, " G"]:
+    def free_energy(self, hills: Hills, s: Float[ArrayLike, "G ..."]) -> Float[jax.Array, " G"]:
         """Returns the free energy in eV at values of the variables, (G,) or (G,K), as the hills of a
         run estimate it. Its lowest value is 0.
 
