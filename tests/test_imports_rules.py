@@ -31,7 +31,14 @@ FLOOR = {
 }
 JAX = {"jax", "jaxlib", "jax_side"}
 TORCH = {"torch", "torch_side"}
-STOREYS = {"calls": 0, "potentials": 1, "montecarlo": 2, "engines": 3, "models": 3}
+STOREYS = {
+    "calls": 0,
+    "potentials": 1,
+    "montecarlo": 2,
+    "properties": 2,
+    "engines": 3,
+    "models": 3,
+}
 ATTIC = 4  # testing.py and doctor.py of a bank see all of it
 PACKAGES = {
     *BANKS,

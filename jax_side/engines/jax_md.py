@@ -53,8 +53,9 @@ def energy(
     this is what shift_fn of periodic_general expects. With fractional=False, R are real positions.
     R and box have one dtype.
 
-    Keywords of `energy_fn`. Three are read, and the others that jax-md passes on (kT, t, ...) are
-    ignored:
+    Keywords of `energy_fn`. Three are read, those that a bias in the potential takes
+    (jax_side.potentials.bias: hills) are handed on, and the others that jax-md passes on (kT, t,
+    ...) are ignored:
 
     - `neighbor` is a jax-md neighbour list of format Sparse, whose edges the potential is given
       (see below). Without it torch finds the neighbours.
@@ -96,6 +97,7 @@ def energy(
     (3.0, [[2.0, 2.0, 2.0]])
     """
     space, home = _jax_md().space, box
+    keywords = getattr(potential, "keywords", ())
     cutoff = cutoff_of(getattr(potential, "card", None), cutoff)
 
     def energy_fn(
@@ -116,9 +118,10 @@ def energy(
         if perturbation is not None:
             r = space.raw_transform(perturbation, r)
             cell = None if cell is None else space.raw_transform(perturbation, cell)
+        passed = {name: x for name, x in kwargs.items() if name in keywords}
         if neighbor is None:
-            return potential(r, cell)
-        listed = _minimum_images(neighbor, R, matrix, fractional)
+            return potential(r, cell, **passed)
+        listed = passed | _minimum_images(neighbor, R, matrix, fractional)
         sound = check_list(neighbor, _seen(cell, box, perturbation), cutoff, fractional)
         if sound is True:
             return potential(r, cell, **listed)
@@ -416,7 +419,7 @@ def _if_sound(
     potential: Callable[..., jax.Array],
     r: Float[jax.Array, "N 3"],
     cell: Float[jax.Array, "3 3"] | None,
-    listed: dict[str, jax.Array],
+    listed: dict[str, Any],
 ) -> jax.Array:
     """The energy, NaN where the list is not sound.
 
