@@ -156,7 +156,9 @@ def test_conductivity_by_hand():
     rng = np.random.default_rng(0)
     J = np.cumsum(rng.normal(size=(20, 3)), 0)
     lags = [sum(J[t] * J[t + k] for t in range(20 - k)) / (20 - k) for k in range(10)]
-    want = [sum((lags[n] + lags[n + 1]) / 2 * 0.5 for n in range(k)) + np.zeros(3) for k in range(10)]
+    want = [
+        sum((lags[n] + lags[n + 1]) / 2 * 0.5 for n in range(k)) + np.zeros(3) for k in range(10)
+    ]
     kB, second, metre = 1.380649e-23, 1.0180505710774743e-14, 1e-10
     eV = 1.602176634e-19
     # J in eV Angstrom / time, the integral in (J m / s)^2 s
