@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from bridge.contract import (
     ADDITIVE,
+    CONDITIONS,
     ENERGY_AND_GRADIENTS,
-    INFO,
     INPUTS,
     OUTPUTS,
     STRUCTURE,
@@ -34,10 +34,10 @@ class Card:
     outputs           names of bridge.contract.OUTPUTS that it can compute. Energy is one of them
     active_outputs    the outputs that it is asked for in each call. None stands for energy and its
                       gradients, as far as it has them
-    required_inputs   keys of the contract without which it can't be called. Charge and spin are
-                      never guessed
-    optional_inputs   keys that it uses where they are given. A charge or spin that is in neither
-                      set, and not zero, is an error. (MACE's total_spin is a multiplicity, so its
+    required_inputs   keys of the contract without which it can't be called. Charge, spin
+                      and field are never guessed
+    optional_inputs   keys that it uses where they are given. A charge, spin or field that is in
+                      neither set, and not zero, is an error. (MACE's total_spin is a multiplicity, so its
                       singlet, 1, is an error for models without spin.)
     supports_pbc, needs_pbc   whether axes may be periodic, and whether some must be
     cutoff            radius of its neighbour list in Angstrom, None if it has no list
@@ -188,23 +188,25 @@ class Card:
             )
 
     def unused(self, given: Collection[str]) -> list[str]:
-        """Returns which of charge and spin are among the names `given`, though the model has no use
-        for them."""
+        """Returns which of charge, spin and field are among the names `given`, though the model has no
+        use for them."""
         used = self.required_inputs | self.optional_inputs
-        return [name for name in INFO if name in given and name not in used]
+        return [name for name in CONDITIONS if name in given and name not in used]
 
-    def check_unused(self, name: str, values: Iterable[float], who: str) -> None:
-        """Raises ValueError where the model `who` would pass over a charge or spin that is not
-        zero.
+    def check_unused(self, name: str, values: Iterable[float | Sequence[float]], who: str) -> None:
+        """Raises ValueError where the model `who` would pass over a charge, spin or field that is
+        not zero.
 
-        `name` is the input, and `values` has one number for each system. The error names the first
-        system that is not zero.
+        `name` is the input, and `values` has one number, or the components of one field, for each
+        system. The error names the first system that is not zero.
         """
         for system, value in enumerate(values):
-            if value:
+            parts = value if isinstance(value, Sequence) else (value,)
+            if any(parts):
+                shown = _plain([f"{x:g}" for x in parts] if parts is value else f"{value:g}")
                 expected = f"no {name}, or zero, since {who} has no use for one"
                 do = f"leave it out, take another model, or say that it is used: card=bridge.Card(optional_inputs={{{name!r}}})"
-                raise ValueError(message(expected, f"{name} {value:g} in system {system}", do))
+                raise ValueError(message(expected, f"{name} {shown} in system {system}", do))
 
     def check_home(self, pos: Shaped, device: str | None = None) -> None:
         """Raises ValueError where positions are not in the model's dtype or not on its device.
@@ -353,7 +355,7 @@ class Card:
 def shared_out(inputs: Mapping[str, Any], cards: Iterable[Card]) -> list[dict[str, Any]]:
     """Returns the inputs of each term of a sum, given those of the sum.
 
-    Charge and spin are left out for the terms that have no use for them, if another term has one.
+    Charge, spin and field are left out for the terms that have no use for them, if another term has one.
     """
     kept = [set(card.unused(inputs)) for card in cards]
     nobody = set.intersection(*kept) if kept else set()

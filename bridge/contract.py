@@ -49,6 +49,11 @@ INPUTS: dict[str, Row] = {
     "batch": (("N",), "int", "system of each atom, sorted"),
     "charge": (("B",), "float", "total charge in e, passed on as given"),
     "spin": (("B",), "float", "passed on as given"),
+    "field": (
+        ("B", 3),
+        "float",
+        "homogeneous electric field in V/Angstrom, passed on as given",
+    ),
 }
 OUTPUTS: dict[str, Row] = {
     "energy": (("B",), "float", "eV, extensive"),
@@ -78,7 +83,9 @@ OUTPUTS: dict[str, Row] = {
     "member_energies": (("M", "B"), "float", "eV, each of a committee"),
     "member_position_gradients": (("M", "N", 3), "float", "eV/Angstrom, each of a committee"),
 }
-INFO = ("charge", "spin")  # inputs of a system that a potential may have no use for
+INFO = ("charge", "spin")  # numbers of a system that a potential may have no use for
+# inputs of a system that must be zero where a potential has no use for them
+CONDITIONS = (*INFO, "field")
 # Outputs of a sum of potentials that are the sums of their outputs.
 ADDITIVE = (
     "energy",
@@ -341,4 +348,5 @@ _REMEDY = {
     "pbc": "give three booleans for each system (one system: pbc[None])",
     "batch": "give the index of its system for each atom, sorted",
     "atomic_numbers": "give one atomic number for each atom",
+    "field": "give three components in V/Angstrom for each system (one system: field[None])",
 }

@@ -278,7 +278,7 @@ def torch_potential(
             outputs={*contract.ENERGY_AND_GRADIENTS, *names},
             cutoff=cutoff,
             neighbor_list=None if cutoff is None else "own",
-            optional_inputs=contract.INFO,
+            optional_inputs=contract.CONDITIONS,
             batches=getattr(model, "batches", False),
         )
     card = card.asking(*names)
@@ -306,7 +306,7 @@ def _model(
             outputs={*contract.ENERGY_AND_GRADIENTS, *outputs},
             cutoff=cutoff,
             neighbor_list=None if cutoff is None else "own",
-            optional_inputs=contract.INFO,
+            optional_inputs=contract.CONDITIONS,
         )
     elif cutoff not in (None, card.cutoff):
         got = f"{cutoff}, and {card.cutoff} on the card"

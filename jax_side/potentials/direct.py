@@ -12,7 +12,7 @@ import jax
 
 from bridge.call import one_of
 from bridge.card import Card, shared_out
-from bridge.contract import INFO, called, check_inputs, check_outputs
+from bridge.contract import CONDITIONS, called, check_inputs, check_outputs
 from bridge.errors import message
 from jax_side.potentials.cache import Cache, CachedPotential, cached, select_systems
 from jax_side.potentials.derivatives import Call, Inputs, Named, outputs
@@ -135,7 +135,7 @@ class Potential(Linear):
     # Subclasses have these as fields or as properties.
     gradients: Any  # one of KINDS
     hessians: Any  # one of HESSIANS
-    # those of charge and spin that it has a use for; a sum gives them to the terms that have one
+    # those of charge, spin and field that it has a use for; a sum gives them to the terms that have one
     takes: Any
 
     def __call__(self, inputs: Inputs) -> PotentialOut:
@@ -186,8 +186,8 @@ class DirectPotential(Potential):
 
     @property
     def takes(self) -> frozenset[str]:
-        """Those of charge and spin that the model has a use for."""
-        return frozenset(INFO) - set(self.card.unused(INFO))
+        """Those of charge, spin and field that the model has a use for."""
+        return frozenset(CONDITIONS) - set(self.card.unused(CONDITIONS))
 
     def __call__(self, inputs: Inputs) -> PotentialOut:
         check_inputs(inputs)
@@ -240,7 +240,7 @@ class SummedPotential(Potential):
 
     @property
     def takes(self) -> frozenset[str]:
-        """Those of charge and spin that some term has a use for."""
+        """Those of charge, spin and field that some term has a use for."""
         return frozenset().union(*(p.takes for p in self.potentials))
 
     def __call__(self, inputs: Inputs) -> PotentialOut:
@@ -271,7 +271,7 @@ class ScaledPotential(Potential):
 
     @property
     def takes(self) -> frozenset[str]:
-        """Those of charge and spin that the potential has a use for."""
+        """Those of charge, spin and field that the potential has a use for."""
         return self.potential.takes
 
     def __call__(self, inputs: Inputs) -> PotentialOut:

@@ -30,7 +30,7 @@ tree = jax.tree_util
 
 
 def check_unused(card: Card, given: Mapping[str, Any], who: str) -> tuple[str, ...]:
-    """Returns which of charge and spin are given, though the model has no use for them, and are
+    """Returns which of charge, spin and field are given, though the model has no use for them, and are
     traced, so that nobody can see whether they are zero. `marked` is for these.
 
     Raises: ValueError for one whose value is known and not zero, naming the system.
@@ -39,17 +39,18 @@ def check_unused(card: Card, given: Mapping[str, Any], who: str) -> tuple[str, .
     traced = tuple(name for name in names if isinstance(given[name], jax.core.Tracer))
     for name in names:
         if name not in traced:
-            card.check_unused(name, np.ravel(given[name]).tolist(), who)
+            card.check_unused(name, np.atleast_1d(given[name]).tolist(), who)
     return traced
 
 
 def marked(out: Named, inputs: Mapping[str, Any], names: Collection[str]) -> Named:
-    """Returns the outputs of a model that passes over the inputs `names` (B,), with energy and
+    """Returns the outputs of a model that passes over the inputs `names` (B,...), with energy and
     gradients NaN in systems where one of these inputs is not zero."""
     for name in names:
         if inputs[name] is None:
             continue
-        wrong = {"B": inputs[name] != 0, "N": (inputs[name] != 0)[inputs["batch"]]}
+        other = (inputs[name] != 0).any(axis=tuple(range(1, inputs[name].ndim)))
+        wrong = {"B": other, "N": other[inputs["batch"]]}
         for key in {"energy", *GRADIENTS.values()} & set(out):
             rows = wrong[OUTPUTS[key][0][0]].reshape(-1, *[1] * (out[key].ndim - 1))
             # A factor makes derivatives NaN as well.

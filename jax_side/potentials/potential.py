@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
 from bridge.card import Card, shared_out
-from bridge.contract import INFO, added, called, check_inputs, check_outputs
+from bridge.contract import CONDITIONS, added, called, check_inputs, check_outputs
 from bridge.errors import message, spec
 from jax_side.potentials import strain
 from jax_side.potentials.derivatives import Call, Inputs, Model, Named, gradient_of, outputs
@@ -72,7 +72,7 @@ def potential(
 
     `card` (bridge.Card) says what the model has and needs; None stands for the model's own card, if
     it has one. Elements, boundaries, inputs, the dtype and the order of derivatives are checked
-    against it before anything runs. A charge or spin for which the card has no use must be zero.
+    against it before anything runs. A charge, spin or field for which the card has no use must be zero.
     Where it is traced, so that nobody can see its value, energy and gradients are NaN in systems
     where it is not zero. A model without a card is called with whatever is given here.
 
@@ -97,8 +97,8 @@ def potential(
     )
 
 
-# The card of a model that nobody has described: it may use charge and spin.
-UNKNOWN = Card(optional_inputs=INFO)
+# The card of a model that nobody has described: it may use charge, spin and field.
+UNKNOWN = Card(optional_inputs=CONDITIONS)
 
 
 class Potential:

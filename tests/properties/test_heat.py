@@ -113,8 +113,8 @@ def test_a_crystal_and_its_supercell(rng, layers):
     if layers == 1:
         wrapped = atoms.copy()
         wrapped.wrap()  # fluxes know nothing of the images that positions are in
-        for atoms in (atoms, wrapped):
-            found = heat.by_virials(bound(1, 4), atoms.positions, atoms.cell.array, V[:4], m[:4])
+        for each in (atoms, wrapped):
+            found = heat.by_virials(bound(1, 4), each.positions, each.cell.array, V[:4], m[:4])
             close(found, one, 1e-9)
 
 

@@ -126,14 +126,17 @@ def _no_edges(name: str, cutoff: float) -> str:
 
 
 def _check_info(inputs: dict[str, torch.Tensor], card: Card, name: str, status: Status) -> None:
-    """Charges and spins that are not zero and that the model has no use for."""
+    """Charges, spins and fields that are not zero and that the model has no use for."""
     for key in card.unused(inputs):
         values = inputs[key]
         do = f"leave it out, take another model, or say that it is used: card=bridge.Card(optional_inputs={{{key!r}}})"
         text = message(
             f"no {key}, or zero, since {name} has no use for one", f"{key} {{}} in system {{}}", do
         )
-        status.note(values != 0, text, values, _numbers(values))
+        # of the components of a field the largest
+        parts = values[:, None].flatten(1)
+        shown = parts.gather(1, parts.abs().argmax(1, keepdim=True))[:, 0]
+        status.note(shown != 0, text, shown, _numbers(shown))
 
 
 def _check_axes(inputs: dict[str, torch.Tensor], card: Card, name: str, status: Status) -> None:
