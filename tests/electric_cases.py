@@ -57,7 +57,7 @@ def water(np_, stacked):
 
 in_torch = water(torch, lambda x: x[None])
 in_jax = water(jnp, lambda x: x[None])
-CARD = Card(outputs=OUTPUTS, batches=False)
+CARD = Card(outputs=OUTPUTS, optional_inputs={"field"}, batches=False)
 MODEL = Wrapped(in_torch, CARD, "autograd")
 TWIN = potential(strain.with_gradients(in_jax), atomic_numbers=NUMBERS)
 

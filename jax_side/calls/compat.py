@@ -12,6 +12,7 @@ import importlib
 import logging
 import secrets
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -209,6 +210,26 @@ def vjp_with_aux(
     whose type says otherwise."""
     # jax.vjp is declared to return a pair, with has_aux=True as well.
     return jax.vjp(f, *primals, has_aux=True)  # pyright: ignore[reportReturnType]
+
+
+# jitted functions with compiler options: the same without
+_without_options: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+def compiler_options(f: Callable[..., Any]) -> dict[str, Any]:
+    """Returns the compiler options that a jitted function was given, {} for any other callable."""
+    return dict(getattr(getattr(f, "_jit_info", None), "compiler_options_kvs", ()))
+
+
+def without_options(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function that may be called within another jitted one, as those with compiler
+    options may not: the same one each time."""
+    if not compiler_options(f):
+        return f
+    if f not in _without_options:
+        static = {name: getattr(f._jit_info, name) for name in ("static_argnums", "static_argnames")}
+        _without_options[f] = jax.jit(f.__wrapped__, **static)
+    return _without_options[f]
 
 
 def no_tangent(x: Any) -> Zero:

@@ -72,6 +72,8 @@ class JaxFunction(Function):
     outputs: tuple[Spec, ...] = field(compare=False)
     out_tree: Any = field(compare=False)
     x64: bool  # the setting under which the output types were found, and no other
+    # (name, value): of the user's jax.jit, for those of the programs
+    options: tuple[tuple[str, Any], ...] = ()
     engine = _TRANSFORMS
     program_of = staticmethod(programs.program)
     record = staticmethod(programs.record)
@@ -129,7 +131,8 @@ class Exporter:
                     )
                 )
             check_width(s, f"input {i} of {getattr(self.target, '__name__', self.target)}")
-        call = Call(self.target, structure, static, tree.tree_flatten)
+        target = compat.without_options(self.target)
+        call = Call(target, structure, static, tree.tree_flatten)
         types = [jax.ShapeDtypeStruct(s.shape, arrays.DTYPES[s.dtype]) for s in inputs]
         leaves, out_tree = tree.tree_flatten(jax.eval_shape(lambda *xs: call.apply(xs), *types))
         for x, name in zip(leaves, output_names(out_tree), strict=True):
@@ -152,6 +155,7 @@ class Exporter:
             tuple(Spec(x.shape, x.dtype.name) for x in leaves),
             out_tree,
             self.setting(),
+            tuple(compat.compiler_options(self.target).items()),
         )
 
 

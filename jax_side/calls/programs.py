@@ -45,7 +45,7 @@ class Program:
             counted.append(None)
             return traced(*groups)
 
-        self._jitted = jax.jit(count)
+        self._jitted = jax.jit(count, compiler_options=dict(base.options) or None)
 
     def __call__(self, *groups: Any) -> list[Any]:
         return lend(self.arrays(*groups))

@@ -75,7 +75,7 @@ def by_virials(
     >>> v = jnp.array([[1.0, 0, 0], [0, 0, 0]])
     >>> J = by_virials(energy, jnp.array([[0.0, 0, 0], [2, 0, 0]]), None, v, jnp.ones(2), **edges)
     >>> J.virial.tolist(), J.convective.tolist()
-    ([-2.0, 0.0, 0.0], [1.0, 0.0, 0.0])
+    ([-2.0, -0.0, -0.0], [1.0, 0.0, 0.0])
     """
     _check(energy, ("node_energies", "node_virials"))
     card = energy.card

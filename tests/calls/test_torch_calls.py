@@ -256,3 +256,20 @@ def test_backward_x_x64_switched_after_the_forward():
     with jax.enable_x64(False):
         y.backward()
     close(x.grad, torch.cos(x.detach()))
+
+
+def test_compiler_options_of_a_jitted_function_are_those_of_its_programs():
+    """JAX takes them at the top alone, and here each function is called within another one."""
+    plain = {"xla_cpu_enable_fast_math": False}
+    f = bridge.to_torch(
+        jax.jit(lambda x, n: (x**n).sum(), static_argnums=1, compiler_options=plain)
+    )
+    x = torch.arange(4.0, dtype=torch.float64, requires_grad=True)
+    for _ in range(2):
+        (g,) = torch.autograd.grad(f(x, 3), x)
+        assert g.tolist() == [0, 3, 12, 27] and f.compilations == 2
+    hessian = torch.func.hessian(lambda x: f(x, 3))(x.detach())
+    assert hessian.diagonal().tolist() == [0, 6, 12, 18]
+    unknown = bridge.to_torch(jax.jit(jnp.sin, compiler_options={"xla_nothing": ""}))
+    with pytest.raises(Exception, match="No such compile option: 'xla_nothing'"):
+        unknown(x)

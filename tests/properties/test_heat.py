@@ -139,7 +139,7 @@ def test_a_jax_potential():
     energy = potential(model, atomic_numbers=np.ones(4, int), card=card(1, "given").asking(*NAMES))
     found = heat.by_virials(energy, R, H, V, m, **bridge.edges(CUTOFF, 400)(R, H))
     unfolded = heat.Unfolded(energy, R, H, find=bridge.edges(CUTOFF, 4000))
-    close(unfolded(R, V, m), found, 1e-9)
+    close(jax.jit(unfolded)(R, V, m), found, 1e-9)
 
 
 def test_atoms_that_moved_too_far_are_nan_and_those_that_did_not_are_not():
