@@ -238,6 +238,22 @@ def frequencies(
     return UNITS[unit] * jnp.sign(squares) * jnp.sqrt(abs(squares))
 
 
+def respond(hessian: Hessian, gradient: Float[jax.Array, "N 3"]) -> Float[jax.Array, "N 3"]:
+    """Returns H^+ g (N,3) in Angstrom: minus this is how far atoms go under the gradient (N,3) in
+    eV/Angstrom until it vanishes.
+
+    H^+ is the pseudo-inverse of the symmetric part of the Hessian (N,3,N,3), with uniform
+    translations projected out of it, and of the gradient.
+
+    >>> spring = hessian(lambda r, h: ((r[1] - r[0]) ** 2).sum(), jnp.zeros((2, 3)))
+    >>> respond(spring, jnp.array([[-1.0, 0, 0], [1, 0, 0]]))[:, 0].round(4).tolist()
+    [-0.25, 0.25]
+    """
+    h = _centred(_centred(hessian).transpose(2, 3, 0, 1)).reshape(2 * [gradient.size])
+    inverse = jnp.linalg.pinv((h + h.T) / 2, hermitian=True)
+    return (inverse @ _centred(gradient).ravel()).reshape(gradient.shape)
+
+
 def _pullback(energy: Energy, positions: jax.Array, cell: Any) -> Callable[[jax.Array], jax.Array]:
     """v -> H v, from the gradient in the positions."""
     if positions.ndim != 2 or positions.shape[1] != 3:
@@ -332,10 +348,7 @@ def _strain_derivatives(
 def _relaxation(h: Hessian, mixed: Float[jax.Array, "6 N 3"]) -> Voigt:
     """L^T H^+ L, what the relaxing atoms take from the curvature. Uniform translations are
     projected out of both."""
-    n = len(h)
-    mixed = _centred(mixed).reshape(6, 3 * n)
-    h = _centred(_centred(h).transpose(2, 3, 0, 1)).reshape(3 * n, 3 * n)
-    return mixed @ jnp.linalg.pinv((h + h.T) / 2, hermitian=True) @ mixed.T
+    return jnp.einsum("kia,lia->kl", mixed, jax.vmap(partial(respond, h))(mixed))
 
 
 def _centred(x: jax.Array) -> jax.Array:
