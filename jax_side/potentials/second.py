@@ -167,7 +167,7 @@ def elastic_constants(
                 "take one of these",
             )
         )
-    r, h = array("positions", positions), _checked_cell(cell)
+    r, h = array("positions", positions), checked_cell(cell)
     volume = abs(jnp.linalg.det(h))
     stress, (mixed, curvature) = _strain_derivatives(energy, r, h)
     if relaxed:
@@ -254,6 +254,28 @@ def respond(hessian: Hessian, gradient: Float[jax.Array, "N 3"]) -> Float[jax.Ar
     return (inverse @ _centred(gradient).ravel()).reshape(gradient.shape)
 
 
+def checked_cell(cell: Any) -> Float[jax.Array, "3 3"]:
+    """Returns the cell (3,3) of a crystal as a JAX array. One without a volume is NaN where values
+    can't be seen.
+
+    Raises: ValueError for a cell that is missing, of another shape, or singular.
+
+    >>> checked_cell(jnp.eye(3)).shape
+    (3, 3)
+    """
+    do = "give the lattice vectors as rows: what is not periodic has no elastic constants, and phonons at q = 0 only"
+    if cell is None:
+        raise ValueError(message("a cell as [3, 3]", "None", do))
+    cell = array("cell", cell)
+    if cell.shape != (3, 3):
+        raise ValueError(message("a cell as [3, 3]", spec(cell.shape, cell.dtype), do))
+    rounding = 8 * jnp.finfo(cell.dtype).eps * jnp.linalg.norm(cell, axis=-1).prod()
+    flat = ~(abs(jnp.linalg.det(cell)) > rounding)  # True for NaN too
+    if not isinstance(flat, jax.core.Tracer) and flat:
+        raise ValueError(message("an invertible cell", "a singular one", do))
+    return jnp.where(flat, jnp.nan, cell)
+
+
 def _pullback(energy: Energy, positions: jax.Array, cell: Any) -> Callable[[jax.Array], jax.Array]:
     """v -> H v, from the gradient in the positions."""
     if positions.ndim != 2 or positions.shape[1] != 3:
@@ -312,21 +334,6 @@ def _flat_rows(rows: Any, n: int) -> Int[jax.Array, " K"]:
     if rows.ndim == 2:
         rows = 3 * rows[:, 0] + rows[:, 1]
     return jnp.where(bad, -1, rows)
-
-
-def _checked_cell(cell: Any) -> Float[jax.Array, "3 3"]:
-    """A cell with a volume, or an error. Without a volume it is NaN where values can't be seen."""
-    do = "give the lattice vectors as rows: what is not periodic has no elastic constants"
-    if cell is None:
-        raise ValueError(message("a cell as [3, 3]", "None", do))
-    cell = array("cell", cell)
-    if cell.shape != (3, 3):
-        raise ValueError(message("a cell as [3, 3]", spec(cell.shape, cell.dtype), do))
-    rounding = 8 * jnp.finfo(cell.dtype).eps * jnp.linalg.norm(cell, axis=-1).prod()
-    flat = ~(abs(jnp.linalg.det(cell)) > rounding)  # True for NaN too
-    if not isinstance(flat, jax.core.Tracer) and flat:
-        raise ValueError(message("an invertible cell", "a singular one", do))
-    return jnp.where(flat, jnp.nan, cell)
 
 
 def _strain_derivatives(

@@ -14,12 +14,21 @@ from jaxtyping import Bool, Float
 
 from bridge.errors import message, spec
 from jax_side.potentials.potential import array
-from jax_side.potentials.second import FIRST, SECOND, Energy, elastic_constants, hessian, respond
+from jax_side.potentials.second import (
+    FIRST,
+    SECOND,
+    Energy,
+    checked_cell,
+    elastic_constants,
+    hessian,
+    respond,
+)
 
 Positions = Float[ArrayLike, "N 3"]  # in Angstrom
 Cell = Float[ArrayLike, "3 3"]  # lattice vectors as rows, in Angstrom
 Voigt = Float[jax.Array, "6 6"]
 STEP = 0.03  # the largest strain of a step of at_pressure
+PARTS = (1.0, 0.5, 0.25, 0.125, 0.0625)  # of a step: the largest that makes the enthalpy less
 AT_REST = 1e-4  # the largest strain that may be left
 
 
@@ -87,7 +96,7 @@ def pressure_derivatives(
 
     Raises: ValueError as elastic_constants.
     """
-    r, h = array("positions", positions), array("cell", cell)
+    r, h = array("positions", positions), checked_cell(cell)
     stiffness = partial(elastic_constants, energy, relaxed=relaxed, stiffness="stress", chunk=chunk)
     b = stiffness(r, h)
     pressure = jnp.asarray(FIRST == SECOND, b.dtype)
@@ -125,23 +134,33 @@ def at_pressure(
     """Returns the crystal at rest under a pressure (eV/Angstrom^3, positive where it is compressed),
     atoms and cell, by Newton's method: `steps` steps, each with the whole Hessian.
 
-    It is for crystals of some atoms that are nearly at rest (the strain of a step is at most 3 %),
-    and it finds what is nearest, which may be a saddle point: see `born`, and phonons. The
+    It is for crystals of some atoms that are nearly at rest: forces are small, and the strain of a
+    step is at most 3 %. A step that does not make the enthalpy less is made shorter. The symmetry
+    of the start is kept, so that it may end on a saddle point: see `born`, and phonons. The
     arguments are those of second.elastic_constants. jit works with energy, steps and chunk static,
     and so does vmap over pressures.
 
     Raises: ValueError where forces above `fmax` (eV/Angstrom) are left, or a strain above 1e-4, if
     values can be seen (under tracing look at `.force` and `.strain`); and as elastic_constants.
     """
-    r, h = array("positions", positions), array("cell", cell)
+    r, h = array("positions", positions), checked_cell(cell)
+    volume = lambda h: abs(jnp.linalg.det(h))
+    enthalpy = lambda r, h: energy(r, h) + pressure * volume(h)
+    parts = jnp.asarray(PARTS, r.dtype)
 
     def step(at, _):
-        b = elastic_constants(energy, *at, stiffness="stress", chunk=chunk)
-        eta = -jnp.linalg.solve(b, _excess(energy, *at, pressure))
+        r, h = at
+        r = r - respond(hessian(energy, r, h, chunk=chunk), jax.grad(energy)(r, h))
+        b = elastic_constants(energy, r, h, stiffness="stress", chunk=chunk)
+        eta = -_downhill(b, _excess(energy, r, h, pressure))
         strain = _matrix(eta * jnp.minimum(1, STEP / jnp.maximum(abs(eta).max(), STEP)))
-        along = at[0] @ strain, at[1] @ strain
-        moved = _response(energy, *at, along, chunk, jax.grad(energy)(*at))
-        return (at[0] + along[0] - moved, at[1] + along[1]), b
+        along = r @ strain, h @ strain
+        along = along[0] - _response(energy, r, h, along, chunk), along[1]
+        after = jax.vmap(lambda x: enthalpy(r + x * along[0], h + x * along[1]))(parts)
+        before = enthalpy(r, h)
+        rounding = 16 * jnp.finfo(r.dtype).eps * abs(before)
+        part = parts[jnp.argmax(after <= before + rounding)]  # the first; all of it, if there is none
+        return (r + part * along[0], h + part * along[1]), b
 
     (r, h), stiffnesses = jax.lax.scan(step, (r, h), length=steps)
     force = jnp.linalg.norm(jax.grad(energy)(r, h), axis=-1).max()
@@ -166,10 +185,16 @@ def _excess(energy: Energy, r: jax.Array, h: jax.Array, pressure: Any) -> Float[
     return stress[FIRST, SECOND]
 
 
-def _response(energy, r, h, along, chunk, gradient=0.0):
-    """Minus how far atoms go on beyond `along`, a change of (r, h), to where the gradient, now
-    `gradient`, vanishes."""
-    slope = gradient + jax.jvp(jax.grad(energy), (r, h), along)[1]
+def _downhill(b: Voigt, stress: Float[jax.Array, " 6"]) -> Float[jax.Array, " 6"]:
+    """B^-1 s, with the sign of each eigenvalue of the symmetric part of B made positive."""
+    values, vectors = jnp.linalg.eigh((b + b.T) / 2)
+    return vectors @ ((vectors.T @ stress) / abs(values))
+
+
+def _response(energy, r, h, along, chunk):
+    """Minus how far atoms go on beyond `along`, a change of (r, h), so that forces stay as they
+    are."""
+    slope = jax.jvp(jax.grad(energy), (r, h), along)[1]
     return respond(hessian(energy, r, h, chunk=chunk), slope)
 
 

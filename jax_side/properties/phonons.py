@@ -17,7 +17,7 @@ from jaxtyping import Complex, Float
 
 from bridge.errors import message, spec
 from jax_side.potentials.potential import array
-from jax_side.potentials.second import UNITS, Energy, hessian_rows, respond
+from jax_side.potentials.second import UNITS, Energy, checked_cell, hessian_rows, respond
 from jax_side.properties.supercells import (
     TIE,
     Repeats,
@@ -99,7 +99,7 @@ def phonons(
     Raises: ValueError for a supercell that is too small, saying by how much; for masses of another
     shape, and as `force_constants`.
     """
-    r, h = array("positions", positions), array("cell", cell) if cell is not None else cell
+    r, h = array("positions", positions), checked_cell(cell)
     supercell(r, h, repeats)  # what is wrong with them is said before anything runs
     m = jnp.asarray(masses, r.dtype)
     if m.shape != r.shape[:1] or not (np.asarray(m) > 0).all():

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 
 from bridge.errors import message, spec
 from jax_side.potentials.potential import array
+from jax_side.potentials.second import checked_cell
 
 # three counts, or a matrix P of integers: the supercell's vectors are the rows of P h
 Repeats = Sequence[int] | Sequence[Sequence[int]] | Int[np.ndarray, "3 *three"]
@@ -71,20 +72,17 @@ def supercell(
     is number L N + j, and for three counts the order is that of ASE's `atoms.repeat(repeats)`. It is
     a JAX function of positions (N,3) and cell (3,3), by rows; `repeats` is static.
 
-    Raises: ValueError as `matrix`, and for positions or a cell of another shape.
+    Raises: ValueError as `matrix` and second.checked_cell, and for positions of another shape.
 
     >>> supercell(jnp.zeros((1, 3)), jnp.eye(3), (1, 1, 2))[0].tolist()
     [[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
     """
-    if cell is None:
+    r, h = array("positions", positions), checked_cell(cell)
+    if r.ndim != 2 or r.shape[1] != 3:
         raise ValueError(
-            message("the cell of a crystal as [3, 3]", "None", "for a molecule see second.frequencies")
-        )
-    r, h = array("positions", positions), array("cell", cell)
-    if r.ndim != 2 or r.shape[1] != 3 or h.shape != (3, 3):
-        got = f"{spec(r.shape, r.dtype)} and {spec(h.shape, h.dtype)}"
-        raise ValueError(
-            message("positions as [N, 3] and a cell as [3, 3]", got, "give one crystal at a time")
+            message(
+                "positions as [N, 3]", spec(r.shape, r.dtype), "give one crystal at a time, or vmap"
+            )
         )
     shifts = jnp.asarray(lattice_points(repeats), r.dtype) @ h
     return (shifts[:, None] + r).reshape(-1, 3), jnp.asarray(matrix(repeats), h.dtype) @ h
