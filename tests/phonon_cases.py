@@ -51,15 +51,20 @@ def torch_energy(numbers, lane="auto"):
 def _jax_energy(numbers, reach):
     images = np.array(list(itertools.product(range(-reach, reach + 1), repeat=3)), float)
     z = np.array(numbers)
-    like = np.equal.outer(z == ANION, z == ANION).astype("float32")[..., None]
-    large = np.logical_or.outer(z == LARGE, z == LARGE).astype("float32")[..., None]
+    like = np.equal.outer(z == ANION, z == ANION).astype(float)[..., None]
+    large = np.logical_or.outer(z == LARGE, z == LARGE).astype(float)[..., None]
 
     def energy(r, h):
         apart = r[None, :, None] - r[:, None, None] + jnp.asarray(images, r.dtype) @ h
         squares = (apart**2).sum(-1)
         near = (squares > 1e-6) & (squares < CUTOFF**2)
         d = jnp.sqrt(jnp.where(near, squares, 1.0))
-        return jnp.where(near, bonds(jnp.exp, d, like, large), 0.0).sum() / 2
+        return (
+            jnp.where(
+                near, bonds(jnp.exp, d, like.astype(d.dtype), large.astype(d.dtype)), 0.0
+            ).sum()
+            / 2
+        )
 
     return energy
 
@@ -80,9 +85,7 @@ def crystal(structure="rocksalt", pressure=0.0):
     if structure == "layers":
         atoms = atoms * (1, 1, 3)
         atoms.numbers[[2, 4]] = LARGE
-    relax = jax.jit(
-        partial(elastic.at_pressure, jax_energy(atoms.numbers, 3), steps=12, fmax=1e-3)
-    )
+    relax = jax.jit(partial(elastic.at_pressure, jax_energy(atoms.numbers, 3), steps=12, fmax=1e-3))
     found = relax(jnp.array(atoms.positions), jnp.array(atoms.cell.array), pressure)
     assert found.force < 1e-10 and found.strain < 1e-10
     atoms.set_cell(found.cell)

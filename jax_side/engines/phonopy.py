@@ -26,6 +26,12 @@ def phonopy(phonons: Phonons, atomic_numbers: Int[np.ndarray, " N"], **options: 
     modes in a polar crystal, give it Born charges as `made.nac_params`.
 
     Raises: ImportError without phonopy; ValueError for atomic numbers of another shape.
+
+    >>> import jax.numpy as jnp
+    >>> from jax_side.properties.phonons import phonons
+    >>> spring = phonons(lambda r, h: (r**2).sum(), jnp.zeros((1, 3)), jnp.eye(3), [1.0], (1, 1, 1), sum_rule=False, reach=0.0)
+    >>> phonopy(spring, np.array([1])).force_constants.shape
+    (1, 1, 3, 3)
     """
     try:
         from phonopy import Phonopy

@@ -142,6 +142,10 @@ def at_pressure(
 
     Raises: ValueError where forces above `fmax` (eV/Angstrom) are left, or a strain above 1e-4, if
     values can be seen (under tracing look at `.force` and `.strain`); and as elastic_constants.
+
+    >>> stiff = lambda r, h: ((h @ h.T - jnp.eye(3)) ** 2).sum()
+    >>> at_pressure(stiff, jnp.zeros((1, 3)), 1.02 * jnp.eye(3)).cell.diagonal().round(3).tolist()
+    [1.0, 1.0, 1.0]
     """
     r, h = array("positions", positions), checked_cell(cell)
     volume = lambda h: abs(jnp.linalg.det(h))
@@ -159,7 +163,9 @@ def at_pressure(
         after = jax.vmap(lambda x: enthalpy(r + x * along[0], h + x * along[1]))(parts)
         before = enthalpy(r, h)
         rounding = 16 * jnp.finfo(r.dtype).eps * abs(before)
-        part = parts[jnp.argmax(after <= before + rounding)]  # the first; all of it, if there is none
+        part = parts[
+            jnp.argmax(after <= before + rounding)
+        ]  # the first; all of it, if there is none
         return (r + part * along[0], h + part * along[1]), b
 
     (r, h), stiffnesses = jax.lax.scan(step, (r, h), length=steps)

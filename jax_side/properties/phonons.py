@@ -95,9 +95,16 @@ def phonons(
     Where the potential may reach farther than the supercell (messages that pass over several
     cutoffs, long-ranged models, an energy without a card), and what is left of the force constants
     at its border is more than 1/1000 of the largest, or can't be seen, a warning says how much.
+    All this looks at values, so that inside of jit `force_constants` is the function to take.
 
     Raises: ValueError for a supercell that is too small, saying by how much; for masses of another
     shape, and as `force_constants`.
+
+    >>> def chain(r, h):  # springs of 1 eV/Angstrom^2 along z
+    ...     return 0.5 * ((jnp.roll(r, -1, 0).at[-1].add(h[2]) - r) ** 2).sum()
+    >>> found = phonons(chain, jnp.zeros((1, 3)), jnp.eye(3), [1.0], (1, 1, 4), reach=0.0)
+    >>> [round(float(found.frequencies([0.0, 0.0, q])[0]), 1) for q in (0.25, 0.5)]
+    [22.1, 31.3]
     """
     r, h = array("positions", positions), checked_cell(cell)
     supercell(r, h, repeats)  # what is wrong with them is said before anything runs
@@ -113,7 +120,9 @@ def phonons(
     rows = tuple(map(tuple, matrix(repeats).tolist()))
     fits, half = check_reach(energy, h, repeats, reach), half_width(h, repeats)
     raw = constants_of(energy, r, h, rows, chunk)
-    vectors, weights = (jnp.asarray(x, r.dtype) for x in nearest(r, h, repeats, tolerance=tolerance))
+    vectors, weights = (
+        jnp.asarray(x, r.dtype) for x in nearest(r, h, repeats, tolerance=tolerance)
+    )
     largest = float(abs(raw).max())
     drift = float(abs(raw.sum((2, 3))).max()) / largest
     border = _border(raw, vectors, half, h) / largest

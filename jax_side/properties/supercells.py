@@ -45,8 +45,8 @@ def matrix(repeats: Repeats) -> Int[np.ndarray, "3 3"]:
 
 
 def lattice_points(repeats: Repeats) -> Int[np.ndarray, "L 3"]:
-    """Returns the L = |det P| lattice vectors of a supercell, in units of the cell's own, in
-    lexicographic order: that of ASE's `atoms.repeat`, the cell at the origin first.
+    """Returns the L = |det P| lattice vectors of a supercell, in units of the cell's own: the
+    origin first, the others in lexicographic order. For counts it is that of ASE's `atoms.repeat`.
 
     Raises: ValueError as `matrix`.
 
@@ -60,7 +60,8 @@ def lattice_points(repeats: Repeats) -> Int[np.ndarray, "L 3"]:
     ranges = [np.arange(low, high + 1) for low, high in zip(corners.min(0), corners.max(0))]
     found = np.stack(np.meshgrid(*ranges, indexing="ij"), -1).reshape(-1, 3)
     inside = found @ adjugate * np.sign(volume)
-    return found[((inside >= 0) & (inside < abs(volume))).all(1)]
+    found = found[((inside >= 0) & (inside < abs(volume))).all(1)]
+    return found[np.argsort(found.any(1), kind="stable")]
 
 
 def supercell(

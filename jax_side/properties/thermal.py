@@ -121,6 +121,11 @@ def quasi_harmonic(
 
     Raises: ValueError for fewer than four volumes, for a temperature at which the volume is not
     among those that were given, naming it, and as `harmonic`.
+
+    >>> v = np.linspace(18, 22, 5)
+    >>> still = quasi_harmonic(v, 0.01 * (v ** (-2 / 3) - 20 ** (-2 / 3)) ** 2, np.zeros((5, 1, 3)), [1.0], [300.0])
+    >>> round(float(still.volumes[0]), 6), round(float(still.free_energies[0]), 6)
+    (20.0, 0.0)
     """
     v, e = np.asarray(volumes, np.float64), np.asarray(energies, np.float64)
     if v.ndim != 1 or e.shape != v.shape or len(set(v)) < PARAMETERS or not v.min() > 0:
@@ -183,9 +188,7 @@ def expansion(
         volumes.append(abs(np.linalg.det(np.asarray(cell, np.float64))))
         cells = crystal.constants.shape[2]
         energies.append(float(energy(*supercell(positions, cell, crystal.repeats))) / cells)
-    return quasi_harmonic(
-        volumes, energies, frequencies, weights, temperatures, pressure=pressure
-    )
+    return quasi_harmonic(volumes, energies, frequencies, weights, temperatures, pressure=pressure)
 
 
 def scaled(
@@ -224,7 +227,9 @@ class _Curve:
 
     def where(self, slope: float, temperatures: np.ndarray) -> np.ndarray:
         """The volumes (T,), between those given, at which the slopes rise through this one."""
-        low, high = (np.full_like(temperatures, v) for v in (self.volumes.min(), self.volumes.max()))
+        low, high = (
+            np.full_like(temperatures, v) for v in (self.volumes.min(), self.volumes.max())
+        )
         inside = (self(low, 1) < slope) & (self(high, 1) > slope)
         if not inside.all():
             at = int(np.argmin(inside))
