@@ -199,7 +199,7 @@ class Phonons:
 
         Raises: ValueError for q of another shape.
         """
-        return self._at(q, self._matrix)
+        return self._at(_matrix, q)
 
     def frequencies(
         self, q: Points, *, unit: Literal["THz", "cm^-1", "meV"] = "THz"
@@ -214,7 +214,7 @@ class Phonons:
             raise ValueError(
                 message(f"a unit among {', '.join(UNITS)}", repr(unit), "take one of these")
             )
-        return self._at(q, lambda q: _roots(jnp.linalg.eigvalsh(self._matrix(q)), UNITS[unit]))
+        return UNITS[unit] * self._at(_roots_only, q)
 
     def modes(
         self, q: Points
@@ -224,12 +224,8 @@ class Phonons:
 
         Raises: ValueError for q of another shape.
         """
-
-        def at(q):
-            squares, vectors = jnp.linalg.eigh(self._matrix(q))
-            return _roots(squares, UNITS["THz"]), vectors
-
-        return self._at(q, at)
+        found, vectors = self._at(_roots_and_modes, q)
+        return UNITS["THz"] * found, vectors
 
     def gruneisen(self, q: Points, slope: Constants) -> Float[jax.Array, "*Q 3*N"]:
         """Returns the mode Grueneisen parameters - d ln f / d ln V (...,3N), in the order of the
@@ -240,16 +236,7 @@ class Phonons:
 
         Raises: ValueError for q of another shape.
         """
-        rounding = 64 * jnp.finfo(self.constants.dtype).eps
-
-        def at(q):
-            squares, vectors = jnp.linalg.eigh(self._matrix(q))
-            change = self._hermitian(centred(slope) if self.sum_rule else slope, q)
-            slopes = jnp.einsum("in,ij,jn->n", vectors.conj(), change, vectors).real
-            still = abs(squares) <= rounding * abs(self.constants).max() / self.masses.min()
-            return jnp.where(still, jnp.nan, -slopes / (2 * jnp.where(still, 1, squares)))
-
-        return self._at(q, at)
+        return self._at(_gruneisen, q, centred(slope) if self.sum_rule else slope)
 
     def dos(
         self,
@@ -270,11 +257,10 @@ class Phonons:
         """
         q, weights = grid(mesh)
         found, at = self.frequencies(q), jnp.asarray(frequencies, self.masses.dtype)
-        bell = lambda f: weights @ jnp.exp(-0.5 * ((found - f) / width) ** 2).sum(-1)
-        return jax.lax.map(bell, at) / (width * np.sqrt(2 * np.pi))
+        return _density(found, jnp.asarray(weights, found.dtype), at, width)
 
-    def _at(self, q: Points, f: Any) -> Any:
-        """f at each of the wave vectors."""
+    def _at(self, f: Any, q: Points, *more: jax.Array) -> Any:
+        """f(self, q, *more) at each of the wave vectors."""
         q = jnp.asarray(q, self.masses.dtype)
         if q.shape[-1:] != (3,):
             raise ValueError(
@@ -284,17 +270,8 @@ class Phonons:
                     "give three numbers each, in units of the reciprocal lattice vectors",
                 )
             )
-        found = jax.lax.map(f, q.reshape(-1, 3), batch_size=64)
+        found = _mapped(f, self, q.reshape(-1, 3), *more)
         return jax.tree.map(lambda x: x.reshape(*q.shape[:-1], *x.shape[1:]), found)
-
-    def _matrix(self, q: Float[jax.Array, " 3"]) -> Complex[jax.Array, "3*N 3*N"]:
-        return self._hermitian(self.constants, q)
-
-    def _hermitian(self, constants: Constants, q: jax.Array) -> Complex[jax.Array, "3*N 3*N"]:
-        """The Hermitian part of the Fourier sum of force constants, over the roots of the masses."""
-        root = jnp.sqrt(jnp.repeat(self.masses, 3))
-        d = fourier(constants, self.vectors, self.weights, q) / root[:, None] / root
-        return (d + d.conj().T) / 2
 
 
 def volume_slope(
@@ -385,6 +362,45 @@ def _slope(energy, positions, cell, repeats, relaxed, chunk):
     return jax.jvp(found, (positions, cell), along)[1]
 
 
+@partial(jax.jit, static_argnums=0)
+def _mapped(f, phonons, q, *more):
+    return jax.lax.map(lambda q: f(phonons, q, *more), q, batch_size=64)
+
+
+def _matrix(phonons: Phonons, q: jax.Array) -> Complex[jax.Array, "3*N 3*N"]:
+    return _hermitian(phonons, phonons.constants, q)
+
+
+def _hermitian(phonons: Phonons, constants: Constants, q: jax.Array) -> jax.Array:
+    """The Hermitian part of the Fourier sum of force constants, over the roots of the masses."""
+    root = jnp.sqrt(jnp.repeat(phonons.masses, 3))
+    d = fourier(constants, phonons.vectors, phonons.weights, q) / root[:, None] / root
+    return (d + d.conj().T) / 2
+
+
+def _roots_only(phonons: Phonons, q: jax.Array) -> Float[jax.Array, " 3*N"]:
+    return _roots(jnp.linalg.eigvalsh(_matrix(phonons, q)))
+
+
+def _roots_and_modes(phonons: Phonons, q: jax.Array) -> tuple[jax.Array, jax.Array]:
+    squares, vectors = jnp.linalg.eigh(_matrix(phonons, q))
+    return _roots(squares), vectors
+
+
+def _gruneisen(phonons: Phonons, q: jax.Array, slope: Constants) -> Float[jax.Array, " 3*N"]:
+    squares, vectors = jnp.linalg.eigh(_matrix(phonons, q))
+    slopes = jnp.einsum("in,ij,jn->n", vectors.conj(), _hermitian(phonons, slope, q), vectors).real
+    rounding = 64 * jnp.finfo(slope.dtype).eps * abs(phonons.constants).max() / phonons.masses.min()
+    still = abs(squares) <= rounding
+    return jnp.where(still, jnp.nan, -slopes / (2 * jnp.where(still, 1, squares)))
+
+
+@jax.jit
+def _density(found, weights, at, width):
+    bell = lambda f: weights @ jnp.exp(-0.5 * ((found - f) / width) ** 2).sum(-1)
+    return jax.lax.map(bell, at) / (width * np.sqrt(2 * np.pi))
+
+
 def _border(constants: Any, vectors: Any, half: float, cell: Any) -> float:
     """The largest force constant of pairs of which another image may be as near; nan for none."""
     distances = np.linalg.norm(vectors[..., 0, :] @ np.asarray(cell, np.float64), axis=-1)
@@ -393,5 +409,5 @@ def _border(constants: Any, vectors: Any, half: float, cell: Any) -> float:
     return float(far.max()) if len(far) else np.nan
 
 
-def _roots(squares: jax.Array, unit: float) -> jax.Array:
-    return unit * jnp.sign(squares) * jnp.sqrt(abs(squares))
+def _roots(squares: jax.Array) -> jax.Array:
+    return jnp.sign(squares) * jnp.sqrt(abs(squares))

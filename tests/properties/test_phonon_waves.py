@@ -149,8 +149,10 @@ def test_dynamical_matrices_x_frequencies_and_modes():
     close(waves, f, 1e-6)
 
 
-@pytest.mark.parametrize("relaxed", [True, False])
-@pytest.mark.parametrize(("kind", "structure"), [("torch", "layers"), ("jax", "rocksalt")])
+@pytest.mark.parametrize(
+    ("kind", "structure", "relaxed"),
+    [("torch", "layers", True), ("torch", "layers", False), ("jax", "rocksalt", True)],
+)
 def test_gruneisen_x_finite_differences(kind, structure, relaxed):
     energy, at = of(kind, structure)
     found = at.gruneisen(Q, volume_slope(energy, at, relaxed=relaxed))
@@ -171,10 +173,9 @@ def test_gruneisen_x_finite_differences(kind, structure, relaxed):
 
 
 def test_relaxation_makes_a_difference_where_atoms_are_free():
-    for structure, moves in (("layers", True), ("rocksalt", False)):
-        energy, at = of("jax", structure)
-        both = [at.gruneisen(Q[5:], volume_slope(energy, at, relaxed=x)) for x in (True, False)]
-        assert (abs(both[0] - both[1]).max() > 0.01) == moves
+    energy, at = of("torch", "layers")
+    both = [at.gruneisen(Q[5:], volume_slope(energy, at, relaxed=x)) for x in (True, False)]
+    assert abs(both[0] - both[1]).max() > 0.01
 
 
 def test_gruneisen_x_phonopy():
