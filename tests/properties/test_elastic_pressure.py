@@ -41,8 +41,7 @@ def test_crystals_at_rest_have_the_pressure(structure):
         assert abs(energy.forces(*where)).max() < 1e-9
 
 
-@pytest.mark.parametrize("kind", ["torch", "jax"])
-@pytest.mark.parametrize("structure", ["rocksalt", "layers"])
+@pytest.mark.parametrize(("kind", "structure"), [("torch", "rocksalt"), ("jax", "layers")])
 def test_pressure_derivatives_x_finite_differences(structure, kind):
     h = 1e-4
     below, above = (stiffness(structure, PRESSURE + x) for x in (-h, h))
@@ -168,7 +167,10 @@ ERRORS = [
     ),
     (
         lambda: elastic.at_pressure(
-            jax_energy([11, 17], 3), *(1.08 * x for x in arrays(crystal())), 0.1, steps=1
+            lambda r, h: ((h @ h.T - jnp.eye(3)) ** 2).sum(),
+            np.zeros((1, 3)),
+            1.2 * np.eye(3),
+            steps=1,
         ),
         "expected a crystal at rest after 1 steps: a force below 0.001 eV/Angstrom, .* "
         "allow more steps=",

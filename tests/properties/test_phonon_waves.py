@@ -94,15 +94,13 @@ def test_torch_x_jax(structure, lane):
     close(of("torch", structure, lane)[1].constants, of("jax", structure)[1].constants)
 
 
-@pytest.mark.parametrize("structure", REPEATS)
-def test_one_cell_x_the_hessian_of_all_atoms(structure):
-    energy, found = of("jax", structure)
-    atoms = supercell_of(structure)
-    n = len(crystal(structure))
+def test_one_cell_x_the_hessian_of_all_atoms():
+    energy, found = of("torch", "rocksalt")
+    atoms, n = supercell_of("rocksalt"), 2
     whole = jax.jit(partial(second.hessian, energy))(*arrays(atoms))
     close(found.constants, whole[:n].reshape(found.constants.shape))
-    where = arrays(crystal(structure))
-    some = force_constants(energy, *where, REPEATS[structure], chunk=2)
+    some = jax.jit(partial(force_constants, energy, repeats=(3, 3, 3), chunk=2))
+    some = some(*arrays(crystal()))
     close(some, whole[:n].reshape(some.shape))
 
 

@@ -115,7 +115,7 @@ def test_expansion_x_phonopys():
     np.testing.assert_allclose(
         found.bulk_moduli[:n] * 160.2176634, theirs.bulk_modulus_temperature, rtol=1e-5
     )
-    np.testing.assert_allclose(found.free_energies[:n], theirs.gibbs_temperature, rtol=1e-8)
+    np.testing.assert_allclose(found.free_energies[:n], theirs.gibbs_temperature, atol=2e-7)
     # theirs is a difference over 2 K
     np.testing.assert_allclose(
         found.expansion[20:n], theirs.thermal_expansion[20:n], rtol=3e-3, atol=1e-8
@@ -132,7 +132,7 @@ def test_identities():
     """Differences of what is returned, under a pressure too."""
     for pressure in (0.0, 0.01):
         at = expanded(pressure=pressure)
-        t, middle = at.temperatures, slice(10, -10)
+        t, middle = at.temperatures, slice(50, -10)  # below 100 K 2 K are much
         np.testing.assert_allclose(
             np.gradient(np.log(at.volumes), t)[middle], at.expansion[middle], rtol=2e-3, atol=1e-9
         )
