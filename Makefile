@@ -72,7 +72,7 @@ demo-torch-sim: setup  ## one JAX potential of copper in torch-sim and in jax-md
 demo-relax: setup  ## SevenNet-0 relaxes a crystal and its cell in one jitted jax-md program, beside ASE: table and picture in demos/out (ARGS="--help")
 	$(RUN) -m demos.relax $(ARGS)
 
-demo-phonons: setup  ## bands, density of states and thermal expansion of a crystal with SevenNet-0, from jitted Hessians: table and picture in demos/out (ARGS="--help")
+demo-phonons: setup  ## bands, density of states and Grueneisen parameters of a crystal with SevenNet-0, from one jitted Hessian: table and picture in demos/out (ARGS="--help")
 	$(RUN) -m demos.phonons $(ARGS)
 
 demo-distributed: setup  ## some hundred alloys relaxed as one batch over 1, 2 and 4 devices, or over processes: table and picture in demos/out (ARGS="--help")

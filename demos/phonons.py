@@ -1,5 +1,5 @@
 """Phonons of a crystal with SevenNet-0: bands, density of states and Grueneisen parameters from one
-jitted Hessian of a supercell, and thermal expansion from a few more.
+jitted Hessian of a supercell; with --volumes 5 thermal expansion as well.
 
     make demo-phonons        or        python -m demos.phonons --help
 
@@ -52,8 +52,8 @@ def options(argv=None) -> argparse.Namespace:
     parser.add_argument(
         "--volumes",
         type=at_least(int, 0),
-        default=5,
-        help="at which phonons are made for the thermal expansion: 4 or more, 0 for none",
+        default=0,
+        help="at which phonons are made for the thermal expansion: 4 or more (default: none)",
     )
     parser.add_argument("--chunk", type=at_least(int, 1), help="rows of the Hessian at a time")
     parser.add_argument("--out", type=Path, default=Path("demos/out"))

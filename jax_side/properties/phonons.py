@@ -132,7 +132,8 @@ def phonons(
         warnings.warn(
             message(
                 f"force constants that end within {half:.2f} Angstrom, half of the supercell",
-                f"{border:.1g} of the largest at its border (nan: no pair is that far apart)",
+                f"{border:.1g} of the largest at its border"
+                f"{', since no pair is that far apart' * np.isnan(border)}",
                 "compare with a larger supercell, or say how far they matter: reach=",
             ),
             stacklevel=2,

@@ -20,9 +20,7 @@ def test_nonsense_is_refused_in_one_clear_line(args, refused_line):
 
 @pytest.mark.full
 def test_bands_of_a_salt(tmp_path, capsys):
-    found = phonons.main(
-        ["--volumes", "0", "--mesh", "6", "--points", "40", "--out", str(tmp_path)]
-    )
+    found = phonons.main(["--mesh", "6", "--points", "40", "--out", str(tmp_path)])
     f, axis = found["frequencies"], found["axis"]
     assert f.shape == (40, 6) and abs(f[0, :3]).max() < 0.05 and 3 < f[0, 3] < 6  # 4.9 THz measured
     assert f.min() > -0.1 and found["phonons"].drift < 1e-6
@@ -38,4 +36,4 @@ def test_bands_of_a_salt(tmp_path, capsys):
 @pytest.mark.full
 def test_a_supercell_that_is_too_small_says_by_how_much(tmp_path):
     with pytest.raises(ValueError, match=r"no shorter than 10.00 Angstrom, .* too short"):
-        phonons.main(["--repeat", "2", "--volumes", "0", "--out", str(tmp_path)])
+        phonons.main(["--repeat", "2", "--out", str(tmp_path)])
