@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # torch is named with the others in one pip command, so that a CPU build at hand is taken instead of several GB of CUDA.
 PINS := torch==2.13.0 jax==0.10.2 jax-tvm-ffi==0.1.3 apache-tvm-ffi==0.1.15.post2 sevenn==0.13.0 jax-md==0.2.29 vesin==0.6.2 \
-	chgnet==0.4.2 torchani==2.9.0 franken==0.7.0 torch-sim-atomistic==0.3.0 torch-dftd==0.5.3 ipi==3.3.1
+	chgnet==0.4.2 torchani==2.9.0 franken==0.7.0 torch-sim-atomistic==0.3.0 torch-dftd==0.5.3 ipi==3.3.1 phonopy==4.10.0
 # mace-torch pins e3nn 0.4.4 and nvalchemi-toolkit numpy < 2.4, but both run with the versions of the others: they and what only
 # they need come without dependencies. nvalchemi also wants zarr 3, where torchani has zarr 2: that and what comes with it
 # goes into a folder of its own, which only its tests look into.
@@ -30,7 +30,7 @@ WORKERS ?= 2
 EXAMPLES ?= 100000
 SEED := $(or $(SEED),$(shell date +%s))
 
-.PHONY: help setup lint docs demo demo-jax-in-torch demo-npt demo-torch-sim demo-relax demo-mc demo-distributed demo-export demo-conductivity test test-all test-latest test-older fuzz-files check-mc check-lammps bench bench-engines bench-mc bench-native bench-scale soak-scale gpu-check fuzz bench-full bench-compare soak mutate clean
+.PHONY: help setup lint docs demo demo-jax-in-torch demo-npt demo-torch-sim demo-relax demo-phonons demo-mc demo-distributed demo-export demo-conductivity test test-all test-latest test-older fuzz-files check-mc check-lammps bench bench-engines bench-mc bench-native bench-scale soak-scale gpu-check fuzz bench-full bench-compare soak mutate clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -73,6 +73,9 @@ demo-torch-sim: setup  ## one JAX potential of copper in torch-sim and in jax-md
 
 demo-relax: setup  ## SevenNet-0 relaxes a crystal and its cell in one jitted jax-md program, beside ASE: table and picture in demos/out (ARGS="--help")
 	$(RUN) -m demos.relax $(ARGS)
+
+demo-phonons: setup  ## bands, density of states and Grueneisen parameters of a crystal with SevenNet-0, from one jitted Hessian: table and picture in demos/out (ARGS="--help")
+	$(RUN) -m demos.phonons $(ARGS)
 
 demo-distributed: setup  ## some hundred alloys relaxed as one batch over 1, 2 and 4 devices, or over processes: table and picture in demos/out (ARGS="--help")
 	$(RUN) -m demos.distributed $(ARGS)

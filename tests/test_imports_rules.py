@@ -31,14 +31,7 @@ FLOOR = {
 }
 JAX = {"jax", "jaxlib", "jax_side"}
 TORCH = {"torch", "torch_side"}
-STOREYS = {
-    "calls": 0,
-    "potentials": 1,
-    "montecarlo": 2,
-    "properties": 2,
-    "engines": 3,
-    "models": 3,
-}
+STOREYS = {"calls": 0, "potentials": 1, "montecarlo": 2, "properties": 2, "engines": 3, "models": 3}
 ATTIC = 4  # testing.py and doctor.py of a bank see all of it
 PACKAGES = {
     *BANKS,
@@ -66,7 +59,7 @@ BUILDER = "bridge/native/handler.py"
 AT_TOP = {f"bridge/testing/{name}.py": {"hypothesis"} for name in ("__init__", "strategies")}
 ADAPTED = set().union(
     *OWN.values(),
-    {"jax_md", "chgnet", "torchani", "mace", "franken", "ase", "torch_sim", "nvalchemi", "kups"},
+    "jax_md chgnet torchani mace franken ase torch_sim nvalchemi kups phonopy".split(),
 )
 DYNAMIC = ("import_module", "__import__", "find_spec", "LazyLoader")
 

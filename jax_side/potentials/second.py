@@ -167,7 +167,7 @@ def elastic_constants(
                 "take one of these",
             )
         )
-    r, h = array("positions", positions), _checked_cell(cell)
+    r, h = array("positions", positions), checked_cell(cell)
     volume = abs(jnp.linalg.det(h))
     stress, (mixed, curvature) = _strain_derivatives(energy, r, h)
     if relaxed:
@@ -238,6 +238,44 @@ def frequencies(
     return UNITS[unit] * jnp.sign(squares) * jnp.sqrt(abs(squares))
 
 
+def respond(hessian: Hessian, gradient: Float[jax.Array, "N 3"]) -> Float[jax.Array, "N 3"]:
+    """Returns H^+ g (N,3) in Angstrom: minus this is how far atoms go under the gradient (N,3) in
+    eV/Angstrom until it vanishes.
+
+    H^+ is the pseudo-inverse of the symmetric part of the Hessian (N,3,N,3), with uniform
+    translations projected out of it, and of the gradient.
+
+    >>> spring = hessian(lambda r, h: ((r[1] - r[0]) ** 2).sum(), jnp.zeros((2, 3)))
+    >>> respond(spring, jnp.array([[-1.0, 0, 0], [1, 0, 0]]))[:, 0].round(4).tolist()
+    [-0.25, 0.25]
+    """
+    h = _centred(_centred(hessian).transpose(2, 3, 0, 1)).reshape(2 * [gradient.size])
+    inverse = jnp.linalg.pinv((h + h.T) / 2, hermitian=True)
+    return (inverse @ _centred(gradient).ravel()).reshape(gradient.shape)
+
+
+def checked_cell(cell: Any) -> Float[jax.Array, "3 3"]:
+    """Returns the cell (3,3) of a crystal as a JAX array. One without a volume is NaN where values
+    can't be seen.
+
+    Raises: ValueError for a cell that is missing, of another shape, or singular.
+
+    >>> checked_cell(jnp.eye(3)).shape
+    (3, 3)
+    """
+    do = "give the lattice vectors as rows: what is not periodic has no elastic constants, and phonons at q = 0 only"
+    if cell is None:
+        raise ValueError(message("a cell as [3, 3]", "None", do))
+    cell = array("cell", cell)
+    if cell.shape != (3, 3):
+        raise ValueError(message("a cell as [3, 3]", spec(cell.shape, cell.dtype), do))
+    rounding = 8 * jnp.finfo(cell.dtype).eps * jnp.linalg.norm(cell, axis=-1).prod()
+    flat = ~(abs(jnp.linalg.det(cell)) > rounding)  # True for NaN too
+    if not isinstance(flat, jax.core.Tracer) and flat:
+        raise ValueError(message("an invertible cell", "a singular one", do))
+    return jnp.where(flat, jnp.nan, cell)
+
+
 def _pullback(energy: Energy, positions: jax.Array, cell: Any) -> Callable[[jax.Array], jax.Array]:
     """v -> H v, from the gradient in the positions."""
     if positions.ndim != 2 or positions.shape[1] != 3:
@@ -298,21 +336,6 @@ def _flat_rows(rows: Any, n: int) -> Int[jax.Array, " K"]:
     return jnp.where(bad, -1, rows)
 
 
-def _checked_cell(cell: Any) -> Float[jax.Array, "3 3"]:
-    """A cell with a volume, or an error. Without a volume it is NaN where values can't be seen."""
-    do = "give the lattice vectors as rows: what is not periodic has no elastic constants"
-    if cell is None:
-        raise ValueError(message("a cell as [3, 3]", "None", do))
-    cell = array("cell", cell)
-    if cell.shape != (3, 3):
-        raise ValueError(message("a cell as [3, 3]", spec(cell.shape, cell.dtype), do))
-    rounding = 8 * jnp.finfo(cell.dtype).eps * jnp.linalg.norm(cell, axis=-1).prod()
-    flat = ~(abs(jnp.linalg.det(cell)) > rounding)  # True for NaN too
-    if not isinstance(flat, jax.core.Tracer) and flat:
-        raise ValueError(message("an invertible cell", "a singular one", do))
-    return jnp.where(flat, jnp.nan, cell)
-
-
 def _strain_derivatives(
     energy: Energy, positions: jax.Array, cell: jax.Array
 ) -> tuple[Float[jax.Array, " 6"], tuple[Float[jax.Array, "6 N 3"], Voigt]]:
@@ -332,10 +355,7 @@ def _strain_derivatives(
 def _relaxation(h: Hessian, mixed: Float[jax.Array, "6 N 3"]) -> Voigt:
     """L^T H^+ L, what the relaxing atoms take from the curvature. Uniform translations are
     projected out of both."""
-    n = len(h)
-    mixed = _centred(mixed).reshape(6, 3 * n)
-    h = _centred(_centred(h).transpose(2, 3, 0, 1)).reshape(3 * n, 3 * n)
-    return mixed @ jnp.linalg.pinv((h + h.T) / 2, hermitian=True) @ mixed.T
+    return jnp.einsum("kia,lia->kl", mixed, jax.vmap(partial(respond, h))(mixed))
 
 
 def _centred(x: jax.Array) -> jax.Array:
