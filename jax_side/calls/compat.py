@@ -227,7 +227,9 @@ def without_options(f: Callable[..., Any]) -> Callable[..., Any]:
     if not compiler_options(f):
         return f
     if f not in _without_options:
-        static = {name: getattr(f._jit_info, name) for name in ("static_argnums", "static_argnames")}
+        static = {
+            name: getattr(f._jit_info, name) for name in ("static_argnums", "static_argnames")
+        }
         _without_options[f] = jax.jit(f.__wrapped__, **static)
     return _without_options[f]
 

@@ -333,7 +333,9 @@ def test_a_sum_in_torch_of_torch_and_jax():
     )
     a, b, x = MODEL, bridge.torch_potential(pure, gradients="autodiff"), system()
     total = a + b
-    assert total.card.cutoff == CUTOFF and b.card == Card(optional_inputs={"charge", "spin", "field"})
+    assert total.card.cutoff == CUTOFF and b.card == Card(
+        optional_inputs={"charge", "spin", "field"}
+    )
     for name, y in total(x).items():
         close(y, a(x)[name] + b(x)[name])
     assert abs(b(x)["position_gradients"]).max() > 0.1
