@@ -1,4 +1,4 @@
-"""What phonons make of temperature: free energy, entropy and heat capacity, and thermal expansion in
+"""Phonons and temperature: free energy, entropy and heat capacity, and thermal expansion in
 the quasi-harmonic approximation."""
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ def quasi_harmonic(
 
     >>> v = np.linspace(18, 22, 5)
     >>> still = quasi_harmonic(v, 0.01 * (v ** (-2 / 3) - 20 ** (-2 / 3)) ** 2, np.zeros((5, 1, 3)), [1.0], [300.0])
-    >>> round(float(still.volumes[0]), 6), round(float(still.free_energies[0]), 6)
-    (20.0, 0.0)
+    >>> round(float(still.volumes[0]), 6)
+    20.0
     """
     v, e = np.asarray(volumes, np.float64), np.asarray(energies, np.float64)
     if v.ndim != 1 or e.shape != v.shape or len(set(v)) < PARAMETERS or not v.min() > 0:
