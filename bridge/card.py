@@ -34,11 +34,11 @@ class Card:
     outputs           names of bridge.contract.OUTPUTS that it can compute. Energy is one of them
     active_outputs    the outputs that it is asked for in each call. None stands for energy and its
                       gradients, as far as it has them
-    required_inputs   keys of the contract without which it can't be called. Charge, spin
-                      and field are never guessed
+    required_inputs   keys of the contract without which it can't be called. Charge, spin and field
+                      are never guessed
     optional_inputs   keys that it uses where they are given. A charge, spin or field that is in
-                      neither set, and not zero, is an error. (MACE's total_spin is a multiplicity, so its
-                      singlet, 1, is an error for models without spin.)
+                      neither set, and not zero, is an error. (MACE's total_spin is a multiplicity,
+                      so its singlet, 1, is an error for models without spin.)
     supports_pbc, needs_pbc   whether axes may be periodic, and whether some must be
     cutoff            radius of its neighbour list in Angstrom, None if it has no list
     neighbor_list     "own": it finds its neighbours where no edges are given. "given": it can't do
@@ -188,8 +188,8 @@ class Card:
             )
 
     def unused(self, given: Collection[str]) -> list[str]:
-        """Returns which of charge, spin and field are among the names `given`, though the model has no
-        use for them."""
+        """Returns which of charge, spin and field are among the names `given`, though the model has
+        no use for them."""
         used = self.required_inputs | self.optional_inputs
         return [name for name in CONDITIONS if name in given and name not in used]
 
@@ -355,7 +355,8 @@ class Card:
 def shared_out(inputs: Mapping[str, Any], cards: Iterable[Card]) -> list[dict[str, Any]]:
     """Returns the inputs of each term of a sum, given those of the sum.
 
-    Charge, spin and field are left out for the terms that have no use for them, if another term has one.
+    Charge, spin and field are left out for the terms that have no use for them, if another term has
+    one.
     """
     kept = [set(card.unused(inputs)) for card in cards]
     nobody = set.intersection(*kept) if kept else set()

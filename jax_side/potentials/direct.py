@@ -135,7 +135,7 @@ class Potential(Linear):
     # Subclasses have these as fields or as properties.
     gradients: Any  # one of KINDS
     hessians: Any  # one of HESSIANS
-    # those of charge, spin and field that it has a use for; a sum gives them to the terms that have one
+    # those of charge, spin and field that it has a use for; a sum gives them to terms that have one
     takes: Any
 
     def __call__(self, inputs: Inputs) -> PotentialOut:

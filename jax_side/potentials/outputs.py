@@ -30,8 +30,8 @@ tree = jax.tree_util
 
 
 def check_unused(card: Card, given: Mapping[str, Any], who: str) -> tuple[str, ...]:
-    """Returns which of charge, spin and field are given, though the model has no use for them, and are
-    traced, so that nobody can see whether they are zero. `marked` is for these.
+    """Returns which of charge, spin and field are given, though the model has no use for them, and
+    are traced, so that nobody can see whether they are zero. `marked` is for these.
 
     Raises: ValueError for one whose value is known and not zero, naming the system.
     """
@@ -76,9 +76,9 @@ class Outputs:
     which returns the dict of the model, checked while it is traced.
 
     `gradients` says whether the model gives g and G itself ("model") or its energy alone
-    ("autodiff"). `node_virials` has them made from an energy, too. The energy differentiates in pos and cell by g and G, and all else by JAX, as
-    jax_side.potentials.derivatives has it. Outputs of equal models are equal, so that jit caches
-    hit.
+    ("autodiff"). `node_virials` has them made from an energy, too. The energy differentiates in pos
+    and cell by g and G, and all else by JAX, as jax_side.potentials.derivatives has it. Outputs of
+    equal models are equal, so that jit caches hit.
 
     Raises, when it is called: ValueError for inputs and outputs outside of the contract.
     """

@@ -72,9 +72,9 @@ def potential(
 
     `card` (bridge.Card) says what the model has and needs; None stands for the model's own card, if
     it has one. Elements, boundaries, inputs, the dtype and the order of derivatives are checked
-    against it before anything runs. A charge, spin or field for which the card has no use must be zero.
-    Where it is traced, so that nobody can see its value, energy and gradients are NaN in systems
-    where it is not zero. A model without a card is called with whatever is given here.
+    against it before anything runs. A charge, spin or field for which the card has no use must be
+    zero. Where it is traced, so that nobody can see its value, energy and gradients are NaN in
+    systems where it is not zero. A model without a card is called with whatever is given here.
 
     Raises: ValueError for anything that the card does not have, for shapes, dtypes or outputs
     outside the contract, for positions and cell of unlike dtype, for floats that JAX would narrow
