@@ -151,7 +151,8 @@ def jax_md_energy(model, atoms, dtype, lane="auto"):
 
 def stepping(loop, state, dtype):
     """Chunks of n steps of a jitted loop(state, n), each from where the last one ended."""
-    held = [state]
+    with jax.enable_x64(dtype == torch.float64):
+        held = [loop(state, 0)]  # which makes weak types strong: or the second call would compile
 
     def run(n):
         with jax.enable_x64(dtype == torch.float64):
