@@ -133,7 +133,7 @@ def phonons(
             message(
                 f"force constants that end within {half:.2f} Angstrom, half of the supercell",
                 f"{border:.1g} of the largest at its border"
-                f"{', since no pair is that far apart' * np.isnan(border)}",
+                f"{', since no pair is that far apart' if np.isnan(border) else ''}",
                 "compare with a larger supercell, or say how far they matter: reach=",
             ),
             stacklevel=2,
