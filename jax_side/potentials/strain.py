@@ -133,8 +133,8 @@ class _WithGradients:
     def __call__(self, inputs: Inputs) -> Named:
         pos, cell = inputs["pos"], inputs["cell"]
         if not self.node_virials:
-            total = lambda pos, cell: self._total(inputs | {"pos": pos, "cell": cell})
-            (_, out), (g, G) = jax.value_and_grad(total, (0, 1), has_aux=True)(pos, cell)
+            plain = lambda pos, cell: self._total(inputs | {"pos": pos, "cell": cell})
+            (_, out), (g, G) = jax.value_and_grad(plain, (0, 1), has_aux=True)(pos, cell)
             return out | {"position_gradients": g, "cell_gradients": G}
         given = virials.by_edges(inputs)
 

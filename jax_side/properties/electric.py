@@ -4,7 +4,7 @@ polarisability, infrared spectra."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.core
@@ -250,7 +250,11 @@ def infrared(
     (521.5, 974.9)
     """
     born = born_charges(
-        dipole(energy) if mu is None else mu, positions, cell, sum_rule=sum_rule, charge=charge
+        dipole(cast("Potential", energy)) if mu is None else mu,
+        positions,
+        cell,
+        sum_rule=sum_rule,
+        charge=charge,
     )
     d = dynamical_matrix(energy, positions, cell, masses, chunk=chunk)
     n = len(d)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from bridge.errors import message, spec
@@ -65,7 +66,7 @@ def lattice_points(repeats: Repeats) -> Int[np.ndarray, "L 3"]:
 
 
 def supercell(
-    positions: Float[jax.Array, "N 3"], cell: Float[jax.Array, "3 3"], repeats: Repeats
+    positions: Float[ArrayLike, "N 3"], cell: Float[ArrayLike, "3 3"], repeats: Repeats
 ) -> tuple[Float[jax.Array, "L*N 3"], Float[jax.Array, "3 3"]]:
     """Returns the positions (L N,3) and the cell (3,3) of a supercell, in Angstrom.
 

@@ -181,14 +181,17 @@ def expansion(
     Raises: ValueError as `quasi_harmonic` and phonons.phonons.
     """
     q, weights = grid(mesh)
-    volumes, energies, frequencies = [], [], []
+    volumes: list[float] = []
+    energies: list[float] = []
+    frequencies: list[np.ndarray] = []
     for positions, cell in structures:
         crystal = phonons(energy, positions, cell, masses, repeats, **options)
         frequencies.append(np.asarray(crystal.frequencies(q)))
         volumes.append(abs(np.linalg.det(np.asarray(cell, np.float64))))
         cells = crystal.constants.shape[2]
         energies.append(float(energy(*supercell(positions, cell, crystal.repeats))) / cells)
-    return quasi_harmonic(volumes, energies, frequencies, weights, temperatures, pressure=pressure)
+    curves = np.array(volumes), np.array(energies), np.array(frequencies)
+    return quasi_harmonic(*curves, weights, temperatures, pressure=pressure)
 
 
 def scaled(
