@@ -258,7 +258,7 @@ def test_note_x_results(key):
         (lambda x: x, {"required_inputs": {"charge"}}, "inputs that model needs .charge., got no charge"),
         (lambda x: {k: v for k, v in x.items() if k != "edge_index"}, {}, "edges for model, in a program that is compiled as a whole, got none"),
         (lambda x: {k: v for k, v in x.items() if k != "cell_offsets"}, {}, "cell_offsets"),
-        (lambda x: x | {"field": torch.zeros(3)}, {}, "inputs of the contract for a compiled graph, got field"),
+        (lambda x: x | {"octarine": torch.zeros(3)}, {}, "inputs of the contract for a compiled graph, got octarine"),
     ],
 )  # fmt: skip
 def test_error_x_inputs(change, options, text):
