@@ -61,7 +61,7 @@ def lattice_gradient_from_virial(
     >>> lattice_gradient_from_virial(jnp.zeros((1, 3)), jnp.zeros((1, 3)), jnp.array([0]), 2 * eye, 6 * eye)[0, 0].tolist()
     [3.0, 0.0, 0.0]
     """
-    bad = _singular(cell)
+    bad = virials.singular(cell)
     _refuse(
         bad,
         "an invertible cell",
@@ -88,7 +88,7 @@ def stress(virial: Matrices, cell: Matrices, pbc: Bool[jax.Array, "B 3"]) -> Mat
     >>> stress(6 * jnp.eye(3)[None], 2 * jnp.eye(3)[None], jnp.ones((1, 3), bool))[0, 0].tolist()
     [0.75, 0.0, 0.0]
     """
-    open_, singular = ~pbc.any(-1), _singular(cell)
+    open_, singular = ~pbc.any(-1), virials.singular(cell)
     _refuse(open_, "a periodic system", "no periodic axis", "it has no stress; use the virial")
     _refuse(singular, "an invertible cell", "a singular cell", "it has no stress; use the virial")
     volume = jnp.where(open_ | singular, jnp.nan, abs(jnp.linalg.det(cell)))
@@ -131,42 +131,30 @@ class _WithGradients:
     node_virials: bool
 
     def __call__(self, inputs: Inputs) -> Named:
-        pos, cell = inputs["pos"], inputs["cell"]
-        if not self.node_virials:
-            plain = lambda pos, cell: self._total(inputs | {"pos": pos, "cell": cell})
-            (_, out), (g, G) = jax.value_and_grad(plain, (0, 1), has_aux=True)(pos, cell)
-            return out | {"position_gradients": g, "cell_gradients": G}
-        given = virials.by_edges(inputs)
+        given = virials.by_edges(inputs) if self.node_virials else inputs
+        names = ("pos", "cell", "cell_offsets") if self.node_virials else ("pos", "cell")
 
-        def total(pos, cell, offsets):
-            changed = virials.by_edges(inputs | {"pos": pos, "cell": cell})
-            return self._total(changed | {"cell_offsets": offsets})
+        def total(variables):
+            changed = given | variables
+            out = named(self.energy(changed))
+            check_outputs(out, changed["pos"].shape[0], changed["cell"].shape[0])
+            return out["energy"].sum(), out
 
-        differentiate = jax.value_and_grad(total, (0, 1, 2), has_aux=True)
-        (_, out), (g, G, in_offsets) = differentiate(pos, cell, given["cell_offsets"])
+        differentiate = jax.value_and_grad(total, has_aux=True)
+        (_, out), found = differentiate({name: given[name] for name in names})
+        g, G = found["pos"], found["cell"]
         out = out | {"position_gradients": g, "cell_gradients": G}
-        if "node_virials" not in out:
-            each = virials.node_virials(given, in_offsets)
-            W = virial(g, G, pos, inputs["batch"], cell)
+        if self.node_virials and "node_virials" not in out:
+            each = virials.node_virials(given, found["cell_offsets"])
+            W = virial(g, G, inputs["pos"], inputs["batch"], inputs["cell"])
             out["node_virials"] = virials.checked(each, W, inputs["batch"])
         return out
-
-    def _total(self, inputs):
-        out = named(self.energy(inputs))
-        check_outputs(out, inputs["pos"].shape[0], inputs["cell"].shape[0])
-        return out["energy"].sum(), out
 
 
 def _moments(positions: Vectors, vectors: Vectors, batch: Batch, cell: Matrices) -> Matrices:
     """sum_b r_bi v_bj over the atoms b of each system: (B,3,3)."""
     outer = positions[:, :, None] * vectors[:, None, :]
     return jax.ops.segment_sum(outer, batch, num_segments=cell.shape[0])
-
-
-def _singular(cell: Matrices) -> Bool[jax.Array, " B"]:
-    """True where |det h| is no more than rounding, or not a number."""
-    scale = jnp.linalg.norm(cell, axis=-1).prod(-1)
-    return ~(abs(jnp.linalg.det(cell)) > 8 * jnp.finfo(cell.dtype).eps * scale)
 
 
 def _refuse(bad, expected, got, do):

@@ -30,7 +30,7 @@ def by_edges(inputs: Inputs) -> Inputs:
         do = "pass edge_index and cell_offsets, or cutoff=..., in Angstrom, so that edges are found"
         raise ValueError(message("edges, to which virials of atoms belong", "none", do))
     cell, fixed = inputs["cell"], jax.lax.stop_gradient(inputs["cell"])
-    empty = _singular(fixed)[:, None] & ~inputs["pbc"]
+    empty = singular(fixed)[:, None] & ~inputs["pbc"]
     added = jnp.where(empty[:, :, None], _completed(fixed, empty) - fixed, 0)
     offsets = inputs["cell_offsets"].astype(cell.dtype)
     offsets = jnp.where(empty[_systems(inputs)], 0, offsets)
@@ -82,15 +82,15 @@ def checked(found: Virials, virial: Cells, batch: Int[jax.Array, " N"]) -> Viria
     raise ValueError(message(expected, got, PARTS_OF_VIRIAL))
 
 
+def singular(cell: Cells) -> Bool[jax.Array, " B"]:
+    """Returns True where |det h| is no more than rounding, or not a number."""
+    scale = jnp.linalg.norm(cell, axis=-1).prod(-1)
+    return ~(abs(jnp.linalg.det(cell)) > 8 * jnp.finfo(cell.dtype).eps * scale)
+
+
 def _systems(inputs: Inputs) -> Int[jax.Array, " E"]:
     """The system of each edge; that of the last atom for unused slots."""
     return inputs["batch"][jnp.minimum(inputs["edge_index"][0], len(inputs["pos"]) - 1)]
-
-
-def _singular(cell: Cells) -> Bool[jax.Array, " B"]:
-    """True where the vectors are dependent."""
-    scale = jnp.linalg.norm(cell, axis=-1).prod(-1)
-    return ~(abs(jnp.linalg.det(cell)) > 8 * jnp.finfo(cell.dtype).eps * scale)
 
 
 def _completed(cell: Cells, empty: Bool[jax.Array, "B 3"]) -> Cells:

@@ -15,8 +15,8 @@ from jaxtyping import Bool, Float, Int
 
 from bridge.errors import message, spec
 from jax_side.potentials.potential import Named, Potential, array, potential
+from jax_side.properties.thermal import BOLTZMANN
 
-KB = 8.617333262e-5  # eV/K
 # eV^2/amu/Angstrom^3 times Angstrom sqrt(amu/eV), over eV, in W/m/K: see `conductivity`
 _IN_SI = 1.602176634e-19 / (1e-10 * 1.0180505710774743e-14)
 
@@ -222,7 +222,7 @@ def conductivity(
     means = sums / (T - np.arange(T // 2))[:, None]
     steps = (means[1:] + means[:-1]) / 2
     integral = np.concatenate([np.zeros((1, 3)), np.cumsum(steps, 0)]) * interval
-    return _IN_SI * integral / (volume * KB * temperature**2)
+    return _IN_SI * integral / (volume * BOLTZMANN * temperature**2)
 
 
 def _check(energy: Potential, outputs: tuple[str, ...]) -> None:
