@@ -12,7 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from bridge.contract import INFO, INPUTS, OUTPUTS
-from bridge.conventions import to
+from bridge.conventions import VOIGT, to
 from bridge.errors import message, missing
 
 if TYPE_CHECKING:
@@ -133,12 +133,9 @@ def results(
                     raise
     if "node_virials" in out and has_stress(atoms):
         each = out["node_virials"]
-        found["stresses"] = (each + each.swapaxes(1, 2))[:, *_VOIGT] / (2 * atoms.cell.volume)
+        twice = (each + each.swapaxes(1, 2)).reshape(-1, 9)[:, VOIGT]
+        found["stresses"] = twice / (2 * atoms.cell.volume)
     return found
-
-
-# the two axes of xx, yy, zz, yz, xz, xy
-_VOIGT = ([0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1])
 
 
 def _of_one_system(name: str, x: np.ndarray) -> np.ndarray | float:

@@ -54,7 +54,7 @@ CONVENTIONS = {
     "mace": Convention('a model\'s "stress", its cell'),
     "mace-virials": Convention('a model\'s "virials", its cell', -1, per_volume=False),
 }
-_VOIGT = [0, 4, 8, 5, 2, 1]  # places of xx, yy, zz, yz, xz, xy in a flattened matrix
+VOIGT = [0, 4, 8, 5, 2, 1]  # places of xx, yy, zz, yz, xz, xy in a flattened matrix
 _MATRIX = [0, 5, 4, 5, 1, 3, 4, 3, 2]  # and the way back
 # An antisymmetric part up to this is rounding: relative to |W|, and in eV/Angstrom^3.
 _ASYMMETRIC = (1e-3, 1e-5)
@@ -229,7 +229,7 @@ def _voigt(stress: Any) -> Any:
     """The six numbers (...,6) of matrices that are symmetric but for rounding."""
     other = stress.swapaxes(-1, -2)
     skew, size = ((x * x).sum(-1).sum(-1) for x in (stress - other, stress))
-    flat = (0.5 * (stress + other)).reshape(*stress.shape[:-2], 9)[..., _VOIGT]
+    flat = (0.5 * (stress + other)).reshape(*stress.shape[:-2], 9)[..., VOIGT]
     # A stress of NaN is fine: it goes on.
     fine = ~(skew > _ASYMMETRIC[0] ** 2 * size + _ASYMMETRIC[1] ** 2)
     return _guarded(
