@@ -28,6 +28,7 @@ late: list[Callable[[], BaseException | None]] = []
 _OURS = tuple(
     str(Path(__file__).resolve().parents[1] / d) for d in ("bridge", "jax_side", "torch_side")
 )
+_CALLBACKS = ("jax_side/calls/lanes.py", "jax/_src/callback.py")
 _FOREIGN = tuple(
     f"site-packages/{p}/" for p in ("torch", "jax", "jaxlib", "tvm_ffi", "jax_tvm_ffi")
 )
@@ -117,16 +118,18 @@ def release(error: BaseException) -> None:
         for frame, _ in traceback.walk_tb(cause.__traceback__):
             _clear(frame)
         if cause.__traceback__:
-            _clear_callers(cause.__traceback__.tb_frame.f_back)
+            for frame in _callback(cause.__traceback__.tb_frame):
+                _clear(frame)
         cause = cause.__cause__ or cause.__context__
 
 
-def _clear_callers(frame: FrameType | None) -> None:
-    """Clears JAX's own part of a callback, which holds the arrays as well. Beyond it lies the
-    user's program."""
-    while frame is not None and frame.f_code.co_filename.endswith("callback.py"):
-        _clear(frame)
-        frame = frame.f_back
+def _callback(frame: FrameType) -> Iterator[FrameType]:
+    """Gives the frames of the callback that `frame` is in, from it outwards: the lane's, and JAX's
+    own, which hold the arrays as well. Beyond them lies the user's program."""
+    yield frame
+    while (outer := frame.f_back) and outer.f_code.co_filename.endswith(_CALLBACKS):
+        yield outer
+        frame = outer
 
 
 def _clear(frame: FrameType) -> None:
@@ -167,19 +170,16 @@ def _interrupt_again() -> None:
 
     The runtime would turn the first interrupt into an internal error.
     """
-    callback = sys._getframe(2)
-    # JAX's own part of the callback belongs to it.
-    while callback.f_back and callback.f_back.f_code.co_filename.endswith("callback.py"):
-        callback = callback.f_back
-    waiting = (callback, threading.get_ident())
+    *_, outermost = _callback(sys._getframe(2))
+    waiting = (outermost, threading.get_ident())
     threading.Thread(target=_interrupt_after, args=waiting, daemon=True).start()
 
 
 def _interrupt_after(callback: FrameType, thread: int) -> None:
     """Waits until `callback` is no frame of the thread any more. An interrupt inside of it would be
-    swallowed like the first."""
+    swallowed like the first, and a later one than the runtime's own error would come too late."""
     while _is_running(callback, sys._current_frames().get(thread)):
-        time.sleep(1e-4)
+        time.sleep(0)
     _thread.interrupt_main()
 
 
