@@ -108,9 +108,11 @@ def phonons(
     """
     r, h = array("positions", positions), checked_cell(cell)
     supercell(r, h, repeats)  # what is wrong with them is said before anything runs
-    if not (np.isfinite(r).all() and np.isfinite(h).all()):
-        do = "look at the step before: has the structure been relaxed?"
-        raise ValueError(message("finite positions and a finite cell", "others", do))
+    if not np.isfinite(r).all():
+        atom = int(np.argmin(np.isfinite(r).all(1)))
+        raise ValueError(
+            message("finite positions", f"{r[atom]} for atom {atom}", "look at the step before")
+        )
     m = jnp.asarray(masses, r.dtype)
     if m.shape != r.shape[:1] or not (np.asarray(m) > 0).all():
         raise ValueError(

@@ -410,8 +410,7 @@ def simple(**changed):
 ERRORS = [
     (lambda: simple(masses=[1.0, 2.0]), r"expected masses as \[1\], positive, got .*\[2\]"),
     (lambda: simple(masses=[0.0]), r"expected masses as \[1\], positive"),
-    (lambda: simple(cell=np.nan * np.eye(3)), "expected finite positions and a finite cell"),
-    (lambda: simple(positions=[[np.inf, 0, 0]]), "expected finite positions and a finite cell"),
+    (lambda: simple(positions=[[np.nan, 0, 0]]), r"expected finite positions, got .* for atom 0;"),
     (
         lambda: phonons(lambda r, h: 0 * r.sum(), np.zeros((1, 3)), np.eye(3), [1.0], (1, 1, 1)),
         "expected force constants that are not all zero, got 0.0; look at the cell",
