@@ -39,11 +39,12 @@ def phonopy(phonons: Phonons, atomic_numbers: Int[np.ndarray, " N"], **options: 
     except ImportError as error:
         raise missing("phonopy", "its Phonopy objects") from error
     numbers = np.asarray(atomic_numbers)
-    if numbers.shape != phonons.masses.shape:
+    if numbers.shape != phonons.masses.shape or numbers.dtype.kind not in "iu":
+        other = "" if numbers.dtype.kind in "iu" else f" of {numbers.dtype}"
         raise ValueError(
             message(
                 f"atomic numbers as [{len(phonons.masses)}]",
-                str(list(numbers.shape)),
+                f"{list(numbers.shape)}{other}",
                 "give those of the crystal, not of its supercell",
             )
         )

@@ -248,7 +248,7 @@ def checked_period(period: Period) -> tuple[float, ...] | None:
 
 def _taken(bias: Bias, changing: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs that a bias takes, all of which must be there."""
-    if absent := [name for name in bias.keywords if name not in changing]:
+    if absent := [name for name in bias.keywords if changing.get(name) is None]:
         expected = f"{', '.join(absent)} in the call, which {type(bias).__name__} needs"
         do = "pass it as a keyword: energy(positions, cell, hills=hills)"
         raise TypeError(message(expected, "none", do))

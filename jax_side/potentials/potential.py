@@ -120,6 +120,7 @@ class Potential:
         self.single = batch is None
         self.card = card
         _check_call(extras, batch, n_systems)
+        _check_numbers(atomic_numbers)
         batch = np.zeros(len(atomic_numbers), np.int32) if batch is None else batch
         fixed = {"atomic_numbers": atomic_numbers, "batch": batch, **extras}
         self.fixed = {name: _frozen(x) for name, x in fixed.items() if x is not None}
@@ -298,8 +299,27 @@ def _check_call(extras: Collection[str], batch: Any, n_systems: int) -> None:
                 "pass it to the energy: energy(positions, cell)",
             )
         )
+    for name in {"outputs", "gradients", "lane"} & set(extras):
+        raise ValueError(
+            message(
+                f"no {name} among the extras",
+                name,
+                "leave it out, it is one of bridge.potential: a JAX model gives all its outputs, and "
+                "strain.with_gradients its gradients",
+            )
+        )
     if batch is None and n_systems != 1:
         raise ValueError(message(f"batch for n_systems={n_systems}", "None", "pass batch (N,)"))
+
+
+def _check_numbers(atomic_numbers: Any) -> None:
+    """Raises TypeError for symbols and for ASE's Atoms."""
+    if isinstance(atomic_numbers, jax.Array | np.ndarray) and atomic_numbers.dtype.kind not in "USO":
+        return
+    if (dtype := np.asarray(atomic_numbers).dtype).kind in "USO":
+        do = "pass atoms.numbers, or ase.symbols.symbols2numbers of symbols"
+        what = type(atomic_numbers).__name__
+        raise TypeError(message("atomic numbers, integers", f"{what} of {dtype}", do))
 
 
 def _energy(model: Model, inputs: Named) -> Float[jax.Array, " B"]:
@@ -359,8 +379,12 @@ def array(name: str, x: Any) -> jax.Array:
     """Returns x as a JAX array of its own precision. Integers are int32 without x64, as everywhere
     in JAX.
 
-    Raises: ValueError for floats that JAX would narrow; `name` says in its text what x is.
+    Raises: ValueError for floats that JAX would narrow; TypeError for what is no array, as ASE's
+    Atoms and Cell; `name` says in its text what x is.
     """
+    if type(x).__module__.partition(".")[0] == "ase":
+        do = "pass NumPy's: atoms.positions, atoms.cell.array"
+        raise TypeError(message(f"{name} as an array", f"ASE's {type(x).__name__}", do))
     result = jnp.asarray(x)
     dtype = getattr(x, "dtype", result.dtype)
     if result.dtype != dtype and jnp.issubdtype(result.dtype, jnp.inexact):

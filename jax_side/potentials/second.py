@@ -189,17 +189,18 @@ def dynamical_matrix(
     `masses` (N,) are in amu, and are cast to the dtype of the positions. The other arguments are
     those of `hessian`. For other wave vectors take a supercell: they are at its q = 0.
 
-    Raises: ValueError as `hvp`, and for masses of another shape.
+    Raises: ValueError as `hvp`, for masses of another shape and for those that are not positive.
 
     >>> dynamical_matrix(lambda r, h: (r**2).sum(), jnp.ones((1, 3)), None, jnp.array([4.0]))[0, :, 0].diagonal().tolist()
     [0.5, 0.5, 0.5]
     """
     r = array("positions", positions)
     m = jnp.asarray(masses, r.dtype)
-    if m.shape != r.shape[:1]:
+    traced = isinstance(m, jax.core.Tracer)
+    if m.shape != r.shape[:1] or not (traced or (np.asarray(m) > 0).all()):
         raise ValueError(
             message(
-                f"masses as [{len(r)}]",
+                f"masses as [{len(r)}], positive",
                 spec(m.shape, m.dtype),
                 "give one mass in amu for each atom",
             )

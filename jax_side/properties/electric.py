@@ -4,6 +4,7 @@ polarisability, infrared spectra."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
 import jax
@@ -91,16 +92,7 @@ def dipole(
         raise ValueError(message("one system for a dipole", f"{energy.n_systems} of them", do))
     if by == "field":
         _check_field(energy)
-        given = inputs.pop("field", None)
-
-        def of_field(positions: Positions, cell: Cell | None = None) -> Float[jax.Array, 3]:
-            r = array("positions", positions)
-            at = _field(given, r.dtype)
-            return -jax.grad(
-                lambda f: energy.outputs(r, cell, field=f[None], **inputs)["energy"][0]
-            )(at)
-
-        return of_field
+        return partial(_of_field, energy, inputs.pop("field", None), inputs)
     card = energy.card
     if card is not UNKNOWN and "dipole" not in card.outputs:
         raise _no_dipole(energy, card.outputs)
@@ -134,7 +126,9 @@ def born_charges(
     `excess` is what the model's sum has beyond that, for a `charge` Q in e. With sum_rule=True it is
     taken away, the same share from each atom.
 
-    Raises: ValueError for positions of another shape, and for a dipole that is not (3,).
+    Raises: ValueError for positions of another shape, for a dipole that is not (3,), and where all
+    charges of a `dipole(energy, by="field")` are zero, as for a model that passes over its field
+    (inside jit they are then NaN).
 
     >>> q = jnp.array([1.0, -0.75])
     >>> born = born_charges(lambda r, cell: q @ r, jnp.ones((2, 3)), sum_rule=True)
@@ -154,6 +148,8 @@ def born_charges(
         return found
 
     charges = jax.jacrev(checked)(r).transpose(1, 2, 0)
+    if isinstance(mu, partial) and mu.func is _of_field:  # nobody else has looked at the field
+        charges = _changing(charges, "atoms", "take a model that reads inputs['field']")
     excess = charges.sum(0) - jnp.asarray(charge, r.dtype) * jnp.eye(3, dtype=r.dtype)
     return Born(charges - excess / len(r) if sum_rule else charges, excess)
 
@@ -204,11 +200,8 @@ def polarisability(
     else:
         moves = step * jnp.eye(3, dtype=r.dtype)
         alpha = jnp.stack([(mu(at + d) - mu(at - d)) / (2 * step) for d in moves])
-    zero = jnp.all(alpha == 0)
-    if not isinstance(zero, jax.core.Tracer) and zero:
-        do = "take a model that reads inputs['field'], or pass step= if it only cuts the derivative"
-        raise ValueError(message("a dipole that changes with the field", "one that does not", do))
-    return jnp.where(zero, jnp.nan, alpha)
+    do = "take a model that reads inputs['field'], or pass step= if it only cuts the derivative"
+    return _changing(alpha, "the field", do)
 
 
 def infrared(
@@ -264,6 +257,23 @@ def infrared(
     strengths = (jnp.einsum("kia,iab->kb", modes, born.charges) ** 2).sum(1)
     frequencies = UNITS["cm^-1"] * jnp.sign(squares) * jnp.sqrt(abs(squares))
     return Infrared(frequencies, KM_PER_MOL * strengths, strengths, modes, born)
+
+
+def _of_field(
+    energy: Potential, field: Any, inputs: dict[str, Any], positions: Positions, cell: Any = None
+) -> Float[jax.Array, 3]:
+    """-dE/dF at this field, in e Angstrom."""
+    r = array("positions", positions)
+    at = _field(field, r.dtype)
+    return -jax.grad(lambda f: energy.outputs(r, cell, field=f[None], **inputs)["energy"][0])(at)
+
+
+def _changing(slopes: jax.Array, what: str, do: str) -> jax.Array:
+    """Derivatives of a dipole: ValueError where all of them are zero, NaN if that is traced."""
+    zero = jnp.all(slopes == 0)
+    if not isinstance(zero, jax.core.Tracer) and zero:
+        raise ValueError(message(f"a dipole that changes with {what}", "one that does not", do))
+    return jnp.where(zero, jnp.nan, slopes)
 
 
 def _check_field(energy: Potential) -> None:

@@ -58,8 +58,8 @@ def by_virials(
     `Unfolded`: there dE/dr_ij has parts of other atoms' energies, and this flux is another one
     (Langer et al., PRB 108, L100302 (2023)).
 
-    Raises: ValueError for a potential of several systems, without these outputs, or with a
-    receptive field that is longer than its cutoff or unknown; for shapes.
+    Raises: TypeError for another function; ValueError for a potential of several systems, without
+    these outputs, or with a receptive field that is longer than its cutoff or unknown; for shapes.
 
     >>> from jax_side.potentials.strain import with_gradients
     >>> from bridge.card import Card
@@ -107,8 +107,8 @@ class Unfolded:
     A call costs some four evaluations of `atoms` atoms. jit, vmap and scan take it; the images stay
     the same. Where an atom has moved by more than half of the skin, the flux is NaN.
 
-    Raises: ValueError for a potential of several systems, without node_energies, that needs pbc,
-    or whose reach is not known; for a singular cell, and for shapes.
+    Raises: TypeError for another function; ValueError for a potential of several systems, without
+    node_energies, that needs pbc, or whose reach is not known; for a singular cell, and for shapes.
     """
 
     def __init__(
@@ -195,13 +195,16 @@ def conductivity(
     integral that of trapezes. The conductivity is where the integral stays: look at its plateau,
     and at the spread over runs.
 
-    Raises: ValueError for other shapes, fluxes that are not finite and numbers that are not
-    positive.
+    Raises: TypeError for a HeatFlux, which is two; ValueError for other shapes, fluxes that are not
+    finite and numbers that are not positive.
 
     >>> white = np.random.default_rng(0).normal(size=(1000, 3))
     >>> conductivity(white, 1.0, 1000.0, 300.0).shape
     (500, 3)
     """
+    if isinstance(fluxes, HeatFlux):
+        do = "take one of them, or their sum: fluxes.virial + fluxes.convective"
+        raise TypeError(message("fluxes in one array", "a HeatFlux of two", do))
     J = np.asarray(fluxes, "float64")
     if J.ndim != 2 or J.shape[1] != 3 or len(J) < 2:
         do = "give the fluxes of one run, one in a row"
@@ -226,7 +229,12 @@ def conductivity(
 
 
 def _check(energy: Potential, outputs: tuple[str, ...]) -> None:
-    """ValueError for a potential of several systems, or one without these outputs."""
+    """TypeError for what is no potential; ValueError for one of several systems, or without these
+    outputs."""
+    if not isinstance(energy, Potential):
+        got = getattr(energy, "__name__", type(energy).__name__)
+        do = "pass what bridge.potential gives, or jax_side.potentials.potential.potential"
+        raise TypeError(message("a potential with energies of atoms", got, do))
     if not energy.single:
         do = "bind one system, and take vmap for several"
         raise ValueError(message("a potential of one system", f"{energy.n_systems}", do))

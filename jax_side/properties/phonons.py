@@ -98,7 +98,7 @@ def phonons(
     All this looks at values, so that inside of jit `force_constants` is the function to take.
 
     Raises: ValueError for a supercell that is too small, saying by how much; for masses of another
-    shape, and as `force_constants`.
+    shape, for what is not finite, where no atom feels another, and as `force_constants`.
 
     >>> def chain(r, h):  # springs of 1 eV/Angstrom^2 along z
     ...     return 0.5 * ((jnp.roll(r, -1, 0).at[-1].add(h[2]) - r) ** 2).sum()
@@ -108,6 +108,11 @@ def phonons(
     """
     r, h = array("positions", positions), checked_cell(cell)
     supercell(r, h, repeats)  # what is wrong with them is said before anything runs
+    if not np.isfinite(r).all():
+        atom = int(np.argmin(np.isfinite(r).all(1)))
+        raise ValueError(
+            message("finite positions", f"{r[atom]} for atom {atom}", "look at the step before")
+        )
     m = jnp.asarray(masses, r.dtype)
     if m.shape != r.shape[:1] or not (np.asarray(m) > 0).all():
         raise ValueError(
@@ -124,6 +129,9 @@ def phonons(
         jnp.asarray(x, r.dtype) for x in nearest(r, h, repeats, tolerance=tolerance)
     )
     largest = float(abs(raw).max())
+    if not largest > 0:
+        do = "look at the cell: is it that of the crystal, not of its supercell, and in Angstrom?"
+        raise ValueError(message("force constants that are not all zero", str(largest), do))
     drift = float(abs(raw.sum((2, 3))).max()) / largest
     border = _border(raw, vectors, half, h) / largest
     skew = fourier(raw, vectors, weights, jnp.asarray(GENERAL, r.dtype))
@@ -252,12 +260,18 @@ class Phonons:
         It is that of `mesh` wave vectors along the three axes (`grid`), each mode a Gaussian of the
         standard deviation `width`, in THz.
 
+        Raises: ValueError for frequencies of another shape, and as `grid`.
+
         >>> lattice = phonons(lambda r, h: (r**2).sum() / 2, jnp.zeros((1, 3)), jnp.eye(3), [1.0], (1, 1, 1), sum_rule=False, reach=0.0)
         >>> round(float(lattice.dos((2, 2, 2), jnp.linspace(14, 17, 301)).sum()) / 100, 3)
         3.0
         """
         q, weights = grid(mesh)
-        found, at = self.frequencies(q), jnp.asarray(frequencies, self.masses.dtype)
+        at = jnp.asarray(frequencies, self.masses.dtype)
+        if at.ndim != 1:
+            do = "give a row of them, as np.linspace(0, 10, 200)"
+            raise ValueError(message("frequencies as [F], in THz", spec(at.shape, at.dtype), do))
+        found = self.frequencies(q)
         return _density(found, jnp.asarray(weights, found.dtype), at, width)
 
     def _at(self, f: Any, q: Points, *more: jax.Array) -> Any:

@@ -178,13 +178,19 @@ def expansion(
     (sum_rule, reach, chunk) are those of phonons.phonons; temperatures, pressure and errors those
     of `quasi_harmonic`. One program serves all volumes.
 
-    Raises: ValueError as `quasi_harmonic` and phonons.phonons.
+    Raises: TypeError for structures that are no pairs; ValueError as `quasi_harmonic` and
+    phonons.phonons.
     """
     q, weights = grid(mesh)
     volumes: list[float] = []
     energies: list[float] = []
     frequencies: list[np.ndarray] = []
-    for positions, cell in structures:
+    for structure in structures:
+        if not isinstance(structure, tuple | list) or len(structure) != 2:
+            do = "take those of thermal.scaled, or (atoms.positions, atoms.cell.array)"
+            got = type(structure).__name__
+            raise TypeError(message("structures as pairs (positions, cell)", got, do))
+        positions, cell = structure
         crystal = phonons(energy, positions, cell, masses, repeats, **options)
         frequencies.append(np.asarray(crystal.frequencies(q)))
         volumes.append(abs(np.linalg.det(np.asarray(cell, np.float64))))
@@ -201,10 +207,17 @@ def scaled(
 ) -> list[tuple[Float[np.ndarray, "N 3"], Float[np.ndarray, "3 3"]]]:
     """Returns (positions, cell) with all lengths times each of the factors, for `expansion`.
 
+    Raises: ValueError for factors that are not positive, as strains.
+
     >>> scaled(np.zeros((1, 3)), np.eye(3), [1.0, 2.0])[1][1][0].tolist()
     [2.0, 0.0, 0.0]
     """
-    return [(np.asarray(positions) * x, np.asarray(cell) * x) for x in np.asarray(factors).tolist()]
+    x = np.asarray(factors, np.float64)
+    if x.ndim != 1 or not (x > 0).all():
+        got = spec(x.shape, x.dtype) if x.ndim != 1 else f"{x.min():g}"
+        do = "give factors of lengths around 1, as np.linspace(0.99, 1.03, 5)"
+        raise ValueError(message("factors as [K], positive", got, do))
+    return [(np.asarray(positions) * f, np.asarray(cell) * f) for f in x.tolist()]
 
 
 class _Curve:

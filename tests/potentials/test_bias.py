@@ -367,6 +367,7 @@ HILLS = metadynamics(along, 0.1, 0.1)
         (lambda: (FLAT + umbrella(lambda r, h: r[0, 0].astype("float32"), 0.0, 1.0))(particle(0)), ValueError, "a bias as float64, as the energy, got float32"),
         (lambda: FLAT + HILLS + HILLS, ValueError, "biases with keywords of their own, got hills in two"),
         (lambda: (FLAT + HILLS)(particle(0)), TypeError, "hills in the call"),
+        (lambda: (FLAT + HILLS)(particle(0), hills=None), TypeError, "hills in the call"),
         (lambda: 1 + ONE, TypeError, "unsupported operand"),
         (lambda: (FLAT + ONE) + 1, TypeError, "unsupported operand"),
         (lambda: metadynamics(along, -0.1, 0.1), ValueError, "a positive height of hills, got -0.1"),

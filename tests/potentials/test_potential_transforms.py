@@ -1,6 +1,7 @@
 """potential(...) under JAX's transforms against the same energy differentiated by JAX; evaluations
 counted; errors."""
 
+import ase
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -331,6 +332,9 @@ CALLS = {
     r"expected no cell among the extras, got cell": lambda: potential(
         MODEL, atomic_numbers=NUMBERS, cell=H
     ),
+    r"expected no outputs among the extras, got outputs; leave it out": lambda: potential(
+        MODEL, atomic_numbers=NUMBERS, outputs=("dipole",)
+    ),
     r"expected charge as float\[1\], got float64\[\]": lambda: potential(
         MODEL, atomic_numbers=NUMBERS, charge=jnp.ones(())
     )(R, H),
@@ -350,6 +354,19 @@ CALLS = {
 def test_errors_say_what_came(text):
     with pytest.raises(ValueError, match=text):
         CALLS[text]()
+
+
+def test_ases_objects_are_named():
+    atoms = ase.Atoms("HOCSi", positions=np.asarray(R), cell=np.asarray(H), pbc=True)
+    for call, text in (
+        (lambda: ENERGY(atoms, H), "positions as an array, got ASE's Atoms; pass NumPy's: atoms.pos"),
+        (lambda: ENERGY(R, atoms.cell), "cell as an array, got ASE's Cell"),
+        (lambda: potential(MODEL, atomic_numbers=atoms), "atomic numbers, integers, got Atoms of"),
+        (lambda: potential(MODEL, atomic_numbers=["H", "O"]), "atomic numbers, integers, got list"),
+    ):
+        with pytest.raises(TypeError, match=f"expected {text}"):
+            call()
+    assert potential(MODEL, atomic_numbers=NUMBERS.tolist())(R, H) == ENERGY(R, H)
 
 
 def test_no_silent_narrowing_without_x64():

@@ -232,6 +232,9 @@ TWO = potential(lambda x: {}, atomic_numbers=NUMBERS, batch=np.array([0, 0, 1]),
         (lambda: born_charges(dipole(TWIN), R[0]), ValueError, r"positions as \[N, 3\]"),
         (lambda: polarisability(DEAF, R), ValueError, "a dipole that changes with the field"),
         (lambda: polarisability(DEAF, R, step=1e-3), ValueError, "a dipole that changes with the field"),
+        (lambda: born_charges(dipole(DEAF, by="field"), R), ValueError, "a dipole that changes with atoms"),
+        (lambda: infrared(DEAF, R, None, MASSES, mu=dipole(DEAF, by="field")), ValueError, "changes with atoms"),
+        (lambda: infrared(TWIN, R, None, -MASSES), ValueError, r"masses as \[3\], positive"),
         (lambda: polarisability(TWIN, R, step=0.0), ValueError, "a positive step of the field, got 0.0"),
         (lambda: polarisability(TWIN, R, field=jnp.ones(2)), ValueError, r"a field as \[3\]"),
         (lambda: infrared(TWIN, R, None, MASSES[:2]), ValueError, r"masses as \[3\]"),
@@ -244,6 +247,10 @@ def test_errors(call, error, text):
 
 def test_a_field_that_is_passed_over_x_jit():
     assert np.isnan(jax.jit(lambda r: polarisability(DEAF, r))(R)).all()
+    charges = jax.jit(lambda r: born_charges(dipole(DEAF, by="field"), r).charges)
+    assert np.isnan(charges(R)).all()
+    still = born_charges(lambda r, cell: jnp.zeros(3), R).charges  # one's own dipole: one's own word
+    assert not still.any()
 
 
 def test_a_card_without_a_field_is_refused(monkeypatch):

@@ -239,3 +239,11 @@ def test_what_can_not_be_is_refused():
         heat.conductivity(np.ones((4, 3)), 1.0, 0.0, 1.0)
     with refused("expected finite fluxes, got another one in row 1"):
         heat.conductivity(np.array([[0.0] * 3, [0, np.nan, 0]]), 1.0, 1.0, 1.0)
+    for call in (
+        lambda: heat.by_virials(lambda r, h: (r**2).sum(), R, H, V, m),
+        lambda: heat.Unfolded(lambda r, h: (r**2).sum(), R, H),
+    ):
+        with pytest.raises(TypeError, match="expected a potential with energies of atoms, got <la"):
+            call()
+    with pytest.raises(TypeError, match=r"expected fluxes in one array, .*virial \+ fluxes.conv"):
+        heat.conductivity(heat.HeatFlux(np.ones(3), np.ones(3)), 0.5, 500.0, 300.0)

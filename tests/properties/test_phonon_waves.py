@@ -410,6 +410,13 @@ def simple(**changed):
 ERRORS = [
     (lambda: simple(masses=[1.0, 2.0]), r"expected masses as \[1\], positive, got .*\[2\]"),
     (lambda: simple(masses=[0.0]), r"expected masses as \[1\], positive"),
+    (lambda: simple(positions=[[np.nan, 0, 0]]), r"expected finite positions, got .* for atom 0;"),
+    (
+        lambda: phonons(lambda r, h: 0 * r.sum(), np.zeros((1, 3)), np.eye(3), [1.0], (1, 1, 1)),
+        "expected force constants that are not all zero, got 0.0; look at the cell",
+    ),
+    (lambda: simple().dos((2, 2, 2), 20), r"expected frequencies as \[F\], in THz"),
+    (lambda: as_phonopy(simple(), ["Cu"]), r"expected atomic numbers as \[1\], got \[1\] of <U2"),
     (lambda: simple(cell=None), r"expected a cell as \[3, 3\], got None"),
     (lambda: simple(repeats=(1, 1)), "expected repeats as three positive int"),
     (lambda: simple(positions=np.zeros((2, 1, 3))), r"expected positions as \[N, 3\]"),

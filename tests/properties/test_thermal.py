@@ -2,6 +2,7 @@
 
 from functools import cache
 
+import ase.build
 import numpy as np
 import pytest
 from phonopy import PhonopyQHA
@@ -191,6 +192,11 @@ ERRORS = [
         lambda: harmonic([[-2.0, 5.0]], [1.0], [300.0]),
         r"expected a stable crystal, with frequencies above -0.01 THz, got -2 THz; relax it",
     ),
+    (
+        lambda: scaled(np.zeros((1, 3)), np.eye(3), np.linspace(-0.01, 0.03, 5)),
+        r"expected factors as \[K\], positive, got -0.01; give factors of lengths around 1",
+    ),
+    (lambda: scaled(np.zeros((1, 3)), np.eye(3), 1.0), r"factors as \[K\], positive, got float64"),
     (lambda: harmonic([[np.nan]], [1.0], [300.0]), "expected a stable crystal"),
     (lambda: harmonic([[1.0]], [1.0], [-1.0]), r"expected temperatures as \[T\], in K, got -1 K"),
     (lambda: harmonic([[1.0]], [1.0], 300.0), r"expected temperatures as \[T\], in K, got float64"),
@@ -215,3 +221,9 @@ ERRORS = [
 def test_errors(call, text):
     with pytest.raises(ValueError, match=text):
         call()
+
+
+def test_structures_that_are_no_pairs():
+    atoms = ase.build.bulk("Cu")
+    with pytest.raises(TypeError, match=r"structures as pairs \(positions, cell\), got Atoms"):
+        expansion(lambda r, h: (r**2).sum(), [atoms] * 4, [1.0], (1, 1, 1), [0.0])
