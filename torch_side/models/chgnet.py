@@ -65,9 +65,11 @@ class CHGNet(Model):
         (N,), if the model is a sum over atoms, as trained
 
     and, where `model.asking(...)` names them, magmoms (N,) (absolute values), embeddings (N,F) (the
-    features that magmoms are made from) and the hessian. Forces are -g, and
-    torch_side.potentials.strain makes the virial and the stress. The graph of bonds and angles is
-    made from the edges and not by pymatgen, so open systems need no cell. An atom without
+    features that magmoms are made from), node_virials (N,3,3) and the hessian. Forces are -g, and
+    torch_side.potentials.strain makes the virial and the stress. In virials of atoms, each end of a
+    bond gets half of the derivative in its length (with one layer alone, that of its own energy).
+    The graph of bonds and angles is made from the edges and not by pymatgen, so open systems need
+    no cell. An atom without
     neighbours has the energy that chgnet's calculator gives it, with chgnet's warning that this
     "will likely go wrong", and its gradient is zero.
 

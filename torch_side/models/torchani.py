@@ -62,13 +62,15 @@ class TorchANI(Model):
         fixed Cartesian positions (B,3,3), node_energies (N,)
 
     and, where `model.asking(...)` names them, charges (N,) of an ANIq, member_energies (M,B) of an
-    ensemble of M networks (not of an ANIq), and the hessian. Forces are -g, and
-    torch_side.potentials.strain makes the virial and the stress. Self energies are part of the
-    energy. For a few heavy atoms they are some 1e5 eV, of which float32 keeps seven digits, so take
-    float64 for energy differences. Neighbours are found as for every model of the contract and not
-    by torchani's own lists, so that small and triclinic cells, slabs and unequal systems are fine.
-    The AEVs are those that torchani computes in Python, since its CUDA ones have no second
-    derivatives.
+    ensemble of M networks (not of an ANIq), node_virials (N,3,3) and the hessian. Forces are -g,
+    and torch_side.potentials.strain makes the virial and the stress. Virials of atoms are exact in
+    that an atom's energy depends on the edges that start there, and cost twice the networks.
+
+    Self energies are part of the energy. For a few heavy atoms they are some 1e5 eV, of which
+    float32 keeps seven digits, so take float64 for energy differences. Neighbours are found as for
+    every model of the contract and not by torchani's own lists, so that small and triclinic cells,
+    slabs and unequal systems are fine. The AEVs are those that torchani computes in Python, since
+    its CUDA ones have no second derivatives.
 
     In a program that is compiled as a whole, there is room for `angles_per_atom` angles of each
     atom, on average: n (n - 1) / 2 of an atom with n neighbours within the angular cutoff (3.5
