@@ -2,6 +2,7 @@
 what it refuses."""
 
 import functools
+import itertools
 import sys
 
 import pytest
@@ -179,6 +180,7 @@ def random_network(**options):
     from chgnet.model.model import CHGNet as Network
 
     torch.manual_seed(0)
+    options = {"n_conv": 3, **options}
     return Network(
         atom_fea_dim=8,
         bond_fea_dim=8,
@@ -188,9 +190,64 @@ def random_network(**options):
         atom_conv_hidden_dim=8,
         bond_conv_hidden_dim=8,
         mlp_hidden_dims=(8,),
-        n_conv=3,
         **options,
     )
+
+
+@pytest.mark.parametrize("name", ["skewed", "ethanol"])
+def test_virials_of_atoms_x_vectors_of_edges(name):
+    """Finite differences in r_ij of the edges that end at an atom, each by itself, with the graph
+    of chgnet's own converter, in which the length of a bond is the mean of both directions."""
+    from chgnet.model.model import BatchedGraph
+    from pymatgen.io.ase import AseAtomsAdaptor
+
+    mine, atoms = model("0.3.0", F64), SYSTEMS[name]
+    network, x = mine.network, inputs(atoms, dtype=F64)
+    own_graph = network.graph_converter(AseAtomsAdaptor.get_structure(atoms))
+    (i, j), bond = own_graph.atom_graph.T, own_graph.directed2undirected
+    pos = own_graph.atom_frac_coord.double() @ x["cell"][0]
+    edges = pos[j] - pos[i] + own_graph.neighbor_image.double() @ x["cell"][0]
+    centre, first_bond, first, second_bond, second = own_graph.bond_graph.T
+
+    def energy(r):
+        length = r.norm(dim=1)
+        of_bond = torch.zeros(int(bond.max()) + 1, dtype=F64).index_add(0, bond, length / 2)
+        direction = r / length[:, None]
+        graph = BatchedGraph(
+            atomic_numbers=x["atomic_numbers"],
+            atom_owners=x["batch"],
+            bond_bases_ag=network.bond_basis_expansion.rbf_expansion_ag(of_bond),
+            bond_bases_bg=network.bond_basis_expansion.rbf_expansion_bg(of_bond),
+            angle_bases=network.angle_basis_expansion(direction[first], direction[second]),
+            batched_atom_graph=own_graph.atom_graph,
+            directed2undirected=bond,
+            batched_bond_graph=torch.stack([centre, first_bond, second_bond], 1),
+            atom_positions=(),
+            strains=(),
+            volumes=(),
+        )
+        return network._compute(graph)["e"].item() * len(atoms)
+
+    found = mine.asking("node_virials")(x)["node_virials"]
+    for atom in range(min(len(atoms), 4)):
+        for a, b in itertools.product(range(3), range(3)):
+            d = torch.zeros_like(edges)
+            d[j == atom, b] = edges[j == atom, a]
+            slope = (energy(edges + 1e-5 * d) - energy(edges - 1e-5 * d)) / 2e-5
+            # chgnet has its positions in float32
+            assert found[atom, a, b].item() == pytest.approx(slope, rel=1e-4, abs=1e-5)
+    assert (found[0] - found[1]).abs().max() > 0.1
+
+
+def test_virials_of_atoms_x_other_outputs():
+    """All that has no derivative is what it is without them, to the bit."""
+    mine, x = model("0.3.0", F64), inputs(*SYSTEMS.values(), dtype=F64)
+    out, plain = mine.asking("node_virials")(x), mine(x)
+    for name in plain:
+        if "gradients" in name:
+            torch.testing.assert_close(out[name], plain[name], rtol=1e-12, atol=1e-13)
+        else:
+            assert torch.equal(out[name], plain[name])
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,12 @@ BUILD = {
     "torchani, pairs": (with_pair_potential, ORGANIC),
     "torchani, shared": (lambda: torchani(container="SingleNN"), ORGANIC),
     "d3": (lambda: D3(cutoff=7.0, dtype=F64), ORGANIC),
+    # with bonds in both directions
+    "chgnet, virials": (lambda: CHGNet(random_network(), dtype=F64), ORGANIC),
+    "chgnet, one layer, virials": (lambda: CHGNet(random_network(n_conv=1), dtype=F64), ORGANIC),
+    "torchani, virials": (torchani, ORGANIC),
+    "torchani, charges, virials": (lambda: torchani("simple_aniq"), ORGANIC),
+    "torchani, dispersion, virials": (lambda: torchani(dispersion=True), ORGANIC),
 }
 TRACED = (
     "sevennet",
@@ -82,10 +88,13 @@ TRACED = (
 
 
 def built(name):
-    """The model with all of its outputs but the Hessian active, and structures for it."""
+    """The model with all of its outputs but the Hessian active, and structures for it. Models
+    that take a bond once have virials of atoms where their name here says so."""
     build, systems = BUILD[name]
     model = build()
-    return model.asking(*model.card.outputs - {"hessian"}), systems
+    once = name.startswith(("chgnet", "torchani")) and not name.endswith("virials")
+    left = {"hessian", "node_virials"} if once else {"hessian"}
+    return model.asking(*model.card.outputs - left), systems
 
 
 def with_edges(x, model, spare=7, skin=0.5):
@@ -176,7 +185,10 @@ def test_outputs_x_one_system_and_slots(name):
         assert_equal(model, alone | dict(zip(("edge_index", "cell_offsets"), empty)))
 
 
-@pytest.mark.parametrize("name", ["chgnet", "torchani, members", "torchani, dispersion"])
+SECOND = ["chgnet", "torchani, members", "torchani, dispersion", "chgnet, virials"]
+
+
+@pytest.mark.parametrize("name", [*SECOND, "torchani, charges, virials"])
 def test_second_derivatives_x_padding(name):
     """The Hessian, and the gradient of the energy and of gradients in positions and cells."""
     model, systems = built(name)

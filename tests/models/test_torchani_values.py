@@ -120,6 +120,36 @@ def test_members_x_own():
     assert "member_energies" not in model().card.outputs
 
 
+@pytest.mark.parametrize("kind", ["simple_ani", "simple_aniq"])
+@pytest.mark.parametrize("name", ["skewed", "slab", "ethanol"])
+def test_virials_of_atoms_x_own_clusters(kind, name):
+    """Each atom alone with its neighbours is a molecule of torchani, whose energy of that atom has
+    the derivatives of the edges that start there, and of no others."""
+    atoms, network = (CRYSTALS | MOLECULES)[name], ani(kind)
+    x = inputs(atoms, dtype=F64)
+    (i, j), offsets = neighbor_list(x["pos"], x["cell"], x["pbc"], 5.2)
+    vectors = x["pos"][j] - x["pos"][i] + offsets.double() @ x["cell"][0]
+    wanted = torch.zeros(len(atoms), 3, 3, dtype=F64)
+    for atom in range(len(atoms)):
+        ends, r = j[i == atom], vectors[i == atom].requires_grad_()
+        numbers = x["atomic_numbers"][torch.cat([torch.tensor([atom]), ends])]
+        pos = torch.cat([torch.zeros(1, 3, dtype=F64), r])
+        energy = network((numbers[None], pos[None]), atomic=True).energies[0, 0]
+        (slopes,) = torch.autograd.grad(energy * ase.units.Hartree, r)
+        wanted.index_add_(0, ends, (r[:, :, None] * slopes[:, None]).detach())
+    both = inputs(MOLECULES["water"], atoms, dtype=F64)
+    found = model(kind).asking("node_virials")(both)["node_virials"][3:]
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    assert wanted.abs().max() > 0.1
+
+
+def test_virials_of_atoms_x_other_outputs():
+    mine, x = model("simple_aniq").asking("charges"), inputs(*SYSTEMS, dtype=F64)
+    out, plain = mine.asking("node_virials")(x), mine(x)
+    assert out.pop("node_virials").shape == (len(x["pos"]), 3, 3)
+    torch.testing.assert_close(out, plain, rtol=1e-12, atol=1e-12)
+
+
 def test_several_systems_are_one_forward():
     calls, x = [], inputs(*SYSTEMS, dtype=F64)
     handle = model().network.neural_networks.register_forward_hook(

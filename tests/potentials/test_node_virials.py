@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from ase import Atoms
 from ase.calculators.lj import LennardJones
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,9 +20,21 @@ from jax_side.potentials.potential import potential
 from jax_side.potentials.strain import with_gradients
 from tests import graph_cases as cases
 from tests.graph_cases import CUTOFF, H, R, close
-from tests.model_cases import CRYSTALS, inputs, mace, mace_network, sevennet
+from tests.model_cases import (
+    CRYSTALS,
+    MOLECULES,
+    chgnet,
+    d3,
+    inputs,
+    mace,
+    mace_network,
+    sevennet,
+    torchani,
+)
+from tests.models.test_chgnet_values import random_network
 from torch_side.engines import ase as in_torch
-from torch_side.potentials import virials
+from torch_side.models.chgnet import CHGNet
+from torch_side.potentials import strain, virials
 from torch_side.potentials.committee import Committee
 from torch_side.potentials.geometry import edge_vectors
 from torch_side.potentials.model import Wrapped
@@ -225,7 +238,10 @@ def test_the_virials_of_mace_halved_between_both_ends():
     close(found["atomic_virials"].detach(), -((half + half.mT) / 2).detach(), 1e-8)
 
 
-@pytest.mark.parametrize("build", [sevennet, mace])
+ADAPTERS = {"sevennet": sevennet, "mace": mace, "chgnet": chgnet, "torchani": torchani}
+
+
+@pytest.mark.parametrize("build", ADAPTERS.values(), ids=ADAPTERS)
 def test_adapters(build):
     model = build(torch.float64).asking("node_virials")
     x = inputs(CRYSTALS["skewed"], dtype=torch.float64)
@@ -236,6 +252,75 @@ def test_adapters(build):
     turned = model(x | {"pos": x["pos"] @ q.T, "cell": x["cell"] @ q.T})
     close(turned["node_virials"], q @ out["node_virials"] @ q.T, 1e-6)
     close(model.asking("hessian")(x)["node_virials"], out["node_virials"], 1e-9)
+
+
+SYSTEMS = [MOLECULES["ethanol"], CRYSTALS["skewed"], Atoms("O"), CRYSTALS["si"]]
+
+
+# models that take each bond once where no virials are asked for
+PAIRED = pytest.mark.parametrize("build", [chgnet, torchani], ids=["chgnet", "torchani"])
+
+
+@pytest.mark.parametrize("build", [chgnet, torchani, d3], ids=["chgnet", "torchani", "d3"])
+def test_adapters_in_batches(build):
+    """They add up to W of each system, open ones among them, and are those of a call for each."""
+    model = build(torch.float64).asking("node_virials")
+    x = inputs(*SYSTEMS, dtype=torch.float64)
+    out = model(x)
+    alone = [model(inputs(a, dtype=torch.float64))["node_virials"] for a in SYSTEMS]
+    close(out["node_virials"], torch.cat(alone), 1e-9)
+    W = strain.virial(
+        out["position_gradients"], out["cell_gradients"], x["pos"], x["batch"], x["cell"]
+    )
+    close(torch.zeros_like(W).index_add(0, x["batch"], out["node_virials"]), W, 1e-9)
+    pair = inputs(SYSTEMS[3], MOLECULES["water"], dtype=torch.float64)
+    H = [m.asking("hessian")(pair)["hessian"] for m in (model, build(torch.float64))]
+    close(*H, 1e-8)
+    single = build(torch.float32).asking("node_virials")(inputs(*SYSTEMS))["node_virials"]
+    assert single.dtype == torch.float32
+    close(single, out["node_virials"], 2e-4)
+
+
+@PAIRED
+def test_models_that_take_a_bond_once_x_lanes(build, lane):
+    model, atoms = build(torch.float64).asking(*NAMES), CRYSTALS["skewed"]
+    r, h = jnp.asarray(atoms.positions), jnp.asarray(atoms.cell.array)
+    want = model(inputs(atoms, dtype=torch.float64))["node_virials"]
+    energy = bridge.potential(model, atomic_numbers=atoms.numbers, lane=lane)
+    close(jax.jit(energy.outputs)(r, h)["node_virials"], want, 1e-9)
+    edges = bridge.edges(model.card.cutoff + 0.3, 900)(r, h)
+    close(energy.outputs(r, h, **edges)["node_virials"], want, 1e-9)
+    several = jax.vmap(lambda r: energy.outputs(r, h)["node_virials"])(jnp.stack([r, r + 0.1]))
+    close(several, jnp.stack([want.numpy()] * 2), 1e-9)
+
+
+@pytest.mark.full  # compiles for a minute; tests/models/test_static_models.py has the fixed sizes
+@pytest.mark.parametrize("name", ["chgnet", "torchani"])
+def test_models_that_take_a_bond_once_x_the_native_lane(name):
+    small = CHGNet(random_network(n_conv=2), dtype=torch.float64, angles_per_atom=40)
+    model = (small if name == "chgnet" else torchani(torch.float64)).asking(*NAMES)
+    atoms = CRYSTALS["skewed"]
+    r, h = jnp.asarray(atoms.positions), jnp.asarray(atoms.cell.array)
+    want = model(inputs(atoms, dtype=torch.float64))["node_virials"]
+    energy = bridge.potential(model, atomic_numbers=atoms.numbers, lane="native")
+    find = bridge.edges(model.card.cutoff, 900)
+    out = jax.jit(lambda r, h: energy.outputs(r, h, **find(r, h)))(r, h)
+    close(out["node_virials"], want, 1e-9)
+
+
+def test_a_chgnet_among_others():
+    """Sums, committees whose members are called one by one, and stresses of atoms in ASE."""
+    model, atoms = chgnet(torch.float64), CRYSTALS["skewed"].copy()
+    x = inputs(atoms, dtype=torch.float64)
+    want = model.asking("node_virials")(x)["node_virials"]
+    other = d3(torch.float64)
+    both = (model + other).asking("node_virials")(x)["node_virials"]
+    close(both, want + other.asking("node_virials")(x)["node_virials"], 1e-9)
+    committee = Committee([model, model], vmap=False).asking("node_virials")
+    close(committee(x)["node_virials"].detach(), want, 1e-9)
+    atoms.calc = in_torch.calculator(model, outputs=["node_virials"])
+    close(atoms.get_stresses().sum(0), atoms.get_stress(), 1e-9)
+    close(atoms.get_stresses()[:, 0] * atoms.get_volume(), want[:, 0, 0], 1e-9)
 
 
 def test_sums_and_committees():

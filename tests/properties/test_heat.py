@@ -18,7 +18,11 @@ from jax_side.potentials.potential import potential
 from jax_side.potentials.strain import with_gradients
 from jax_side.properties import heat
 from tests.graph_cases import close
+from tests.model_cases import CRYSTALS, MOLECULES, ani
+from tests.models.test_chgnet_values import random_network
 from tests.potentials.test_node_virials import in_jax_too
+from torch_side.models.chgnet import CHGNet
+from torch_side.models.torchani import TorchANI
 from torch_side.potentials.geometry import edge_vectors
 
 CUTOFF = 3.0
@@ -77,6 +81,17 @@ def crystal(rng):
     return atoms, rng.normal(size=(4, 3)), rng.uniform(1, 4, 4)
 
 
+def growth(energy, R, V, m):
+    """d/dt sum_i r_i (E_i + m_i v_i^2 / 2) in NVE, by finite differences."""
+    acceleration = np.asarray(energy.forces(R)) / m[:, None]
+
+    def moment(t):
+        r, v = R + V * t + acceleration * t * t / 2, V + acceleration * t
+        return (energy.outputs(r)["node_energies"] + m * (v * v).sum(-1) / 2) @ r
+
+    return (moment(1e-4) - moment(-1e-4)) / 2e-4
+
+
 @settings(max_examples=6)
 @given(random, st.sampled_from([1, 2, 3]))
 def test_the_flux_of_a_cluster_is_how_fast_its_moment_of_energy_grows(rng, layers):
@@ -84,19 +99,48 @@ def test_the_flux_of_a_cluster_is_how_fast_its_moment_of_energy_grows(rng, layer
     R = 1.6 * rng.normal(size=(8, 3))
     V, m = 0.3 * rng.normal(size=(8, 3)), rng.uniform(1, 4, 8)
     energy = bound(layers, 8)
-    acceleration = np.asarray(energy.forces(R)) / m[:, None]
-
-    def moment(t):
-        r, v = R + V * t + acceleration * t * t / 2, V + acceleration * t
-        return (energy.outputs(r)["node_energies"] + m * (v * v).sum(-1) / 2) @ r
-
-    want = (moment(1e-4) - moment(-1e-4)) / 2e-4
+    want = growth(energy, R, V, m)
     far = (np.ptp(R) + 3 * CUTOFF * layers + 5) * np.eye(3)  # no image is felt
     unfolded = heat.Unfolded(energy, R, far)
     assert unfolded.atoms == 8
     close(sum(unfolded(R, V, m)), want, 1e-6)
     if layers == 1:
         close(sum(heat.by_virials(energy, R, None, V, m)), want, 1e-6)
+
+
+def one_layer(name):
+    """A model whose package takes each bond once, without messages beyond one cutoff."""
+    if name == "torchani":
+        model = TorchANI(ani(), dtype=torch.float64)
+        model.network.set_enabled("energy_shifter", False)  # of thousands of eV
+        return model
+    return CHGNet(random_network(n_conv=1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", ["torchani", "chgnet"])
+@pytest.mark.filterwarnings("ignore:The extensions")  # torchani's CUDA parts
+def test_the_flux_of_models_that_take_a_bond_once(name):
+    """An atom's energy depends on the edges that start there, and on no others: in the cluster
+    above, and beside Unfolded in a crystal."""
+    rng, atoms = np.random.default_rng(0), MOLECULES["ethanol"]
+    V, m = 0.1 * rng.normal(size=(9, 3)), rng.uniform(1, 4, 9)
+    model = one_layer(name).asking(*NAMES)
+    energy = bridge.potential(model, atomic_numbers=atoms.numbers)
+    found = heat.by_virials(energy, atoms.positions, None, V, m)
+    close(sum(found), growth(energy, atoms.positions, V, m), 1e-6)
+    atoms = CRYSTALS["skewed"]
+    energy = bridge.potential(model, atomic_numbers=atoms.numbers)
+    given = atoms.positions, atoms.cell.array
+    unfolded = heat.Unfolded(energy, *given)(atoms.positions, V[:4], m[:4])
+    close(heat.by_virials(energy, *given, V[:4], m[:4]), unfolded, 1e-8)
+
+
+def test_the_flux_of_chgnet_needs_its_images():
+    atoms, V, m = crystal(np.random.default_rng(0))
+    model = CHGNet(random_network(), dtype=torch.float64).asking(*NAMES)
+    energy = bridge.potential(model, atomic_numbers=atoms.numbers)
+    with pytest.raises(ValueError, match="got a receptive field of 18.0 and a cutoff of 6.0"):
+        heat.by_virials(energy, atoms.positions, atoms.cell.array, V, m)
 
 
 @settings(max_examples=4)

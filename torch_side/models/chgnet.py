@@ -18,7 +18,7 @@ from bridge.card import Card
 from bridge.contract import ENERGY_AND_GRADIENTS
 from bridge.errors import message, missing
 from torch_side.calls import status
-from torch_side.potentials import checkpoints, padding, pairing
+from torch_side.potentials import checkpoints, padding, pairing, virials
 from torch_side.potentials.geometry import edge_vectors
 from torch_side.potentials.model import Model
 from torch_side.potentials.neighbors import bonds
@@ -65,9 +65,11 @@ class CHGNet(Model):
         (N,), if the model is a sum over atoms, as trained
 
     and, where `model.asking(...)` names them, magmoms (N,) (absolute values), embeddings (N,F) (the
-    features that magmoms are made from) and the hessian. Forces are -g, and
-    torch_side.potentials.strain makes the virial and the stress. The graph of bonds and angles is
-    made from the edges and not by pymatgen, so open systems need no cell. An atom without
+    features that magmoms are made from), node_virials (N,3,3) and the hessian. Forces are -g, and
+    torch_side.potentials.strain makes the virial and the stress. In virials of atoms, each end of a
+    bond gets half of the derivative in its length (with one layer alone, that of its own energy).
+    The graph of bonds and angles is made from the edges and not by pymatgen, so open systems need
+    no cell. An atom without
     neighbours has the energy that chgnet's calculator gives it, with chgnet's warning that this
     "will likely go wrong", and its gradient is zero.
 
@@ -106,7 +108,7 @@ class CHGNet(Model):
         converter = self.network.graph_converter
         cutoff = float(converter.atom_graph_cutoff)
         self.bond_cutoff = float(converter.bond_graph_cutoff)
-        outputs = {*ENERGY_AND_GRADIENTS, "magmoms", "embeddings", "hessian"}
+        outputs = {*ENERGY_AND_GRADIENTS, "magmoms", "embeddings", "node_virials", "hessian"}
         if self.network.mlp_first:
             outputs.add("node_energies")
         self.card = Card(
@@ -129,7 +131,7 @@ class CHGNet(Model):
         as many angles as angles_per_atom has room for.
 
         Raises: ValueError where weights like those of 0.2.0 get some systems without angles."""
-        edges, offsets = inputs["edge_index"], inputs["cell_offsets"]
+        edges, offsets = inputs["edge_index"], inputs["cell_offsets"].long()
         with torch.no_grad():
             short = torch.linalg.vector_norm(edge_vectors(inputs), dim=-1) < self.bond_cutoff
         if collected := status.current():
@@ -173,7 +175,10 @@ class CHGNet(Model):
         fixed = status.current() is not None
         inputs = inputs | {"batch": inputs["batch"].long()}
         with self._counted(inputs) if fixed else contextlib.nullcontext():
-            graph = self._graph(inputs, self.prepare(inputs), fixed)
+            known = self.prepare(inputs)
+            if self.network.n_conv == 1 and virials.are_asked(inputs):
+                known = _directed(known)
+            graph = self._graph(inputs, known, fixed)
             found = self.network._compute(
                 graph,
                 compute_magmom="magmoms" in active,
@@ -200,6 +205,10 @@ class CHGNet(Model):
         network, vectors = self.network, edge_vectors(inputs)
         length = torch.linalg.vector_norm(vectors, dim=-1)
         length_of_bond, direction = length[graph.edge_of_bond], vectors / length[:, None]
+        if virials.are_asked(inputs) and len(length_of_bond) < len(length):
+            # the mean of both directions, equal to the bit: each edge gets half of the derivative
+            both = torch.zeros_like(length_of_bond).index_add(0, graph.bond_of_edge, length)
+            length_of_bond = both / 2
         if fixed:
             length_of_bond = nn.functional.pad(length_of_bond, (0, 1), value=self.bond_cutoff / 2)
             # at a right angle, where no function has a singularity
@@ -330,6 +339,13 @@ class Counted(TorchFunctionMode):
         if func is torch.tensor and args == ([2],):
             return torch.full((1,), 2, device=self.owners.device)
         return func(*args, **(kwargs or {}))
+
+
+def _directed(graph: Graph) -> Graph:
+    """The same where each directed edge is a bond of its own, for one layer, which doesn't look at
+    angles: the energy of an atom then depends on the edges that start there."""
+    number = torch.arange(graph.edges.shape[1], device=graph.edges.device)
+    return graph._replace(bond_of_edge=number, edge_of_bond=number)
 
 
 def _angles(

@@ -48,9 +48,9 @@ class D3(Model):
     finds its neighbours where no edges are given. It returns, in eV and Angstrom, from one forward
     and one backward pass, energy (B,), position_gradients g = dE/dr at fixed cell (N,3),
     cell_gradients G = dE/dh at fixed Cartesian positions (B,3,3), node_energies (N,) (half of each
-    pair), and the hessian where `asking` names it. It can be differentiated as often as one likes.
-    It has no weights. Tables are converted to `dtype`, on `device`; pair energies are added up in
-    float64.
+    pair), and, where `asking` names them, node_virials (N,3,3) and the hessian. It can be
+    differentiated as often as one likes. It has no weights. Tables are converted to `dtype`, on
+    `device`; pair energies are added up in float64.
 
     In a program that is compiled as a whole, coordination numbers must count as far as pairs go,
     and without `smooth`, as they do by default.
@@ -83,7 +83,7 @@ class D3(Model):
             coordination_cutoff = min(cutoff, REACH)
         self.card = Card(
             batches=True,
-            outputs={*ENERGY_AND_GRADIENTS, "node_energies", "hessian"},
+            outputs={*ENERGY_AND_GRADIENTS, "node_energies", "node_virials", "hessian"},
             cutoff=cutoff,
             neighbor_list="own",
             receptive_field=cutoff + coordination_cutoff,

@@ -14,7 +14,7 @@ from bridge.card import Card
 from bridge.contract import ENERGY_AND_GRADIENTS
 from bridge.errors import message, missing
 from torch_side.calls import status
-from torch_side.potentials import pairing
+from torch_side.potentials import pairing, virials
 from torch_side.potentials.geometry import edge_vectors
 from torch_side.potentials.model import Model
 from torch_side.potentials.neighbors import bonds
@@ -28,7 +28,11 @@ class Graph(NamedTuple):
     pairs      the places of each pair of neighbours, each pair once (2,P)
     once       the directed edge of each pair (P,)
     angles     the two edges of each angle (2,A), as places in the flattened `pairs`, 2 P for none;
-               None where torchani finds them"""
+               None where torchani finds them
+
+    Where virials of atoms are asked for, each edge is a pair, of an atom and a copy of the other
+    one. The copies follow in `elements`, and their energies count nowhere: that of an atom depends
+    on the edges that start there, and on no others."""
 
     elements: Int[torch.Tensor, "rows atoms"]
     place: Int[torch.Tensor, " N"]
@@ -58,13 +62,15 @@ class TorchANI(Model):
         fixed Cartesian positions (B,3,3), node_energies (N,)
 
     and, where `model.asking(...)` names them, charges (N,) of an ANIq, member_energies (M,B) of an
-    ensemble of M networks (not of an ANIq), and the hessian. Forces are -g, and
-    torch_side.potentials.strain makes the virial and the stress. Self energies are part of the
-    energy. For a few heavy atoms they are some 1e5 eV, of which float32 keeps seven digits, so take
-    float64 for energy differences. Neighbours are found as for every model of the contract and not
-    by torchani's own lists, so that small and triclinic cells, slabs and unequal systems are fine.
-    The AEVs are those that torchani computes in Python, since its CUDA ones have no second
-    derivatives.
+    ensemble of M networks (not of an ANIq), node_virials (N,3,3) and the hessian. Forces are -g,
+    and torch_side.potentials.strain makes the virial and the stress. Virials of atoms are exact in
+    that an atom's energy depends on the edges that start there, and cost twice the networks.
+
+    Self energies are part of the energy. For a few heavy atoms they are some 1e5 eV, of which
+    float32 keeps seven digits, so take float64 for energy differences. Neighbours are found as for
+    every model of the contract and not by torchani's own lists, so that small and triclinic cells,
+    slabs and unequal systems are fine. The AEVs are those that torchani computes in Python, since
+    its CUDA ones have no second derivatives.
 
     In a program that is compiled as a whole, there is room for `angles_per_atom` angles of each
     atom, on average: n (n - 1) / 2 of an atom with n neighbours within the angular cutoff (3.5
@@ -108,7 +114,7 @@ class TorchANI(Model):
         self.network = network.to(device=device, dtype=dtype).requires_grad_(False).eval()
         ensemble = not self.has_charges and hasattr(network.neural_networks, "members")
         members = len(network) if ensemble else 0
-        outputs = {*ENERGY_AND_GRADIENTS, "node_energies", "hessian"}
+        outputs = {*ENERGY_AND_GRADIENTS, "node_energies", "node_virials", "hessian"}
         if self.has_charges:
             outputs.add("charges")
         if members:
@@ -144,8 +150,13 @@ class TorchANI(Model):
         numbers = inputs["atomic_numbers"].long()
         elements.view(-1)[place] = self.network.species_converter(numbers[None])[0]
         edges = inputs["edge_index"]
-        _, once = bonds(edges, inputs["cell_offsets"])
-        return Graph(elements, place, place[edges.long().index_select(1, once)], once, None)
+        _, once = bonds(edges, inputs["cell_offsets"].long())
+        directed = virials.are_asked(inputs)
+        if directed:
+            once = torch.arange(edges.shape[1], device=edges.device)
+        pairs = place[edges.long().index_select(1, once)]
+        graph = Graph(elements, place, pairs, once, None)
+        return _with_copies(graph, 0) if directed else graph
 
     def _prepare(self, inputs: dict[str, torch.Tensor], collected: status.Status) -> Graph:
         """The same of fixed sizes: all atoms are one molecule, whose last two are ghosts."""
@@ -153,15 +164,20 @@ class TorchANI(Model):
         elements = self.network.species_converter.conv_tensor[numbers][None]
         edges, offsets = inputs["edge_index"].long(), inputs["cell_offsets"]
         _, once = pairing.bonds(edges, offsets, len(numbers), collected)
+        directed = virials.are_asked(inputs)
+        if directed:
+            once = torch.arange(edges.shape[1], device=edges.device)
         pairs = edges.index_select(1, once)
         lengths = torch.linalg.vector_norm(edge_vectors(inputs).index_select(0, once), dim=-1)
-        short = (lengths <= self.network.aev_computer.angular.cutoff).repeat(2)
-        # both directions, one after the other
-        angles = pairing.angles(
-            pairs.flatten(), short, len(numbers), self.angles_per_atom, collected
-        )
+        short = lengths <= self.network.aev_computer.angular.cutoff
+        # both directions, one after the other; a copy needs no angles
+        centres, short = (pairs[0], short) if directed else (pairs.flatten(), short.repeat(2))
+        angles = pairing.angles(centres, short, len(numbers), self.angles_per_atom, collected)
         place = torch.arange(len(numbers), device=numbers.device)
-        return Graph(elements, place, pairs, once, angles)
+        if not directed:
+            return Graph(elements, place, pairs, once, angles)
+        angles = torch.where(angles < len(once), angles, 2 * len(once))
+        return _with_copies(Graph(elements, place, pairs, once, angles), 1)
 
     def energies(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Returns the energies (B,) and (N,), and charges and member energies where these are
@@ -181,6 +197,8 @@ class TorchANI(Model):
         neighbors = Neighbors(graph.pairs, lengths, -vectors)
         if graph.angles is not None:
             table, charges = _evaluated(self.network, graph, neighbors, batch, n_systems, each)
+            table = table[..., : len(batch)]
+            charges = None if charges is None else charges[: len(batch)]
         else:
             # The neighbours hold all of the geometry; zeros stand in for the positions.
             pos = vectors.new_zeros(*graph.elements.shape, 3)
@@ -250,6 +268,14 @@ def _load(model: Any) -> tuple[Any, bool, bool]:
     return network, isinstance(model, ANIq), is_local
 
 
+def _with_copies(graph: Graph, axis: int) -> Graph:
+    """The same with a copy of each atom, which is the second one of its pairs: further rows of
+    `elements` (axis 0), since charges are normalised row by row, or a longer one (axis 1)."""
+    elements, (first, second) = graph.elements, graph.pairs
+    pairs = torch.stack([first, second + elements.numel()])
+    return graph._replace(elements=torch.cat([elements, elements], axis), pairs=pairs)
+
+
 def _symmetric(x: torch.Tensor) -> torch.Tensor:
     """What BasePairPotential.symm does, which also looks at the values of its parameters."""
     return x + x.triu(1).T
@@ -288,6 +314,8 @@ def _evaluated(
                 if hasattr(potential, "charge_networks"):
                     outputs = _of_networks(potential.charge_networks, elements, aevs)
                 raw = outputs[..., -1].mean(0)
+                if copies := elements.shape[1] - len(batch):
+                    batch = nn.functional.pad(batch, (0, copies), value=n_systems - 1)
                 charges = _neutral(potential.charge_normalizer, elements, raw, batch, n_systems)
         elif isinstance(potential, BasePairPotential):
             nodes = potential.compute_from_neighbors(elements, zeros, inner, 0, True).energies

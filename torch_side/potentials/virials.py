@@ -31,6 +31,12 @@ def by_edges(inputs: Inputs) -> Inputs:
     return inputs | {"cell": cell + added, "cell_offsets": offsets.requires_grad_()}
 
 
+def are_asked(inputs: Inputs) -> bool:
+    """Returns True for inputs of `by_edges`, in which the two directions of an edge are variables
+    of their own. A model that takes each pair once takes both of its edges then."""
+    return inputs["cell_offsets"].is_floating_point()
+
+
 def node_virials(
     inputs: Inputs, in_offsets: Float[torch.Tensor, "E 3"] | None
 ) -> Float[torch.Tensor, "N 3 3"]:
