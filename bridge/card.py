@@ -45,6 +45,8 @@ class Card:
                       without edge_index and cell_offsets. None: it uses no neighbours
     receptive_field   distance in Angstrom beyond which an atom is not felt (layers x cutoff), None
                       if that is unknown or unlimited
+    messages          True if atoms feel one another by way of others though the receptive field is
+                      no longer than the cutoff: in sums, where the cutoff is another term's
     elements          atomic numbers that it knows, None for all
     derivative_order  how often the energy can be differentiated: 0 not at all, 1 gradients only,
                       None without a limit
@@ -90,6 +92,7 @@ class Card:
     sizes: tuple[tuple[str, int], ...] = ()
     empty_systems: bool = False
     batches: bool = False
+    messages: bool = False
 
     if TYPE_CHECKING:  # the fields again, as wide as __post_init__ takes them
 
@@ -112,6 +115,7 @@ class Card:
             sizes: tuple[tuple[str, int], ...] = (),
             empty_systems: bool = False,
             batches: bool = False,
+            messages: bool = False,
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -348,6 +352,7 @@ class Card:
             units=self.units,
             sizes=tuple(sorted({**dict(self.sizes), **dict(other.sizes)}.items())),
             empty_systems=self.empty_systems and other.empty_systems,
+            messages=any(c.messages or c.receptive_field != c.cutoff for c in (self, other)),
             batches=self.batches and other.batches,
         )
 

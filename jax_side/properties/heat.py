@@ -79,8 +79,9 @@ def by_virials(
     """
     _check(energy, ("node_energies", "node_virials"))
     card = energy.card
-    if card.receptive_field is None or card.receptive_field != card.cutoff:
+    if card.receptive_field is None or card.receptive_field != card.cutoff or card.messages:
         got = f"a receptive field of {card.receptive_field} and a cutoff of {card.cutoff} Angstrom"
+        got += ", and messages in one term" * card.messages
         do = "take Unfolded, which is exact for any range (a model without messages of your own says so: card=bridge.Card(receptive_field=cutoff, ...))"
         raise ValueError(message("energies of atoms that depend on their own edges alone", got, do))
     r = array("positions", positions)

@@ -1,6 +1,7 @@
 """Heat fluxes: against the time derivative of a cluster's moment of energy, supercells, and one
 another; conductivities against sums by hand."""
 
+import dataclasses
 import re
 
 import ase.build
@@ -64,10 +65,9 @@ def bound(layers, n_atoms, neighbor_list="own", **options):
     return bridge.potential(
         messages(layers),
         atomic_numbers=np.ones(n_atoms, int),
-        card=card(layers, neighbor_list),
         outputs=NAMES,
         gradients="autograd",
-        **options,
+        **{"card": card(layers, neighbor_list), **options},
     )
 
 
@@ -220,6 +220,13 @@ def test_what_can_not_be_is_refused():
         "expected energies of atoms that depend on their own edges alone, got a receptive field of 6.0 and a cutoff of 3.0 Angstrom"
     ):
         heat.by_virials(two_layers, R, H, V, m)
+    # a sum whose cutoff is that of its other term
+    short = dataclasses.replace(card(2), cutoff=CUTOFF / 2, receptive_field=CUTOFF)
+    assert not (card(1) + card(1)).messages
+    for hidden in (short + card(1), card(1) + short, card(1) + (short + card(1))):
+        assert hidden.receptive_field == hidden.cutoff
+        with refused("a cutoff of 3.0 Angstrom, and messages in one term"):
+            heat.by_virials(bound(1, 2, card=hidden), R, H, V, m)
     plain = bridge.potential(
         messages(1), atomic_numbers=np.ones(2, int), card=card(1), gradients="autograd"
     )
