@@ -19,8 +19,6 @@ from tests.cases import close
 MASSES = np.array([22.99, 35.45])
 ONE = (1, 1, 1)  # the crystal is its own supercell
 OPTIONS = dict(reach=0.1)  # bonds are named, and reach what they reach
-
-
 LANES = ["ffi", "host", "native"]
 
 

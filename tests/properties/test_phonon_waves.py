@@ -93,15 +93,7 @@ def test_frequencies_x_phonopys_displacements(kind, structure):
     np.testing.assert_allclose(found, theirs.qpoints.frequencies, rtol=1e-5, atol=2e-3)
 
 
-@pytest.mark.parametrize(
-    ("structure", "lane"),
-    [
-        ("rocksalt", "ffi"),
-        ("rocksalt", "host"),
-        ("layers", "ffi"),
-        pytest.param("layers", "host", marks=pytest.mark.full),
-    ],
-)
+@pytest.mark.parametrize("structure", REPEATS)
 def test_torch_x_jax(structure, lane):
     close(of("torch", structure, lane)[1].constants, of("jax", structure)[1].constants)
 
