@@ -7,11 +7,12 @@ NumPy arrays.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from bridge.contract import INFO, INPUTS, OUTPUTS
+from bridge.contract import CONDITIONS, INPUTS, OUTPUTS
 from bridge.conventions import VOIGT, to
 from bridge.errors import message, missing
 
@@ -58,12 +59,14 @@ def has_stress(atoms: Atoms) -> bool:
 def inputs_of(atoms: Atoms, card: Card, dtype: str, who: str) -> Inputs:
     """Returns the inputs of the contract for one ase.Atoms, as fresh NumPy arrays.
 
-    pos and cell are in `dtype`, integers are int64. charge and spin are atoms.info["charge"] and
-    atoms.info["spin"] where the card requires or uses them. Otherwise atoms.info is not looked at:
-    files and other codes leave their own notes there, and such a charge is not an explicit one.
+    pos and cell are in `dtype`, integers are int64. charge, spin and field are those of atoms.info
+    where the card requires or uses them. Otherwise atoms.info is not looked at: files and other
+    codes leave their own notes there, and such a charge is not an explicit one. But three numbers
+    that are a field act on forces, and are never passed over.
 
-    Raises: ValueError where the card requires a charge or spin that atoms.info lacks, or where what
-    is there is not a number; `who` is the model that the error names.
+    Raises: ValueError where the card requires a charge, spin or field that atoms.info lacks, where
+    what is there is not a number, or not three finite ones, and for a field that is not zero where
+    the card has no use for one; `who` is the model that the error names.
     """
     numbers, cell = atoms.numbers.astype("int64"), atoms.cell.array.astype(dtype)[None]
     found = {
@@ -73,18 +76,29 @@ def inputs_of(atoms: Atoms, card: Card, dtype: str, who: str) -> Inputs:
         "pbc": atoms.pbc.copy()[None],
         "batch": 0 * numbers,
     }
-    for name in INFO:
+    for name in CONDITIONS:
         if name in card.required_inputs and name not in atoms.info:
             expected = f"atoms.info[{name!r}], which {who} needs"
             do = f"set it ({INPUTS[name][2]}); it is never guessed"
             raise ValueError(message(expected, "none", do))
-    return found | {name: 0 * cell[:, 0, 0] + value for name, value in _info(atoms, card).items()}
+    for name, value in _info(atoms, card, who).items():
+        zeros = 0 * (cell[:, 0] if name == "field" else cell[:, 0, 0])
+        found[name] = (zeros + value).astype(dtype)
+    return found
 
 
-def _info(atoms: Atoms, card: Card) -> dict[str, float]:
-    """Charge and spin, as far as atoms.info has them and the card has a use for them."""
-    used = card.required_inputs | card.optional_inputs
-    return {n: _number(n, atoms.info[n]) for n in INFO if n in used and n in atoms.info}
+def _info(atoms: Atoms, card: Card, who: str) -> dict[str, float | tuple[float, ...]]:
+    """Charge, spin and field, as far as atoms.info has them and the card has a use for them.
+
+    Raises: ValueError as `inputs_of`, but for those that are missing."""
+    given, unused = [name for name in CONDITIONS if name in atoms.info], card.unused(atoms.info)
+    if "field" in unused and (field := _three(atoms.info["field"])):
+        card.check_unused("field", [field], who)
+    return {
+        n: _field(atoms.info[n]) if n == "field" else _number(n, atoms.info[n])
+        for n in given
+        if n not in unused
+    }
 
 
 def _number(name: str, value: Any) -> float:
@@ -94,6 +108,26 @@ def _number(name: str, value: Any) -> float:
         raise ValueError(
             message(f"a number as atoms.info[{name!r}]", repr(value), "set one, or take it out")
         ) from error
+
+
+def _field(value: Any) -> tuple[float, ...]:
+    """Raises: ValueError for anything but three finite numbers."""
+    found = _three(value)
+    if not all(map(math.isfinite, found or [math.nan])):
+        expected, do = "three finite numbers as atoms.info['field']", "set V/Angstrom along x, y, z"
+        raise ValueError(message(expected, repr(value), f"{do}, or take it out"))
+    return found
+
+
+def _three(value: Any) -> tuple[float, ...]:
+    """A row of three numbers as floats, and () for all else."""
+    if isinstance(value, str | bytes) or getattr(value, "shape", (3,)) != (3,):
+        return ()
+    try:
+        found = tuple(map(float, value))
+    except (TypeError, ValueError):
+        return ()
+    return found if len(found) == 3 else ()
 
 
 def results(
@@ -166,10 +200,12 @@ def calculator_class(base: type[Any], refusal: type[Exception], module: str) -> 
             self.implemented_properties = properties(card.active_outputs)
 
         def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
-            """Returns what has changed since the last calculation; "info" for charge or spin."""
+            """Returns what has changed since the last calculation; "info" for charge, spin or
+            field."""
             if changes := super().check_state(atoms, tol):
                 return changes
-            return ["info"] if _info(self.atoms, self.card) != _info(atoms, self.card) else []
+            was, now = (_info(a, self.card, self.model_name) for a in (self.atoms, atoms))
+            return ["info"] if was != now else []
 
         def calculate(
             self,

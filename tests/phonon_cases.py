@@ -78,6 +78,12 @@ ENERGIES = {"torch": torch_energy, "jax": jax_energy}
 
 
 @cache
+def relaxing(numbers):
+    """The program that brings a crystal to rest, compiled once for all pressures."""
+    return jax.jit(partial(elastic.at_pressure, jax_energy(numbers, 3), steps=12, fmax=1e-3))
+
+
+@cache
 def crystal(structure="rocksalt", pressure=0.0):
     """Ions at rest under a pressure (eV/Angstrom^3): rocksalt, or with two of three layers of large
     cations, whose distances are free."""
@@ -85,7 +91,7 @@ def crystal(structure="rocksalt", pressure=0.0):
     if structure == "layers":
         atoms = atoms * (1, 1, 3)
         atoms.numbers[[2, 4]] = LARGE
-    relax = jax.jit(partial(elastic.at_pressure, jax_energy(atoms.numbers, 3), steps=12, fmax=1e-3))
+    relax = relaxing(tuple(atoms.numbers.tolist()))
     found = relax(jnp.array(atoms.positions), jnp.array(atoms.cell.array), pressure)
     assert found.force < 1e-10 and found.strain < 1e-10
     atoms.set_cell(found.cell)

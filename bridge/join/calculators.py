@@ -9,7 +9,7 @@ import torch
 
 from bridge.call import one_of
 from bridge.card import Card
-from bridge.contract import INFO
+from bridge.contract import CONDITIONS
 from bridge.errors import message
 from jax_side.engines import ase as in_jax
 from jax_side.potentials.strain import with_gradients
@@ -41,7 +41,9 @@ def calculator(
     if kind == "torch":
         if not isinstance(model, Model):
             card = Card(
-                cutoff=cutoff, neighbor_list=None if cutoff is None else "own", optional_inputs=INFO
+                cutoff=cutoff,
+                neighbor_list=None if cutoff is None else "own",
+                optional_inputs=CONDITIONS,
             )
             model = Wrapped(model, getattr(model, "card", None) or card, gradients)
         return in_torch.calculator(model, dtype=dtype)

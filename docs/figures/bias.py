@@ -1,4 +1,4 @@
-"""Draws bias.png, the figure of docs/bias.md: python docs/figures/bias.py (half a minute)."""
+"""Draws bias.png, the figure of docs/bias.md: python docs/figures/bias.py (a minute)."""
 
 from functools import partial
 from pathlib import Path
@@ -79,7 +79,7 @@ def wham(samples: np.ndarray) -> np.ndarray:
         return -KT * np.log(p)
 
 
-BIAS = metadynamics(distance, 0.005, 0.1, kT=KT, bias_factor=8.0)
+BIAS = metadynamics(distance, 0.004, 0.05, kT=KT, bias_factor=8.0)
 
 
 @jax.jit
@@ -93,9 +93,9 @@ def hills(key):
         state = jax.lax.fori_loop(0, 20, lambda _, state: step(state, hills=hills), state)
         return (state, BIAS.deposit(hills, state.position)), None
 
-    none = BIAS.start(R, capacity=800)
+    none = BIAS.start(R, capacity=3000)
     state = start(key, R, mass=40.0, hills=none)
-    return jax.lax.scan(cycle, (state, none), length=800)[0][1]
+    return jax.lax.scan(cycle, (state, none), length=3000)[0][1]
 
 
 def main() -> None:

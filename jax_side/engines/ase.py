@@ -16,12 +16,14 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from bridge.atoms import INFO, PROPERTIES, calculators
+from bridge.atoms import PROPERTIES, calculators
 from bridge.card import Card
 from bridge.contract import (
+    CONDITIONS,
     ENERGY_AND_GRADIENTS,
     GRADIENTS,
     GRAPH,
+    INFO,
     called,
     check_inputs,
     check_outputs,
@@ -82,10 +84,11 @@ def calculator(
     Dtype. pos and cell have the dtype of the card. Without one they are float64 if x64 is enabled
     and float32 otherwise. `dtype` overrides this.
 
-    Charge and spin. Where the card requires or uses them, or where there is no card, they are read
-    from atoms.info["charge"] and atoms.info["spin"], and a change of either triggers a new
-    evaluation. Otherwise atoms.info is ignored, since other codes and files leave their own entries
-    there.
+    Charge, spin and field. Where the card requires or uses them, or where there is no card, they
+    are read from atoms.info["charge"], atoms.info["spin"] and atoms.info["field"] (three numbers in
+    V/Angstrom), and a change of any triggers a new evaluation. Otherwise atoms.info is ignored,
+    since other codes and files leave their own entries there; only a field that is not zero is
+    refused.
 
     Raises: TypeError if `model` is not callable; ValueError for outputs that the card does not
     have, for a cutoff that differs from the card's, and for an energy of several systems;
@@ -140,7 +143,8 @@ def _card(card: Card | None, outputs: Iterable[str], cutoff: float | None) -> Ca
     """The card with `outputs` active, and with edges required where a cutoff is given."""
     if card is None:
         card = Card(
-            outputs=frozenset({*ENERGY_AND_GRADIENTS, *outputs}), optional_inputs=frozenset(INFO)
+            outputs=frozenset({*ENERGY_AND_GRADIENTS, *outputs}),
+            optional_inputs=frozenset(CONDITIONS),
         )
     if cutoff is not None:
         if card.cutoff not in (None, cutoff):
@@ -191,7 +195,9 @@ class _OfEnergy:
 
     def __call__(self, arrays: Arrays) -> Arrays:
         changing = {
-            name: x for name, x in arrays.items() if name in INFO and name not in self.energy.fixed
+            name: x
+            for name, x in arrays.items()
+            if name in CONDITIONS and name not in self.energy.fixed
         }
         self._check(arrays["atomic_numbers"], arrays["pbc"][0])
         if self.card.neighbor_list == "given" and "edge_index" not in self.energy.fixed:

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from bridge.atoms import INFO, PROPERTIES, has_stress
+from bridge.atoms import PROPERTIES, has_stress
 from bridge.card import Card
-from bridge.contract import STRUCTURE, check_inputs, output_shapes
+from bridge.contract import INFO, STRUCTURE, check_inputs, output_shapes
 from bridge.conventions import from_
 from bridge.errors import message
 from bridge.function import Spec

@@ -29,6 +29,7 @@ from tests.graph_cases import (
     system,
 )
 from torch_side.engines import nvalchemi as engine
+from torch_side.models.d3 import D3
 from torch_side.models.nvalchemi import Nvalchemi
 from torch_side.potentials import strain
 from torch_side.potentials.geometry import edge_vectors
@@ -179,6 +180,19 @@ def test_pipeline_of_a_sum():
     batch = batch_of(PAIR)
     neighbors.compute_neighbors(batch, config=two.model_config.neighbor_config)
     close(two(batch)["forces"], 1.5 * expected(PAIR)["forces"])
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_sum_with_dispersion_x_its_terms(listed):
+    """`model + D3()`, with each term's cutoff, beside direct calls of both."""
+    d3, batch = D3("pbe", cutoff=8.0, dtype=torch.float64), batch_of(PAIR)
+    wrapper = wrapped(*ALL, potential=frozen() + d3)
+    if listed:
+        neighbors.compute_neighbors(batch, config=wrapper.model_config.neighbor_config)
+    out, one, other = {**wrapper(batch)}, expected(PAIR), expected(PAIR, d3)
+    close(out, {name: x + other[name] for name, x in one.items()})
+    assert wrapper.model_config.neighbor_config.cutoff == 8.0 and set(out) == ALL
+    assert (other["energy"] < -0.1).all() and all(abs(x).max() > 1e-3 for x in other.values())
 
 
 def pair_energies(x):

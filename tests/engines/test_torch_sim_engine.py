@@ -28,6 +28,7 @@ from tests.graph_cases import MODEL as EMBEDDED
 from tests.graph_cases import Embedded
 from tests.model_cases import sevennet, skewed
 from torch_side.engines import torch_sim as engine
+from torch_side.models.d3 import D3
 from torch_side.potentials import strain
 from torch_side.potentials.geometry import edge_vectors
 from torch_side.potentials.model import Wrapped
@@ -220,6 +221,23 @@ def test_values_of_a_batch_are_the_potentials(kind):
     for name, x in (want | {"energies": expected["node_energies"]}).items():
         torch.testing.assert_close(out[name], x, **TIGHT)
     assert out["stress"].abs().max() > 1e-2 and out["forces"].abs().max() > 0.1
+
+
+def test_a_sum_with_dispersion_x_its_terms():
+    """`model + D3()`, one call of torch-sim, beside direct calls of both."""
+    terms, s = (morse("torch"), D3("pbe", cutoff=8.0, dtype=torch.float64)), state(*CRYSTALS)
+    model = engine.model(terms[0] + terms[1])
+    out, (inputs, _) = model(s), own(terms[0], s)
+    wanted, dispersion = (own(term, s)[1] for term in terms)
+    summed = {name: wanted[name] + dispersion[name] for name in wanted}
+    g, G = summed["position_gradients"], summed["cell_gradients"]
+    W = strain.virial(g, G, inputs["pos"], inputs["batch"], inputs["cell"])
+    torch.testing.assert_close(out["energy"], summed["energy"], **TIGHT)
+    torch.testing.assert_close(out["forces"], -g, **TIGHT)
+    volumes = torch.linalg.det(s.cell).abs()[:, None, None]
+    torch.testing.assert_close(out["stress"], W / volumes, **TIGHT)
+    assert (dispersion["energy"] < -0.1).all() and model.dtype is torch.float64
+    assert dispersion["cell_gradients"].abs().amin(0).max() > 1e-2
 
 
 def test_jax_and_torch_agree_on_a_batch():

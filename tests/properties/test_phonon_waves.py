@@ -46,9 +46,13 @@ def supercell_of(structure):
     return crystal(structure) * REPEATS[structure]
 
 
+def of(kind, structure, lane="ffi"):
+    """The energy of the supercell, and its phonons: once for each lane of a torch model."""
+    return _of(kind, structure, lane if kind == "torch" else "ffi")
+
+
 @cache
-def of(kind, structure, lane="auto"):
-    """The energy of the supercell, and its phonons."""
+def _of(kind, structure, lane):
     atoms = crystal(structure)
     options = {"lane": lane} if kind == "torch" else {}
     energy = ENERGIES[kind](supercell_of(structure).numbers, **options)

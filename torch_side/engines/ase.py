@@ -49,17 +49,18 @@ def calculator(
     the model's parameters, and float64 if it has none. `dtype` (torch.float32, "float32") overrides
     this.
 
-    Charge and spin. Where the card requires or uses them, they are read from atoms.info["charge"]
-    and atoms.info["spin"], and a change of either triggers a new evaluation. Otherwise atoms.info
-    is ignored, since other codes and files leave their own entries there. Initial charges and
-    initial magnetic moments are always ignored. In databases the calculator has the name of the
-    model's class.
+    Charge, spin and field. Where the card requires or uses them, they are read from
+    atoms.info["charge"], atoms.info["spin"] and atoms.info["field"] (three numbers in V/Angstrom),
+    and a change of any triggers a new evaluation. Otherwise atoms.info is ignored, since other codes
+    and files leave their own entries there; only a field that is not zero is refused. Initial
+    charges and initial magnetic moments are always ignored. In databases the calculator has the
+    name of the model's class.
 
     Raises: TypeError if `model` is not a Model; ValueError for outputs that the card does not have;
     ImportError without ase. An evaluation raises ValueError as torch_side.potentials.graph.evaluate
-    does, and where atoms.info lacks a required charge or spin. It raises ASE's
-    PropertyNotImplementedError for properties that the model does not have, and for the stress of a
-    system without a periodic axis or with a singular cell.
+    does, where atoms.info lacks a required charge, spin or field, and for a field that the model
+    has no use for. It raises ASE's PropertyNotImplementedError for properties that the model does
+    not have, and for the stress of a system without a periodic axis or with a singular cell.
 
     >>> import ase.build                                                                     # doctest: +SKIP
     >>> atoms = ase.build.bulk("Si")                                                         # doctest: +SKIP
