@@ -314,7 +314,10 @@ def _check_call(extras: Collection[str], batch: Any, n_systems: int) -> None:
 
 def _check_numbers(atomic_numbers: Any) -> None:
     """Raises TypeError for symbols and for ASE's Atoms."""
-    if isinstance(atomic_numbers, jax.Array | np.ndarray) and atomic_numbers.dtype.kind not in "USO":
+    if (
+        isinstance(atomic_numbers, jax.Array | np.ndarray)
+        and atomic_numbers.dtype.kind not in "USO"
+    ):
         return
     if (dtype := np.asarray(atomic_numbers).dtype).kind in "USO":
         do = "pass atoms.numbers, or ase.symbols.symbols2numbers of symbols"

@@ -359,7 +359,10 @@ def test_errors_say_what_came(text):
 def test_ases_objects_are_named():
     atoms = ase.Atoms("HOCSi", positions=np.asarray(R), cell=np.asarray(H), pbc=True)
     for call, text in (
-        (lambda: ENERGY(atoms, H), "positions as an array, got ASE's Atoms; pass NumPy's: atoms.pos"),
+        (
+            lambda: ENERGY(atoms, H),
+            "positions as an array, got ASE's Atoms; pass NumPy's: atoms.pos",
+        ),
         (lambda: ENERGY(R, atoms.cell), "cell as an array, got ASE's Cell"),
         (lambda: potential(MODEL, atomic_numbers=atoms), "atomic numbers, integers, got Atoms of"),
         (lambda: potential(MODEL, atomic_numbers=["H", "O"]), "atomic numbers, integers, got list"),

@@ -249,7 +249,9 @@ def test_a_field_that_is_passed_over_x_jit():
     assert np.isnan(jax.jit(lambda r: polarisability(DEAF, r))(R)).all()
     charges = jax.jit(lambda r: born_charges(dipole(DEAF, by="field"), r).charges)
     assert np.isnan(charges(R)).all()
-    still = born_charges(lambda r, cell: jnp.zeros(3), R).charges  # one's own dipole: one's own word
+    still = born_charges(
+        lambda r, cell: jnp.zeros(3), R
+    ).charges  # one's own dipole: one's own word
     assert not still.any()
 
 
