@@ -168,6 +168,16 @@ def test_error_x_hessian_as_an_output(name):
         potential(CUT[name], card=card, outputs=("hessian",)).outputs(X)
 
 
+def test_values_x_two_honest_functions():
+    """Each is compared with itself where the inputs have moved. Both are new: what was once found
+    honest is not looked at again."""
+    three, straight = type("Three", (Triple,), {}), type("AsItIs", (Straight,), {})
+    model = lambda x: (3 * three.apply(x) ** 2 + straight.apply(x) ** 2).sum()
+    f = bridge.to_jax(model, outputs=jax.ShapeDtypeStruct((), "float64"))
+    hessian = jax.hessian(f)(X).reshape(X.size, X.size)
+    np.testing.assert_allclose(hessian, (3 * 2 * 9 + 2) * np.eye(X.size), rtol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["Detached", "Triple"])
 def test_error_x_compiled(name):
     """There are no values there, by which a constant is told from what was cut off."""

@@ -91,6 +91,13 @@ def inputs(seed, dtype="float64"):
     return *map(np.asarray, floats), rng.integers(0, 3, 3)
 
 
+def widened(x):
+    """An array of either framework; in float64 where it is in float32."""
+    if isinstance(x, torch.Tensor):
+        return x.double() if x.is_floating_point() else x
+    return x.astype("float64") if jnp.issubdtype(x.dtype, jnp.inexact) else x
+
+
 # Of JAX
 
 

@@ -61,6 +61,12 @@ def same(got, want, tolerance, said):
         close([jnp.asarray(y) for y in got], [jnp.asarray(y) for y in want], tolerance)
 
 
+def off(found, exact):
+    """By how much leaves differ, relative to the largest entry of each."""
+    pairs = [(y.astype(z.dtype), z) for y, z in zip(found, exact) if z.size]
+    return max(abs(y - z).max() / (abs(z).max() or 1.0) for y, z in pairs)
+
+
 class Machine(RuleBasedStateMachine):
     """One function of both frameworks."""
 
@@ -71,8 +77,20 @@ class Machine(RuleBasedStateMachine):
         self.dtype, self.inputs = dtype, programs.inputs(seed, dtype)
         self.bridged = self.across()
 
-    def compare(self, call, reference, said):
-        same(outcome(call), outcome(reference), TOLERANCE[self.dtype], said)
+    def compare(self, got, twin, xs, said):
+        """With what the twin gives; or, where float32 has too few digits for both of them (cosines
+        of large numbers), no further from its float64 than three times as far as its float32."""
+        want, tolerance = outcome(lambda: twin(*xs)), TOLERANCE[self.dtype]
+        try:
+            same(got, want, tolerance, said)
+        except AssertionError:
+            exact = outcome(lambda: twin(*map(programs.widened, xs)))
+            if self.dtype == "float64" or any(isinstance(y, Exception) for y in (got, want, exact)):
+                raise
+            alike = [(y.dtype, y.shape) for y in got] == [(y.dtype, y.shape) for y in want]
+            own = off(want, exact)
+            if not (alike and own > tolerance / 3 and off(got, exact) < 3 * own):
+                raise
 
 
 class InJax(Machine):
@@ -92,7 +110,7 @@ class InJax(Machine):
         got = outcome(lambda: run(*xs))
         # JAX sees which inputs its own functions leave alone, and refuses less
         if "while_loop" not in names or "Reverse-mode" not in str(got):
-            same(got, outcome(lambda: want(*xs)), TOLERANCE[self.dtype], f"{way}, {names}")
+            self.compare(got, want, xs, f"{way}, {names}")
 
     @rule(
         kind=wrong, chain=chains(JAX_TRANSFORMS, 1), way=st.sampled_from(["eager", "ffi", "host"])
@@ -102,9 +120,10 @@ class InJax(Machine):
         xs = WRONG[kind](*self.inputs)
         run = self.bridged[way] if way == "eager" else jax.jit(self.bridged[way])
         in_torch = lambda x: None if x is None else torch.from_numpy(np.array(x))
-        self.compare(
-            lambda: run(*(None if x is None else jnp.asarray(x) for x in xs)),
-            lambda: self.of_torch(*map(in_torch, xs)),
+        same(
+            outcome(lambda: run(*(None if x is None else jnp.asarray(x) for x in xs))),
+            outcome(lambda: self.of_torch(*map(in_torch, xs))),
+            TOLERANCE[self.dtype],
             f"{way}, {kind}",
         )
         self.transform(chain, way)
@@ -120,17 +139,18 @@ class InTorch(Machine):
     def transform(self, chain):
         xs = [torch.from_numpy(np.array(x)) for x in self.inputs]
         run, want = (composed(f, chain, programs.torch_slim) for f in (self.bridged, self.of_torch))
-        self.compare(lambda: run(*xs), lambda: want(*xs), f"{[name for name, _ in chain]}")
+        self.compare(outcome(lambda: run(*xs)), want, xs, f"{[name for name, _ in chain]}")
 
     @rule(kind=wrong, chain=chains(TORCH_TRANSFORMS, 1))
     def misuse(self, kind, chain):
         """As JAX takes it; and the next call is right."""
         xs = WRONG[kind](*self.inputs)
-        self.compare(
-            lambda: self.bridged(
-                *(None if x is None else torch.from_numpy(np.array(x)) for x in xs)
-            ),
-            lambda: self.of_jax(*(None if x is None else jnp.asarray(x) for x in xs)),
+        in_torch = (None if x is None else torch.from_numpy(np.array(x)) for x in xs)
+        in_jax = (None if x is None else jnp.asarray(x) for x in xs)
+        same(
+            outcome(lambda: self.bridged(*in_torch)),
+            outcome(lambda: self.of_jax(*in_jax)),
+            TOLERANCE[self.dtype],
             kind,
         )
         self.transform(chain)

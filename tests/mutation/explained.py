@@ -26,6 +26,16 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "return jax.device_put(dense, cpu_device(here.depth), may_alias=False)",
     ): COST + ": a copy",
     (
+        "jax_side/calls/ending.py",
+        "stuck = _last and not running and now - _last > QUIET",
+        "stuck = _last and not running and now - _last >= QUIET",
+    ): "no clock shows the limit itself",
+    (
+        "jax_side/calls/saved.py",
+        'if any(r.device == "cuda" for r in records.values()):',
+        'if not any(r.device == "cuda" for r in records.values()):',
+    ): GPU + ", and a target of CUDA that nobody calls changes nothing",
+    (
         "jax_side/calls/export.py",
         "for x, name in zip(leaves, output_names(out_tree), strict=True):",
         "for x, name in zip(leaves, output_names(out_tree), strict=False):",
