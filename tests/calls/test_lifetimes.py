@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import bridge
-from jax_side.calls import registry
+from jax_side.calls import compat, registry
 
 ROOT = Path(__file__).resolve().parents[2]
 X = jnp.arange(3.0)
@@ -174,6 +174,9 @@ def test_registries_x_many_functions(n, hold):
     assert sizes()[0] == before[0] + (2 * n if hold else 1)
     del kept, p
     assert (sizes() <= before).all()
+    # what is remembered of programs is of those that live
+    assert registry._called_by_programs() is not None
+    assert registry._called.keys() == {fingerprint for fingerprint, _ in compat.live_programs()}
     np.testing.assert_array_equal(program(3)(X), 3 * X)
 
 

@@ -22,6 +22,7 @@ WAYS = {
     "axis 0": (NATIVE, 0),
     "last axis": (LAST, -1),
     "named": (NATIVE, {"x": 0, "w": 0}),
+    "named, from the end": (NATIVE, {"x": -2, "w": -2, "return": -2}),
     "named, return": (LAST, {"x": -1, "w": -1, "return": -1}),
 }
 OVER = {

@@ -26,6 +26,11 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "return jax.device_put(dense, cpu_device(here.depth), may_alias=False)",
     ): COST + ": a copy",
     (
+        "jax_side/calls/arrays.py",
+        "readable = lent.flags.c_contiguous and not lent.ctypes.data % _CPU_ALIGN",
+        "readable = lent.flags.c_contiguous and not lent.ctypes.data // _CPU_ALIGN",
+    ): COST + ": a copy, on the CPU client of a call within a call",
+    (
         "jax_side/calls/ending.py",
         "stuck = _last and not running and now - _last > QUIET",
         "stuck = _last and not running and now - _last >= QUIET",
@@ -115,6 +120,11 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "if found and into is None:",
         "if not found and into is None:",
     ): GPU,
+    (
+        "torch_side/potentials/strain.py",
+        "scale = torch.linalg.vector_norm(cell, dim=-1).prod(-1)",
+        "scale = torch.linalg.vector_norm(cell, dim=-1).prod(1)",
+    ): "the last of two axes is axis 1",
     (
         "torch_side/calls/wrap.py",
         "outs = over_rows(_batched(fn, mapped, size), tensors, level - 1)",

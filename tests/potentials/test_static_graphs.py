@@ -61,6 +61,8 @@ STRUCTURES = {
     "an open axis without a vector": system(cell=np.diag([4, 4, 0]), pbc=(True, True, False)),
     "an open axis, others in a plane": system(cell=np.array([[0, 4, 0], [0, 0, 0], [0, 0, 4]]), pbc=(True, False, True)),
     "an open axis along another one": system(cell=4 * np.eye(3)[[0, 1, 1]], pbc=(True, True, False)),
+    "an open axis along the next one": system(cell=4 * np.eye(3)[[1, 1, 2]], pbc=(False, True, True)),
+    "an open axis along the first one": system(cell=4 * np.eye(3)[[0, 1, 0]], pbc=(True, True, False)),
     "no axis": system(cell=np.zeros((3, 3)), pbc=(False, False, False)),
 }  # fmt: skip
 
