@@ -46,6 +46,25 @@ def test_value_x_transform(name, transform):
     close(of(bridged(name), xs), of(native(name, transform), xs))
 
 
+@pytest.mark.parametrize("argnums", [0, 1, (0, 1)])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_tangents_that_torch_has_widened(mapped, argnums):
+    """To torch 2.13, the tangent of a float32 number times one of Python's is float64."""
+    x, s = torch.arange(1.0, 3.0), torch.tensor(0.5)
+
+    def of(f):
+        f = torch.func.vmap(f) if mapped else f
+        g = lambda x, s: f(torch.stack([x, -1.5 * x]), torch.stack([s, -1.5 * s]))
+        return torch.func.jacfwd(lambda x, s: g(x, -1.5 * s), argnums)(x, s)
+
+    expand = lambda s: s.reshape(-1, 1) if s.ndim else s
+    got = of(bridge.to_torch(lambda x, s: jnp.sin(x) * expand(s)))
+    want = of(lambda x, s: torch.sin(x) * expand(s))
+    for y, z in zip(leaves(got), leaves(want), strict=True):
+        assert y.dtype == torch.float32
+        torch.testing.assert_close(y, z.float())
+
+
 @pytest.mark.matrix
 @settings(max_examples=4)
 @given(size=sizes)

@@ -144,7 +144,10 @@ class InTorch(Machine):
             return
         xs = [torch.from_numpy(np.array(x)) for x in self.inputs]
         run, want = (composed(f, chain, programs.torch_slim) for f in (self.bridged, self.of_torch))
-        self.compare(outcome(lambda: run(*xs)), want, xs, str(names))
+        # a tangent that torch has widened is float64 to the end
+        narrow = lambda y: y.float() if self.dtype == "float32" and y.dtype == torch.float64 else y
+        twin = lambda *ys: jax.tree.map(narrow, want(*ys))
+        self.compare(outcome(lambda: run(*xs)), twin, xs, str(names))
 
     @rule(kind=wrong, chain=chains(TORCH_TRANSFORMS, 1))
     def misuse(self, kind, chain):

@@ -193,9 +193,9 @@ class Bridged(torch.autograd.Function):
         wrt = tuple(i for i, t in enumerate(tangents) if t is not None)
         inexact = tuple(o for o, s in enumerate(fn.outputs) if s.inexact)
         primals = ctx.saved_tensors[: len(fn.inputs)]
-        pushed = nested(
-            derived(fn, Jvp, wrt, inexact), (*primals, *(t for t in tangents if t is not None))
-        )
+        # torch's tangent of a float32 number times one of Python's is float64
+        live = [t.to(p.dtype) for p, t in zip(primals, tangents, strict=True) if t is not None]
+        pushed = nested(derived(fn, Jvp, wrt, inexact), (*primals, *live))
         dots = dict(zip(inexact, pushed, strict=True))
         return tuple(dots.get(o) for o in range(len(fn.outputs)))
 
