@@ -147,6 +147,14 @@ def test_arguments_that_json_cannot_hold():
         bridge.native.export(jax.jit(lambda x: f(x, frozenset({1}))), jnp.ones(3))
 
 
+@pytest.mark.parametrize(
+    "arguments", [0, None, (0, 1), [0, (1, None)], {"w": {"k": 0}, "x": [1]}, ((0,), {})]
+)
+def test_structures_of_arguments_in_json(arguments):
+    written = json.dumps(named._encoded(arguments, "model"))
+    assert named._decoded(json.loads(written)) == arguments
+
+
 def test_a_symbol_of_examples(tmp_path):
     """Saved and loaded, for any number of them."""
     f = bridge.to_jax(lambda x: (x**3).sum(-1), name="cubes", batched=0)
@@ -204,7 +212,16 @@ def outer(k):
     return lambda x: inner(x)
 
 
+def later(k):
+    """A closure that calls what is not made yet."""
+    inner = lambda x: k * late(x)
+    if k < 0:
+        late = inner
+    return inner
+
+
 KINDS = {
+    "closure over nothing yet": later,
     "partial": lambda k: functools.partial(torch.mul, other=k),
     "partial of a tensor": lambda k: functools.partial(torch.add, torch.full((3,), float(k))),
     "closure of a closure": outer,

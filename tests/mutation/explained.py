@@ -46,6 +46,21 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "for x, name in zip(leaves, output_names(out_tree), strict=False):",
     ): BOTH,
     (
+        "jax_side/calls/compat.py",
+        "return tuple(parse_flatten_op_sharding(sharding._to_xla_hlo_sharding(0), mesh)[0])",
+        "return tuple(parse_flatten_op_sharding(sharding._to_xla_hlo_sharding(0), mesh)[ -1])",
+    ): "of one array there is one",
+    (
+        "jax_side/calls/lanes.py",
+        "_QUICK = 1e-3  # seconds: copies of the inputs of a usual call arrive earlier",
+        "_QUICK = -0.999  # seconds: copies of the inputs of a usual call arrive earlier",
+    ): COST,
+    (
+        "jax_side/calls/primitive.py",
+        "platform = ctx.module_context.platforms[0]",
+        "platform = ctx.module_context.platforms[ -1]",
+    ): "there are several in an export alone, to which the platform is the same",
+    (
         "jax_side/calls/lanes.py",
         "if waited > limit:",
         "if waited >= limit:",
@@ -125,6 +140,11 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "scale = torch.linalg.vector_norm(cell, dim=-1).prod(-1)",
         "scale = torch.linalg.vector_norm(cell, dim=-1).prod(1)",
     ): "the last of two axes is axis 1",
+    (
+        "torch_side/calls/transforms.py",
+        "row = lambda i: [a[i] if m else a for a, m in zip(arrays, mapped, strict=True)]",
+        "row = lambda i: [a[i] if m else a for a, m in zip(arrays, mapped, strict=False)]",
+    ): BOTH,
     (
         "torch_side/calls/wrap.py",
         "outs = over_rows(_batched(fn, mapped, size), tensors, level - 1)",

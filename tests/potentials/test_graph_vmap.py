@@ -136,6 +136,17 @@ def test_a_batch_index_of_another_call_is_refused():
         jax.vmap(energy, (None, 0))(np.array([0, 0, 1, 2]), RS)
 
 
+@pytest.mark.parametrize("call", [0, 1])
+def test_a_negative_edge_of_one_call_is_refused(call):
+    """Shifted by the atoms before it, it would be a valid index of an atom of another call."""
+    energy = bridge.potential(MODEL, atomic_numbers=NUMBERS)
+    edges = jax.vmap(bridge.edges(MODEL.card.cutoff, 400))(RS[:2], HS[:2])
+    edges["edge_index"] = edges["edge_index"].at[call, 1, 0].set(-1)
+    of = jax.vmap(lambda r, h, e: energy(r, h, **e))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="-1"):
+        jax.block_until_ready(jax.jit(of)(RS[:2], HS[:2], edges))
+
+
 def test_graph_batching_of_other_callables_is_refused():
     f = bridge.to_jax(lambda x: x.sum(), batched="graph")
     with pytest.raises(
