@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import bridge
 from jax_side.calls import native
+from jax_side.calls.arrays import DTYPES
 from tests.cases import ENERGIES, close, draw
 from torch_side.calls.export import TorchFunction
 
@@ -432,3 +433,8 @@ def test_a_package_that_is_dropped_while_another_program_takes_it():
         close(program(X), 2 * CUBIC.jax(X))
         del program
         gc.collect()
+
+
+def test_dtypes_that_the_handler_knows():
+    """All that both sides have, but for floats of eight bits."""
+    assert set(native.KNOWN) == {name for name in DTYPES if not name.startswith("float8")}

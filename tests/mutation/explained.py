@@ -97,6 +97,26 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ): BOTH,
     (
         "torch_side/calls/batching.py",
+        "given = dict(zip(self.inputs, tensors, strict=True))",
+        "given = dict(zip(self.inputs, tensors, strict=False))",
+    ): BOTH,
+    (
+        "torch_side/calls/compiling.py",
+        'key=hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:32],',
+        'key=hashlib.sha256("\n".join(made_of).encode()).hexdigest()[: 33],',
+    ): "a name of any length will do",
+    (
+        "torch_side/calls/running.py",
+        "found = status.Status(may_read=True) if buffers.runs_ahead(tensors) else None",
+        "found = status.Status(may_read=False) if buffers.runs_ahead(tensors) else None",
+    ): GPU,
+    (
+        "jax_side/calls/registry.py",
+        "release_retired(thorough=True)",
+        "pass",
+    ): COST + ": they are released when the next function is bridged",
+    (
+        "torch_side/calls/batching.py",
         "x = x.clamp(0, n_systems - 1)",
         "x = x.clamp(0, n_systems + 1)",
     ): "the results of this call are not given: the status has the error",
