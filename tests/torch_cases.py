@@ -167,6 +167,9 @@ BATCHED_COTANGENTS = {
             y, xs, torch.stack([CT(y), y.detach()]), is_grads_batched=True
         )
     )(*(lambda xs: (xs, f(*xs)))(leaves(xs))),
+    "is_grads_batched, one row": lambda f, xs: (
+        lambda xs, y: torch.autograd.grad(y, xs, CT(y)[None], is_grads_batched=True)
+    )(*(lambda xs: (xs, f(*xs)))(leaves(xs))),
     "jacobian": lambda f, xs: A.jacobian(f, xs, vectorize=True),
     "jacobian_forward": lambda f, xs: A.jacobian(f, xs, vectorize=True, strategy="forward-mode"),
     "hessian": lambda f, xs: A.hessian(TOTAL(f), xs, vectorize=True),

@@ -176,3 +176,9 @@ def test_requires_grad_x_mode(mode, of_x, of_y):
         value = [t() if callable(t) else t for t in (getattr(got, ask), getattr(want, ask))]
         assert value[0] == value[1], ask
     assert (got.grad_fn is None) == (want.grad_fn is None)
+
+
+def test_lists_by_keyword():
+    f = bridge.to_torch(lambda x, weights: x * weights[0] + weights[1])
+    x = torch.arange(3.0)
+    torch.testing.assert_close(f(x, weights=[x, x + 1]), x * x + x + 1)

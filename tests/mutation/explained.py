@@ -166,6 +166,61 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "row = lambda i: [a[i] if m else a for a, m in zip(arrays, mapped, strict=False)]",
     ): BOTH,
     (
+        "jax_side/calls/arrays.py",
+        "dense = lent if readable else lent.copy()",
+        "dense = lent if not readable else lent.copy()",
+    ): COST + ": JAX copies what it can't read",
+    (
+        "jax_side/calls/ending.py",
+        "if len(devices) > 1:",
+        "if len(devices) >= 1:",
+    ): COST + ": one more array",
+    (
+        "jax_side/calls/processes.py",
+        "GRACE = 10.0  # seconds in which a process may end by itself",
+        "GRACE = 11.0  # seconds in which a process may end by itself",
+    ): "a process ends a second later",
+    (
+        "jax_side/calls/registry.py",
+        '_next = map("{:x}".format, itertools.count(1))',
+        '_next = map("{:x}".format, itertools.count( 2))',
+    ): "any numbers will do",
+    (
+        "torch_side/calls/kernels.py",
+        "hook.remove()",
+        "pass",
+    ): COST + ": nobody reads what the hook notes any more",
+    (
+        "torch_side/calls/packages.py",
+        'source = archive.read(names[0]).decode() if len(names) == 1 else ""',
+        'source = archive.read(names[ -1]).decode() if len(names) == 1 else ""',
+    ): "there is one",
+    (
+        "torch_side/calls/running.py",
+        "or owners(t) > 1",
+        "or owners(t) >= 1",
+    ): COST + ": a second look finds nothing",
+    (
+        "torch_side/calls/status.py",
+        "if axis >= 0:",
+        "if axis >= 1:",
+    ): "the first axis is where it belongs",
+    (
+        "torch_side/calls/status.py",
+        "column = torch.arange(WIDTH, device=entries[0].device)",
+        "column = torch.arange(WIDTH, device=entries[ 1].device)",
+    ): "there are several, on one device",
+    (
+        "torch_side/calls/tracing.py",
+        "return aliased[0] if aliased and isinstance(aliased[0], torch.fx.Node) else None",
+        "return aliased[0] if aliased and isinstance(aliased[ -1], torch.fx.Node) else None",
+    ): "a view is of one tensor",
+    (
+        "torch_side/potentials/static.py",
+        "slot = _numbers(edges[0])",
+        "slot = _numbers(edges[ 1])",
+    ): "both rows are as long",
+    (
         "torch_side/calls/wrap.py",
         "outs = over_rows(_batched(fn, mapped, size), tensors, level - 1)",
         "outs = over_rows(_batched(fn, mapped, size), tensors, level - 0)",

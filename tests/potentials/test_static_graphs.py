@@ -11,6 +11,7 @@ from tests.graph_cases import CARD, CUTOFF, POS, embedded, joined, system
 from torch_side.calls import status
 from torch_side.potentials.model import Wrapped
 from torch_side.potentials.neighbors import Padded
+from torch_side.potentials.static import _check_finite
 
 F64 = torch.float64
 seen = []
@@ -188,6 +189,19 @@ def test_note_x_structure(name):
     out, text = static(model_of(), WRONG[name])
     assert text.startswith(f"expected {TEXTS[name]}") and PLACES.get(name, "") in text
     assert all(x.isnan().all() for x in out.values())
+
+
+@pytest.mark.parametrize("key", ["energy", "position_gradients", "cell_gradients"])
+def test_note_x_outputs_that_are_not_finite(key):
+    """Each by itself, for a model may be asked for some of them."""
+    shape = {"energy": (2,), "position_gradients": (4, 3), "cell_gradients": (2, 3, 3)}[key]
+    found = torch.zeros(shape, dtype=F64)
+    found[1] = torch.nan
+    with status.collecting() as noted:
+        _check_finite({key: found}, torch.tensor([0, 1, 1, 1]), "model", noted)
+        text = noted.text(noted.row().tolist())
+    where = "atom 1 of system 1" if key == "position_gradients" else "system 1"
+    assert text.startswith(f"expected a finite {key} from model, got another one for {where}")
 
 
 def test_the_first_thing_that_is_wrong_is_told():
