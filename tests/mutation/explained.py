@@ -102,8 +102,8 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ): BOTH,
     (
         "torch_side/calls/compiling.py",
-        'key=hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:32],',
-        'key=hashlib.sha256("\n".join(made_of).encode()).hexdigest()[: 33],',
+        'key=hashlib.sha256("\\n".join(made_of).encode()).hexdigest()[:32],',
+        'key=hashlib.sha256("\\n".join(made_of).encode()).hexdigest()[: 33],',
     ): "a name of any length will do",
     (
         "torch_side/calls/running.py",

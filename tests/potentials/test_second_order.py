@@ -419,7 +419,7 @@ ERRORS = [
     ),
     (
         lambda: dynamical_matrix(pure, START, CELL, MASSES[:2]),
-        r"expected masses as \[3\], got float64\[2\]; give one mass in amu",
+        r"expected masses as \[3\], positive, got float64\[2\]; give one mass in amu",
     ),
     (
         lambda: frequencies(pure, START, CELL, MASSES, unit="eV"),
