@@ -113,7 +113,7 @@ def _number(name: str, value: Any) -> float:
 def _field(value: Any) -> tuple[float, ...]:
     """Raises: ValueError for anything but three finite numbers."""
     found = _three(value)
-    if not all(map(math.isfinite, found or [math.nan])):
+    if not found or not all(map(math.isfinite, found)):
         expected, do = "three finite numbers as atoms.info['field']", "set V/Angstrom along x, y, z"
         raise ValueError(message(expected, repr(value), f"{do}, or take it out"))
     return found

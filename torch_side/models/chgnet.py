@@ -69,9 +69,8 @@ class CHGNet(Model):
     torch_side.potentials.strain makes the virial and the stress. In virials of atoms, each end of a
     bond gets half of the derivative in its length (with one layer alone, that of its own energy).
     The graph of bonds and angles is made from the edges and not by pymatgen, so open systems need
-    no cell. An atom without
-    neighbours has the energy that chgnet's calculator gives it, with chgnet's warning that this
-    "will likely go wrong", and its gradient is zero.
+    no cell. An atom without neighbours has the energy that chgnet's calculator gives it, with
+    chgnet's warning that this "will likely go wrong", and its gradient is zero.
 
     In a program that is compiled as a whole, there is room for `angles_per_atom` angles of each
     atom, on average: n (n - 1) / 2 of an atom with n neighbours below 3 Angstrom. More are an error

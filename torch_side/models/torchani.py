@@ -150,6 +150,7 @@ class TorchANI(Model):
         numbers = inputs["atomic_numbers"].long()
         elements.view(-1)[place] = self.network.species_converter(numbers[None])[0]
         edges = inputs["edge_index"]
+        # refuses edges that lack one direction, whichever of them are taken
         _, once = bonds(edges, inputs["cell_offsets"].long())
         directed = virials.are_asked(inputs)
         if directed:
@@ -163,6 +164,7 @@ class TorchANI(Model):
         numbers = inputs["atomic_numbers"].long()
         elements = self.network.species_converter.conv_tensor[numbers][None]
         edges, offsets = inputs["edge_index"].long(), inputs["cell_offsets"]
+        # notes edges that lack one direction, whichever of them are taken
         _, once = pairing.bonds(edges, offsets, len(numbers), collected)
         directed = virials.are_asked(inputs)
         if directed:
